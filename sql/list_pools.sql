@@ -1,0 +1,13 @@
+-- The pools and how many of their users are in which state.
+--   $1  project_id  uuid or null (all)
+select pools.project_id, pools.env, pools.domain, count(*) as total,
+    count(*) filter (where state = 'free') as free,
+    count(*) filter (where state = 'locked') as locked,
+    count(*) filter (where state = 'resting') as resting,
+    count(*) filter (where state = 'quarantined') as quarantined
+from pools
+join lock_states on lock_states.pool_id = pools.id
+where $1::uuid is null
+    or pools.project_id = $1::uuid
+group by pools.id
+order by pools.project_id, pools.env, pools.domain

@@ -1,0 +1,20 @@
+-- A page of users with their states, oldest first.
+--   $1 project_id  $2 env  $3 domain  $4 state  $5 holder  $6 login  $7 labels  (null: any)
+--   $8, $9  created_at and id of the user before the page
+--   $10     how many
+-- Reads from the place of the last page on, so each page costs the same.
+select users.id, users.created_at, users.login, users.project_id, users.env, users.domain, users.labels,
+    lock_states.state, lock_states.holder, lock_states.fence, lock_states.acquired_at, lock_states.expires_at,
+    lock_states.quarantine
+from users
+join lock_states on lock_states.user_id = users.id
+where (users.created_at, users.id) > ($8::timestamptz, $9::uuid)
+    and ($1::uuid is null or users.project_id = $1::uuid)
+    and ($2::text is null or users.env = $2::text)
+    and ($3::text is null or users.domain = $3::text)
+    and ($4::text is null or lock_states.state = $4::text)
+    and ($5::text is null or (lock_states.state = 'locked' and lock_states.holder = $5::text))
+    and ($6::text is null or users.login = $6::text)
+    and ($7::jsonb is null or users.labels @> $7::jsonb)
+order by users.created_at, users.id
+limit $10::int

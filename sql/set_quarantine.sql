@@ -1,0 +1,11 @@
+-- Take a user out (or put it back, with null). A current lock runs on.
+--   $1  user id  uuid
+--   $2  reason   text or null
+update locks
+set quarantine = $2::text,
+    ready_at = case
+        when lock_id is null and $2::text is null and quarantine is not null then greatest(ready_at, clock_timestamp())
+        else ready_at
+    end
+where user_id = $1::uuid
+returning user_id

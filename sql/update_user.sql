@@ -1,0 +1,40 @@
+-- Change a user; a current lock stays.
+--   $1 id  $2 login  $3 secret  $4 domain  $5 labels  (null leaves a value as it is)
+-- A user of another domain belongs to another pool, so its lock row moves in the same statement.
+with changed as (
+    update users
+    set login = coalesce($2::text, login),
+        secret = coalesce($3::text, secret),
+        domain = coalesce($4::text, domain),
+        labels = coalesce($5::jsonb, labels)
+    where id = $1::uuid
+    returning id, project_id, env, domain
+),
+new_pool as (
+    insert into pools (project_id, env, domain)
+    select project_id, env, domain
+    from changed
+    where not exists (
+        select
+        from pools
+        where (project_id, env, domain) = (changed.project_id, changed.env, changed.domain)
+    )
+    on conflict (project_id, env, domain) do update set env = excluded.env
+    returning id
+),
+moved as (
+    update locks
+    set pool_id = pool.id,
+        ready_at = case when lock_id is null then greatest(ready_at, clock_timestamp()) else ready_at end
+    from (
+        select pools.id
+        from pools
+        join changed using (project_id, env, domain)
+        union
+        select id from new_pool
+    ) as pool
+    where locks.user_id = $1::uuid
+        and locks.pool_id <> pool.id
+)
+select id
+from changed
