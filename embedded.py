@@ -154,8 +154,13 @@ def _own(home: Path) -> None:
                 f"{home} belongs to uid {owner}, not to user {user.pw_name}, whom PostgreSQL runs as. "
                 "Set BOTFARM_HOME to a new or empty folder, or set DATABASE_URL to a PostgreSQL server."
             )
-        os.chown(home, user.pw_uid, user.pw_gid)
+    _hand_over(home, user)
     home.chmod(0o700)
+
+
+def _hand_over(path: Path, user: pwd.struct_passwd) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, user.pw_uid, user.pw_gid)
 
 
 def _shared() -> Path:
@@ -302,7 +307,7 @@ def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
     for leftover in data.parent.glob("data.new*"):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh = Path(tempfile.mkdtemp(prefix="data.new.", dir=data.parent))
-    os.chown(fresh, user.pw_uid, user.pw_gid)
+    _hand_over(fresh, user)
     options = ("-U", "botfarm", "--auth=trust", "--encoding=UTF8", "--locale=C")
     done = _run(user, str(programs / "initdb"), "-D", str(fresh), *options)
     if done.returncode != 0:
@@ -410,24 +415,32 @@ def _alive(pid: int) -> bool:
 
 # ---- The server --------------------------------------------------------------------------------------------
 
+BUSY = (
+    "shared memory block",
+    "postmaster.pid",
+)  # in a refusal that passes: a killed predecessor's last moments
+
 
 def _dsn(sockets: str) -> str:
+    """The port is named, or the caller's PGPORT would be taken."""
     return f"postgresql://botfarm@/postgres?host={quote(sockets, safe='')}&port=5432"
 
 
 def _sockets(home: Path, user: pwd.struct_passwd, owned: ExitStack) -> Path:
-    """The socket's folder: the home, unless its path is too long for a socket or has a comma, which separates
-    addresses. Then one in /tmp, as TMPDIR may be long too, or closed to PostgreSQL's user."""
+    """The socket's folder: the home, unless its path is too long for one or has a comma, which separates hosts.
+
+    Then one in /tmp: TMPDIR may be as long, or closed to PostgreSQL's user.
+    """
     if len(os.fsencode(home / SOCKET)) <= 100 and "," not in str(home):
         return home
-    folder = owned.enter_context(tempfile.TemporaryDirectory(prefix="botfarm-", dir="/tmp"))  # noqa: S108
-    os.chown(folder, user.pw_uid, user.pw_gid)
+    folder = owned.enter_context(tempfile.TemporaryDirectory(prefix="botfarm-", dir="/tmp"))
+    _hand_over(Path(folder), user)
     return Path(folder)
 
 
 @dataclass(eq=False)
 class Embedded:
-    """A running PostgreSQL. Its thread starts it again when it dies; the dsn stays the same."""
+    """A running PostgreSQL. When it dies it is started again, under the same dsn."""
 
     dsn: str
     home: Path
@@ -435,18 +448,18 @@ class Embedded:
     _programs: Path = field(repr=False)
     _sockets: Path = field(repr=False)
     _owned: ExitStack = field(default_factory=ExitStack, repr=False)
-    _child: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _child: subprocess.Popen[Any] | None = field(default=None, repr=False)
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _stopping: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def stop(self) -> None:
-        """Stop PostgreSQL and let go of the home; open connections are cut. Calling it again does nothing."""
+        """Stop PostgreSQL, cutting its connections, and let go of the home. A second call does nothing."""
         self._owned.close()
 
     def _begin(self, owned: ExitStack) -> None:
         """Start, and return when connections are accepted.
 
-        All forks happen in one thread that lives until stop(): PostgreSQL dies with the thread that forked it.
+        One thread does all forks and lives until stop(), as PostgreSQL dies with the thread that forked it.
         """
         started: Future[None] = Future()
         thread = threading.Thread(target=self._supervise, args=(started,), name="postgres", daemon=True)
@@ -476,24 +489,133 @@ class Embedded:
     def _watch(self) -> None:
         """Start PostgreSQL again whenever it ends, at most five times a minute, until stop()."""
         restarts = deque([-60.0] * 5, maxlen=5)
-        while self._child and (code := self._child.wait()) is not None and not self._stopping.is_set():
-            log.warning("the PostgreSQL in %s ended by itself (exit code %d) and is started again", self.home, code)
+        while self._died():
+            log.warning("the PostgreSQL in %s ended by itself and is started again", self.home)
             if self._stopping.wait(max(0.0, restarts[0] + 60 - time.monotonic())):
                 return
             restarts.append(time.monotonic())
             try:
                 self._launch()
             except (EmbeddedError, OSError, subprocess.SubprocessError) as error:
-                log.error("the PostgreSQL in %s did not start again: %s", self.home, error)
+                log.error("%s", error)
+
+    def _died(self) -> bool:
+        """Wait for PostgreSQL to end; False when that was asked for."""
+        if self._child:
+            self._child.wait()
+        return not self._stopping.is_set()
 
     def _launch(self) -> None:
-        """Start PostgreSQL and wait until it is ready. For a few seconds after kill -9 it may refuse, as long as
-        the memory of its predecessor is in use."""
+        """Start PostgreSQL and wait until it is ready, with some more tries while a killed one is in the way."""
         data, reason = self.home / "data", ""
-        for _ in range(25):
+        for _ in range(20):
             _outlive(data)
             _unblock(data, self._user)
-            child, reason = self._spawn(data)
+            child, beginning = self._spawn(data)
             if self._ready(child, data):
                 return
-            ...
+            reason = self._log_since(beginning)
+            if self._stopping.is_set() or not any(word in reason for word in BUSY):
+                break
+            time.sleep(0.25)
+        raise EmbeddedError(
+            f"The embedded PostgreSQL in {data} does not start: {reason or 'it says nothing.'} "
+            f"See {self.home / 'postgres.log'}, or set DATABASE_URL to a PostgreSQL server."
+        )
+
+    def _spawn(self, data: Path) -> tuple[subprocess.Popen[Any], int]:
+        """The new process, and where in postgres.log its lines begin."""
+        for leftover in self._sockets.glob(SOCKET + "*"):
+            leftover.unlink()
+        places = {"unix_socket_directories": str(self._sockets), "cluster_name": _name(data)}
+        options = [word for name, value in (SETTINGS | places).items() for word in ("-c", f"{name}={value}")]
+        output = _open(self.home / "postgres.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, self._user)
+        with open(output, "ab") as file, self._guard:
+            if file.tell() > LOG_LIMIT:
+                file.truncate(0)
+            if self._stopping.is_set():
+                raise EmbeddedError(f"The embedded PostgreSQL in {data} was stopped while it started.")
+            command = [str(self._programs / "postgres"), "-D", str(data), *options]
+            beginning = os.fstat(output).st_size
+            child = self._child = subprocess.Popen(command, stdout=file, stderr=file, **_process(self._user))
+            return child, beginning
+
+    def _ready(self, child: subprocess.Popen[Any], data: Path) -> bool:
+        """Whether connections are accepted; False when it ended instead, or was ended for taking too long."""
+
+        def decided() -> bool:
+            return child.poll() is not None or _status(data)[::2] == (child.pid, "ready")
+
+        if not _until(decided, PATIENCE):
+            child.send_signal(signal.SIGQUIT)
+            child.wait(30)
+        return child.poll() is None
+
+    def _log_since(self, beginning: int) -> str:
+        """The last lines, in one."""
+        text = (self.home / "postgres.log").read_bytes()[beginning:].decode(errors="replace")
+        return " ".join(line.strip() for line in text.splitlines()[-5:])
+
+
+# ---- The calls ---------------------------------------------------------------------------------------------
+
+
+def settle_home(home: Path) -> Path:
+    """Make the home (0700, owned by PostgreSQL's user) and return where it really is. Keys may live there."""
+    with _explained(home):
+        wanted = Path(os.path.realpath(home))
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        settled = _place(home)
+        if settled != wanted:
+            log.info("%s is kept in %s, as PostgreSQL's user can't reach it", wanted, settled)
+            _shared()
+        settled.mkdir(mode=0o700, exist_ok=True)
+        _own(settled)
+        return settled
+
+
+def start(home: Path) -> Embedded:
+    """Start the PostgreSQL of this home, created if need be. From any thread; blocks, for 60 s at the most."""
+    home = settle_home(home)
+    with _explained(home), ExitStack() as owned:
+        user, data = _user(home), home / "data"
+        owned.callback(os.close, _lock(home, user))
+        programs = _programs(data, user)
+        _create(data, programs, user)
+        sockets = _sockets(home, user, owned)
+        server = Embedded(_dsn(str(sockets)), home, user, programs, sockets)
+        server._begin(owned)
+        server._owned = owned.pop_all()
+        return server
+
+
+def running(home: Path) -> str | None:
+    """The dsn of the PostgreSQL that runs on this home and is verified to be ours."""
+    with _explained(home):
+        data = _place(home) / "data"
+        pid, sockets, state = _status(data)
+        return _dsn(sockets) if state == "ready" and pid in _ours(data) else None
+
+
+@contextmanager
+def database(home: Path) -> Iterator[str]:
+    """For commands: the dsn of the running PostgreSQL, or of one that is started for this block."""
+    with ExitStack() as owned:
+        yield _join_or_start(home, owned)
+
+
+def _join_or_start(home: Path, owned: ExitStack) -> str:
+    """A service that is starting or stopping just now is waited for."""
+    end = time.monotonic() + 10
+    while True:
+        if dsn := running(home):
+            return dsn
+        try:
+            server = start(home)
+        except _Busy:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+        else:
+            owned.callback(server.stop)
+            return server.dsn

@@ -1,0 +1,5 @@
+-- The users of an import's chunk that exist already.
+--   $1 project_ids  $2 envs  $3 logins
+select asked.ordinal, users.id, users.domain, users.labels, users.secret
+from unnest($1::uuid[], $2::text[], $3::text[]) with ordinality as asked (project_id, env, login, ordinal)
+join users using (project_id, env, login)
