@@ -41,7 +41,6 @@ import re
 import secrets
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections import deque
@@ -63,13 +62,12 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from litestar import Litestar, Request, Response, delete, get, patch, post, put
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException, ValidationException
-from litestar.openapi import OpenAPIConfig, ResponseSpec
-from litestar.openapi.plugins import JsonRenderPlugin, SwaggerRenderPlugin
-from litestar.params import Parameter
+from litestar.exceptions import HTTPException
 from litestar.response import Stream
 from litestar.static_files import create_static_files_router
 from msgspec import UNSET, Meta, Struct, UnsetType
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 from yoyo.backends.base import DatabaseBackend
 
 import embedded
@@ -1171,7 +1169,9 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
         endpoint.__doc__ = handler.__doc__
         limits = {"request_max_body_size": None} if declaration.upload else {}
         options = {"call": declaration, "name": handler.__name__}
-        ROUTES.append(verb(path, status_code=declaration.status, opt=options, include_in_schema=False, **limits)(endpoint))
+        ROUTES.append(
+            verb(path, status_code=declaration.status, opt=options, include_in_schema=False, **limits)(endpoint)
+        )
 
     return register
 
@@ -1262,7 +1262,9 @@ def no_content() -> Response[None]:
 # ------------------------------------------------------------------------------------------------------
 
 State_ = Literal["free", "locked", "resting", "quarantined"]
-Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,63}:[^\x00-\x1f\x7f-\x9f]{0,255}(?!\n)$", examples=["role:admin"])]
+Label = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,63}:[^\x00-\x1f\x7f-\x9f]{0,255}(?!\n)$", examples=["role:admin"])
+]
 Limit = Annotated[int, Meta(ge=1, le=1000)]
 CursorText = Annotated[str, Meta(max_length=200, description="`next` of the page before")]
 FIRST_CURSOR = (datetime(1, 1, 1, tzinfo=UTC), uuid.UUID(int=0))
@@ -1942,3 +1944,573 @@ async def force_release(farm: Farm, request: Request, id: uuid.UUID) -> Response
     if await farm.hot.fetchrow(SQL["force_release"], id) is None:
         raise UserNotFound(f"There is no user {id}.")
     return no_content()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Operations: health, and the book-keeping that nothing depends on.
+# ------------------------------------------------------------------------------------------------------
+
+
+@call(get, "/livez", tag="service", status=200)
+async def livez(farm: Farm, request: Request) -> Response:
+    """The process serves. Touches no database."""
+    return Response(content=b'{"status":"ok"}', media_type=JSON)
+
+
+@call(get, "/readyz", tag="service", status=200, problems=(DatabaseUnavailable,))
+async def readyz(farm: Farm, request: Request) -> Response:
+    """The database answers, and its schema is there."""
+    try:
+        applied = {row["migration_id"] for row in await farm.pool.fetch(SQL["list_migrations"], timeout=3)}
+    except asyncpg.UndefinedTableError:
+        applied = set()
+    missing = [migration.id for migration in MIGRATIONS if migration.id not in applied]
+    if missing:
+        raise DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
+    return reply({"status": "ok"})
+
+
+async def sweep(farm: Farm) -> None:
+    """Record expired locks, and give back those whose grant was never answered."""
+    while (await farm.hot.fetchrow(SQL["sweep_locks"], 500))["due"] == 500:
+        await asyncio.sleep(0)
+    while farm.unanswered:
+        await farm.release(Release(farm.unanswered[-1]))
+        farm.unanswered.pop()
+
+
+async def prune(farm: Farm) -> None:
+    """Forget what is older than BOTFARM_HISTORY_DAYS, 1,000 rows at a time with pauses."""
+    for statement in ("prune_history", "prune_keys"):
+        while await farm.pool.execute(SQL[statement], farm.settings.history_days, 1000) == "DELETE 1000":
+            await asyncio.sleep(0.05)
+
+
+async def repeat(task: Callable[[Farm], Awaitable[None]], farm: Farm, seconds: float) -> None:
+    """Run a task for ever, at jittered intervals; what fails is tried again at the next one."""
+    while True:
+        await asyncio.sleep(seconds * (0.75 + secrets.randbelow(500) / 1000))
+        try:
+            await task(farm)
+        except DATABASE_FAULTS as fault:
+            log.warning("%s waits for the database: %s: %s", task.__name__, type(fault).__name__, fault)
+        except Exception:
+            log.exception("%s failed; it goes on", task.__name__)
+
+
+# ------------------------------------------------------------------------------------------------------
+# App: the routes and their OpenAPI document, made from what the handlers declare.
+# ------------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm</title>
+<h1>BotFarm</h1><p>A pool of test users. <a href="/docs">API documentation</a></p></html>"""
+
+DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm API</title>
+<link rel="stylesheet" href="/docs/assets/swagger-ui.css"><div id="ui"></div>
+<script src="/docs/assets/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})</script></html>"""
+
+
+@get("/", media_type="text/html", include_in_schema=False)
+async def index() -> str:
+    return PAGE
+
+
+@get("/docs", media_type="text/html", include_in_schema=False)
+async def docs() -> str:
+    return DOCS
+
+
+@get("/docs/openapi.json", include_in_schema=False)
+async def openapi_json(request: Request) -> Response:
+    return reply(openapi_document(request.app.state.settings))
+
+
+def openapi_document(settings: Settings) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of all calls."""
+    calls = [(route, route.opt["call"]) for route in ROUTES]
+    structs = {kind for _, declared in calls for kind in (declared.body, declared.answer) if kind}
+    _, schemas = msgspec.json.schema_components(
+        [*sorted(structs, key=lambda kind: kind.__name__), ImportedUser, ProblemDetails, FieldError, LineError],
+        ref_template="#/components/schemas/{name}",
+    )
+    paths: dict[str, Any] = {}
+    for route, declared in calls:
+        for path in sorted(route.paths):
+            method = next(iter(route.http_methods)).lower()
+            paths.setdefault(path.replace(":str", ""), {})[method] = _operation(route, declared, path)
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "BotFarm", "version": VERSION, "description": "A pool of test users that tests lock."},
+        "paths": paths,
+        "components": {"schemas": {**schemas, "Problem": _problem_schema()}},
+    }
+    return cast("dict[str, Any]", _with_limits(document, settings))
+
+
+def _with_limits(node: Any, settings: Settings) -> Any:
+    """Fill in the limits that settings decide."""
+    if isinstance(node, list):
+        return [_with_limits(item, settings) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _with_limits(value, settings) for key, value in node.items()}
+    return node | _LIMITS.get(node.get("description", ""), lambda _: {})(settings)
+
+
+_LIMITS: dict[str, Callable[[Settings], dict[str, Any]]] = {
+    "one of BOTFARM_ENVS": lambda settings: {"enum": list(settings.envs)},
+    "one of BOTFARM_DOMAINS": lambda settings: {"enum": list(settings.domains)},
+    "seconds until the lock ends by itself": lambda settings: {"maximum": settings.max_ttl},
+    "seconds to wait for a user; only 0 so far": lambda _: {"maximum": 0},
+}
+
+
+def _problem_schema() -> dict[str, Any]:
+    (_, schemas) = msgspec.json.schema_components([ProblemDetails], ref_template="#/components/schemas/{name}")
+    return schemas["ProblemDetails"] | {"title": "Problem", "additionalProperties": True}
+
+
+def _operation(route: Any, declared: Call, path: str) -> dict[str, Any]:
+    summary, _, text = (route.fn.__doc__ or "").strip().partition("\n")
+    operation: dict[str, Any] = {
+        "operationId": route.opt["name"],
+        "tags": [declared.tag],
+        "summary": summary.rstrip("."),
+        "description": " ".join(text.split()) or summary,
+        "parameters": [*_path_parameters(path), *_query_parameters(declared), *_header_parameters(declared)],
+        "responses": _responses(declared, path),
+    }
+    if declared.body:
+        schema = {"$ref": f"#/components/schemas/{declared.body.__name__}"}
+        operation["requestBody"] = {"required": not declared.body_optional, "content": {JSON: {"schema": schema}}}
+    if declared.upload:
+        lines = {"schema": {"type": "string", "description": "a line for each user: ImportedUser"}}
+        operation["requestBody"] = {"required": True, "content": {NDJSON: lines, CSV: lines}}
+    return operation
+
+
+def _path_parameters(path: str) -> list[dict[str, Any]]:
+    schema = {"type": "string", "format": "uuid"}
+    return [{"name": "id", "in": "path", "required": True, "schema": schema}] if "{id" in path else []
+
+
+def _query_parameters(declared: Call) -> list[dict[str, Any]]:
+    if not declared.query:
+        return []
+    (_,), schemas = msgspec.json.schema_components([declared.query], ref_template="#/{name}")
+    schema = schemas[declared.query.__name__]
+    return [
+        {"name": name, "in": "query", "required": name in schema.get("required", []), "schema": _not_null(field)}
+        for name, field in schema["properties"].items()
+    ]
+
+
+def _not_null(field: dict[str, Any]) -> dict[str, Any]:
+    """A query parameter is left out rather than null."""
+    kinds = [kind for kind in field.get("anyOf", []) if kind != {"type": "null"}]
+    if not kinds:
+        return field
+    return {k: v for k, v in field.items() if k not in ("anyOf", "default")} | kinds[0]
+
+
+def _header_parameters(declared: Call) -> list[dict[str, Any]]:
+    text = "A repeat with the same key answers with the same lock."
+    schema = {"type": "string", "format": "uuid"}
+    return (
+        [{"name": "Idempotency-Key", "in": "header", "description": text, "schema": schema}] if declared.keyed else []
+    )
+
+
+def _responses(declared: Call, path: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {"description": "Done"}
+    if declared.answer:
+        schema = {"$ref": f"#/components/schemas/{declared.answer.__name__}"}
+        answer["content"] = {declared.media: {"schema": schema if declared.media == JSON else {"type": "string"}}}
+    problems: dict[str, list[type[Problem]]] = {}
+    for problem in _problems(declared, path):
+        problems.setdefault(str(problem.status), []).append(problem)
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    described = {
+        status: {
+            "description": " / ".join(f"`{p.slug}`: {(p.__doc__ or '').strip()}" for p in kinds),
+            "content": content,
+        }
+        for status, kinds in sorted(problems.items())
+    }
+    return {str(declared.status): answer, **described}
+
+
+def _problems(declared: Call, path: str) -> list[type[Problem]]:
+    """What a call can refuse: what it declares, and what its form brings along."""
+    problems = [*declared.problems, InternalError]
+    problems += [Invalid] if declared.tag != "service" or declared.query else [Invalid]
+    problems += [DatabaseUnavailable] if declared.tag != "service" else []
+    problems += [NotFound] if "{id" in path else []
+    problems += [MalformedBody, UnsupportedMediaType, BodyTooLarge] if declared.body else []
+    return list(dict.fromkeys(problems))
+
+
+def _http_problem(request: Request, error: HTTPException) -> Response:
+    """What Litestar itself refuses, in our form."""
+    path = request.url.path
+    if error.status_code == 404:
+        return NotFound(f"There is nothing at {_shown(path)}; see /docs.").response()
+    if error.status_code == 405:
+        allowed = ", ".join(sorted(_methods(path)))
+        detail = f"{request.method} is not allowed at {path}; allowed: {allowed}."
+        return MethodNotAllowed(detail, headers={"Allow": allowed}).response()
+    if error.status_code == 413:
+        limit = request.app.state.settings.max_body
+        return BodyTooLarge(f"The body is over BOTFARM_MAX_BODY, {limit} bytes.").response()
+    return MalformedBody(f"The request is not readable: {error.detail}.").response()
+
+
+def _methods(path: str) -> set[str]:
+    """The methods of a path, for the Allow header."""
+    methods = set()
+    for route in [*ROUTES, index, docs, openapi_json]:
+        for pattern in route.paths:
+            if re.fullmatch(re.sub(r"\{id:str\}", "[^/]+", pattern), path):
+                methods |= set(route.http_methods)
+    return methods | {"OPTIONS"}
+
+
+def _unforeseen(request: Request, error: Exception) -> Response:
+    """A 500: the log gets the traceback, the caller the id to find it by."""
+    request_id = uuid.uuid4().hex
+    log.error("request %s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
+    return InternalError(
+        f"An unforeseen error; the service's log has it as request {request_id}.", request_id=request_id
+    ).response()
+
+
+@asynccontextmanager
+async def _running(app: Litestar) -> AsyncIterator[None]:
+    """Everything that lives as long as the service."""
+    settings: Settings = app.state.settings
+    async with contextlib.AsyncExitStack() as stack:
+        database = stack.enter_context(prepared(settings))
+        hot = await stack.enter_async_context(await open_pool(database, 3, "force_generic_plan", 10))
+        pool = await stack.enter_async_context(await open_pool(database, settings.pool_size, "force_custom_plan", 60))
+        keyring = load_keyring(settings)
+        await check_keys(pool, keyring)
+        passwords = Passwords(keyring)
+        stack.callback(passwords.close)
+        app.state.farm = farm = Farm(settings, hot, pool, passwords)
+        tasks = [asyncio.create_task(repeat(sweep, farm, 1)), asyncio.create_task(repeat(prune, farm, 60))]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def create_app(settings: Settings) -> Litestar:
+    """The service as an ASGI application."""
+    assets = str(importlib.resources.files("swagger_ui") / "static")
+    return Litestar(
+        route_handlers=[
+            *ROUTES,
+            index,
+            docs,
+            openapi_json,
+            create_static_files_router(path="/docs/assets", directories=[assets], include_in_schema=False),
+        ],
+        lifespan=[_running],
+        state=State({"settings": settings}),
+        exception_handlers={HTTPException: _http_problem, Exception: _unforeseen},
+        openapi_config=None,
+        request_max_body_size=settings.max_body,
+    )
+
+
+def __getattr__(name: str) -> Litestar:
+    """`uvicorn botfarm:app`: the application is made when it is asked for, not when the module is imported."""
+    if name == "app":
+        return create_app(Settings.load())
+    raise AttributeError(name)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------------
+
+
+def load_keyring(settings: Settings) -> Keyring | None:
+    """The keys of the settings; with an embedded database else a key of its own, made at the first start."""
+    if settings.keys:
+        return Keyring.parse(settings.keys.reveal())
+    if settings.database_url:
+        return None
+    file = embedded.settle_home(settings.home) / "keys"
+    if not file.exists():
+        handle = os.open(file.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w") as new:
+            new.write(generate_key() + "\n")
+            new.flush()
+            os.fsync(new.fileno())
+        file.with_suffix(".new").rename(file)
+    return Keyring.parse(file.read_text().strip())
+
+
+@contextmanager
+def prepared(settings: Settings) -> Iterator[str]:
+    """The URL of a database whose schema is up to date: the given one, else an embedded one that we start."""
+    if settings.database_url:
+        url = settings.database_url.reveal()
+        _patiently(url)
+        yield url
+        return
+    server = embedded.start(settings.home)
+    try:
+        _patiently(server.dsn)
+        yield server.dsn
+    finally:
+        server.stop()
+
+
+def _patiently(url: str) -> None:
+    """Migrate, in a thread because we may be in an event loop; a database that starts up gets 30 s."""
+    end = time.monotonic() + 30
+    while True:
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(migrate, url).result() and None
+        except (OSError, asyncpg.CannotConnectNowError) as fault:
+            if time.monotonic() > end:
+                raise SchemaError(f"The database cannot be reached: {type(fault).__name__}: {fault}") from None
+            log.warning("Waiting for the database: %s", fault)
+            time.sleep(1)
+
+
+@contextmanager
+def database(settings: Settings) -> Iterator[str]:
+    """The database for a command: the given one, else the embedded one, started if it does not run."""
+    if settings.database_url:
+        yield settings.database_url.reveal()
+    else:
+        with embedded.database(settings.home) as url:
+            yield url
+
+
+def banner(settings: Settings) -> str:
+    address = f"http://{settings.host}:{settings.port}"
+    project = "11111111-1111-4111-8111-111111111111"
+    json_post = f"curl -X POST -H 'Content-Type: {JSON}'"
+    user = f'{{"login": "bot-1", "password": "secret", "project_id": "{project}", "env": "stage"}}'
+    wish = f'{{"project_id": "{project}", "env": "stage", "holder": "me"}}'
+    return f"""BotFarm serves at {address}  (API: {address}/docs)
+create:  {json_post} {address}/users -d '{user}'
+acquire: {json_post} {address}/locks -d '{wish}'
+release: curl -X DELETE '{address}/locks?holder=me'"""
+
+
+class _Server(uvicorn.Server):
+    """Tells where it serves once it does."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self.settings = settings
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(banner(self.settings), flush=True)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    options: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "access_log": False,  # halves the rate
+        "log_config": None,
+        "server_header": False,
+        "lifespan": "on",
+        "backlog": 4096,
+        "timeout_graceful_shutdown": 8,
+    }
+    if settings.workers == 1:
+        server = _Server(uvicorn.Config(create_app(settings), **options), settings)
+        server.run()
+        return 0 if server.started else 3
+    with prepared(settings) as url:
+        os.environ["DATABASE_URL"] = url
+        os.environ.pop("DATABASE_URL_FILE", None)
+        if not settings.database_url and not settings.keys:
+            load_keyring(settings)
+            os.environ["BOTFARM_KEYS_FILE"] = str(embedded.settle_home(settings.home) / "keys")
+        print(banner(settings), flush=True)
+        uvicorn.run("botfarm:app", workers=settings.workers, app_dir=str(HERE), **options)
+    return 0
+
+
+def migrate_command(settings: Settings, rollback: bool) -> int:
+    with database(settings) as url:
+        names = migrate(url, rollback)
+    verb = "taken back" if rollback else "applied"
+    print("\n".join(f"{verb}: {name}" for name in names) or "nothing to do")
+    return 0
+
+
+def check_command(settings: Settings, url: str | None) -> int:
+    """Exit status 0 when the service is ready, else 1: for container health checks."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104
+    address = url or f"http://{host}:{settings.port}"
+    try:
+        answer = httpx.get(f"{address}/readyz", timeout=5)
+    except httpx.HTTPError as error:
+        print(f"{address} does not answer: {error}", file=sys.stderr)
+        return 1
+    print(answer.text)
+    return 0 if answer.status_code == 200 else 1
+
+
+def import_command(url: str, name: str, media: str | None) -> int:
+    """Send a file with a progress bar. Exit status 1 when it is refused, with the errors by line."""
+    media = media or (CSV if name.endswith(".csv") else NDJSON)
+    with contextlib.ExitStack() as stack:
+        file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
+        size = None if name == "-" else os.path.getsize(name)
+        bar = stack.enter_context(Progress(console=Console(stderr=True)))
+        task = bar.add_task("import", total=size)
+
+        def parts() -> Iterator[bytes]:
+            while part := file.read(1 << 16):
+                bar.advance(task, len(part))
+                yield part
+
+        answer = httpx.post(f"{url}/users/import", content=parts(), headers={"Content-Type": media}, timeout=3600)
+    print(
+        answer.text if answer.status_code == 200 else _told(answer),
+        file=sys.stdout if answer.is_success else sys.stderr,
+    )
+    return 0 if answer.status_code == 200 else 1
+
+
+def _told(answer: httpx.Response) -> str:
+    """A refused import, an error a line."""
+    try:
+        problem = answer.json()
+    except ValueError:
+        return f"{answer.status_code}: {answer.text[:200]}"
+    errors = [f"line {e.get('line')}: {e.get('field') or ''}: {e['message']}" for e in problem.get("errors", [])]
+    return "\n".join([f"{problem['status']} {problem['detail']}", *errors])
+
+
+def export_command(url: str) -> int:
+    """All users as NDJSON to standard output."""
+    with Progress(TextColumn("{task.completed} users"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("export", total=None)
+        with httpx.stream("GET", f"{url}/users/export", timeout=3600) as answer:
+            if answer.status_code != 200:
+                answer.read()
+                print(_told(answer), file=sys.stderr)
+                return 1
+            for line in answer.iter_lines():
+                print(line)
+                bar.advance(task)
+    return 0
+
+
+def reseal_command(settings: Settings) -> int:
+    keyring = load_keyring(settings)
+    if keyring is None:
+        raise BadSettings("reseal needs BOTFARM_KEYS: the new key first, then the old ones.")
+
+    async def run(url: str, bar: Progress) -> int:
+        task = bar.add_task("reseal", total=None)
+        async with await open_pool(url, 1, "force_custom_plan", 600) as pool:
+            await check_keys(pool, keyring)
+            return await reseal(pool, keyring, lambda done: bar.update(task, completed=done))
+
+    with database(settings) as url, Progress(TextColumn("{task.completed}"), console=Console(stderr=True)) as bar:
+        migrate(url)
+        total = asyncio.run(run(url, bar))
+    print(f"{total} passwords are now sealed under the key {keyring.first!r}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="botfarm.py", description="A pool of test users that tests lock.")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    serving = commands.add_parser("serve", help="serve (the default)")
+    migrating = commands.add_parser("migrate", help="bring the database's schema up to date")
+    migrating.add_argument("--rollback", action="store_true", help="take the last migration back instead")
+    checking = commands.add_parser("check", help="exit status 0 when the service is ready, else 1")
+    importing = commands.add_parser("import", help="send a file of users to a service")
+    importing.add_argument("file", metavar="FILE|-", help="NDJSON, or CSV when the name ends in .csv")
+    importing.add_argument("--type", dest="media", choices=[NDJSON, CSV], help="what it is, for standard input")
+    exporting = commands.add_parser("export", help="print all users of a service as NDJSON")
+    commands.add_parser("keygen", help="print a new key for BOTFARM_KEYS")
+    resealing = commands.add_parser("reseal", help="seal all passwords under the first of BOTFARM_KEYS")
+    commands.add_parser("openapi", help="print the OpenAPI document")
+    checking.add_argument("--url", help="the service (default: BOTFARM_HOST and BOTFARM_PORT)")
+    for sending in (importing, exporting):
+        sending.add_argument("--url", default="http://127.0.0.1:8000", help="the service (default: %(default)s)")
+    for command, fields in (
+        (serving, None),
+        (migrating, {"home"}),
+        (resealing, {"home"}),
+        (checking, {"host", "port"}),
+    ):
+        _add_setting_flags(command, fields)
+    return parser
+
+
+def _add_setting_flags(parser: argparse.ArgumentParser, fields: set[str] | None) -> None:
+    """A flag for each setting but the secrets, which everybody on the machine could read off the process list."""
+    for field, variable in Settings.variables().items():
+        if field not in SECRET_SETTINGS and (fields is None or field in fields):
+            text = next(part for part in get_args(_SETTING_TYPES[field]) if isinstance(part, str)) if field not in (
+                "envs", "domains") else f"allowed values of {field[:-1]}, comma-separated"  # fmt: skip
+            parser.add_argument(f"--{field.replace('_', '-')}", dest=f"set_{variable}", help=f"{text} ({variable})")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "keygen":
+            print(generate_key())
+            return 0
+        case "import":
+            return import_command(arguments.url, arguments.file, arguments.media)
+        case "export":
+            return export_command(arguments.url)
+    settings = Settings.load()
+    match arguments.command:
+        case "migrate":
+            return migrate_command(settings, arguments.rollback)
+        case "check":
+            return check_command(settings, arguments.url)
+        case "reseal":
+            return reseal_command(settings)
+        case "openapi":
+            print(json.dumps(openapi_document(settings), indent=2))
+            return 0
+    return serve(settings)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0: done; 1: refused; 2: bad flags or settings; 3: the service could not start."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("yoyo").setLevel(logging.WARNING)
+    words = list(argv) if argv and (not argv[0].startswith("-") or argv[0] in ("-h", "--help")) else ["serve", *argv]
+    arguments = _parser().parse_args(words)
+    for name, value in vars(arguments).items():
+        if name.startswith("set_") and value is not None:
+            os.environ[name.removeprefix("set_")] = value
+    try:
+        return _run(arguments)
+    except BadSettings as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (SchemaError, KeyError_, embedded.EmbeddedError, httpx.HTTPError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
