@@ -590,7 +590,7 @@ async def _keep(connection: asyncpg.Connection) -> None:
     """No reset on the return of a connection: we keep no session state (87 -> 59 us a query)."""
 
 
-async def open_pool(url: str, size: int, plans: str, timeout: float) -> asyncpg.Pool:
+async def open_pool(url: str, size: int, plans: str, seconds: float) -> asyncpg.Pool:
     """A pool whose statements are planned in the given way: force_generic_plan once, force_custom_plan each time.
 
     The statements of the hot path take arrays, which PostgreSQL would plan anew each time (database CPU
@@ -604,7 +604,7 @@ async def open_pool(url: str, size: int, plans: str, timeout: float) -> asyncpg.
         url,
         min_size=1,
         max_size=size,
-        command_timeout=timeout,
+        command_timeout=seconds,
         timeout=5,
         server_settings=tuning,
         reset=_keep,
@@ -678,7 +678,7 @@ class MigrationBackend(DatabaseBackend):
     """
 
     list_tables_sql = "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()"
-    driver = _Driver  # pyright: ignore[reportAssignmentType]
+    driver = _Driver  # pyright: ignore
 
     def __init__(self, url: str) -> None:
         self._connection = _Connection(url)
@@ -1091,18 +1091,14 @@ class Farm:
         once: dict[uuid.UUID, Release] = {}
         for release in releases:
             once.setdefault(release.lock_id, release)
-        rows = await self.hot.fetch(
-            SQL["release_locks"], *_columns(sorted(once.values(), key=lambda r: r.lock_id), Release)
-        )
+        rows = await self.hot.fetch(SQL["release_locks"], *_columns([once[id] for id in sorted(once)], Release))
         freed = {row["lock_id"] for row in rows}
         return [release.lock_id in freed and once[release.lock_id] is release for release in releases]
 
     async def _extend(self, renewals: list[Renewal]) -> list[asyncpg.Record | None]:
         """Rows of those that are held. Of several renewals of one lock at once, the last one counts."""
         last = {renewal.lock_id: renewal for renewal in renewals}
-        rows = await self.hot.fetch(
-            SQL["extend_locks"], *_columns(sorted(last.values(), key=lambda r: r.lock_id), Renewal)
-        )
+        rows = await self.hot.fetch(SQL["extend_locks"], *_columns([last[id] for id in sorted(last)], Renewal))
         extended = {row["lock_id"]: row for row in rows}
         return [extended.get(renewal.lock_id) for renewal in renewals]
 
@@ -1170,7 +1166,7 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
         limits = {"request_max_body_size": None} if declaration.upload else {}
         options = {"call": declaration, "name": handler.__name__}
         ROUTES.append(
-            verb(path, status_code=declaration.status, opt=options, include_in_schema=False, **limits)(endpoint)
+            verb(path, status_code=200, opt=options, include_in_schema=False, **limits)(endpoint)
         )
 
     return register
@@ -1696,7 +1692,7 @@ class Import:
         if self.file.errors:
             raise Invalid(sorted(self.file.errors, key=lambda error: error.line)[:100])
         await connection.execute(SQL["import_pools"], timeout=600)
-        created = await connection.fetchval(SQL["import_create"], timeout=3600)
+        created: Any = await connection.fetchval(SQL["import_create"], timeout=3600)
         await self._adopt()
         await connection.execute(SQL["import_update"], timeout=3600)
         await connection.execute(SQL["import_move"], timeout=3600)
@@ -1789,7 +1785,7 @@ class HolderQuery(Body):
     project_id: uuid.UUID | None = None
 
 
-def _lock(row: asyncpg.Record, password: str | None | UnsetType = UNSET) -> Lock:
+def _lock(row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock:
     user = LockedUser(
         id=row["user_id"],
         login=row["login"],
@@ -1820,6 +1816,7 @@ def _idempotency_key(request: Request) -> uuid.UUID | None:
 async def _acquire(farm: Farm, request: Request, wish: Wish, body: AcquireLock | AcquireUser) -> Response[bytes]:
     """Claim a user; where there is none, find out why, and try again if one has come free meanwhile."""
     key = _idempotency_key(request)
+    counts: Any = None
     for _ in range(5):
         claim = Claim(wish, new_id(), body.holder, body.ttl, key)
         if row := await farm.acquire(claim):
@@ -1866,6 +1863,8 @@ def _user_refusal(wish: Wish, counts: asyncpg.Record) -> Problem:
     if state == "resting":
         detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
         return UserUnavailable(detail, state=state, available_at=counts["ready_at"])
+    if state == "free":  # five times somebody else was quicker, and has let go again
+        return DatabaseUnavailable(f"Many calls want the user {id} in this moment; try again.")
     return _user_locked(id, counts)
 
 
@@ -2143,8 +2142,7 @@ def _responses(declared: Call, path: str) -> dict[str, Any]:
 
 def _problems(declared: Call, path: str) -> list[type[Problem]]:
     """What a call can refuse: what it declares, and what its form brings along."""
-    problems = [*declared.problems, InternalError]
-    problems += [Invalid] if declared.tag != "service" or declared.query else [Invalid]
+    problems = [*declared.problems, Invalid, InternalError]
     problems += [DatabaseUnavailable] if declared.tag != "service" else []
     problems += [NotFound] if "{id" in path else []
     problems += [MalformedBody, UnsupportedMediaType, BodyTooLarge] if declared.body else []
@@ -2222,6 +2220,7 @@ def create_app(settings: Settings) -> Litestar:
         state=State({"settings": settings}),
         exception_handlers={HTTPException: _http_problem, Exception: _unforeseen},
         openapi_config=None,
+        logging_config=None,
         request_max_body_size=settings.max_body,
     )
 
@@ -2277,7 +2276,8 @@ def _patiently(url: str) -> None:
     while True:
         try:
             with ThreadPoolExecutor(1) as thread:
-                return thread.submit(migrate, url).result() and None
+                thread.submit(migrate, url).result()
+            return
         except (OSError, asyncpg.CannotConnectNowError) as fault:
             if time.monotonic() > end:
                 raise SchemaError(f"The database cannot be reached: {type(fault).__name__}: {fault}") from None
@@ -2331,6 +2331,7 @@ def serve(settings: Settings) -> int:
         "lifespan": "on",
         "backlog": 4096,
         "timeout_graceful_shutdown": 8,
+        "ws": "none",
     }
     if settings.workers == 1:
         server = _Server(uvicorn.Config(create_app(settings), **options), settings)
@@ -2497,6 +2498,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("yoyo").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     words = list(argv) if argv and (not argv[0].startswith("-") or argv[0] in ("-h", "--help")) else ["serve", *argv]
     arguments = _parser().parse_args(words)
     for name, value in vars(arguments).items():

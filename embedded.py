@@ -63,6 +63,8 @@ SETTINGS = {
     "log_min_error_statement": "panic",  # with the next one: neither statements nor values of rows are logged
     "log_error_verbosity": "terse",
 }
+OTHER_HOME = "Set BOTFARM_HOME to another folder, or set DATABASE_URL to a PostgreSQL server."
+OTHER_USER = "Start BotFarm as another user, or set DATABASE_URL to a PostgreSQL server."
 
 
 class EmbeddedError(Exception):
@@ -79,10 +81,7 @@ def _explained(home: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, subprocess.SubprocessError) as error:
-        raise EmbeddedError(
-            f"The embedded PostgreSQL can't run in {home}: {error}. "
-            "Set BOTFARM_HOME to another folder, or set DATABASE_URL to a PostgreSQL server."
-        ) from error
+        raise EmbeddedError(f"The embedded PostgreSQL can't run in {home}: {error}. {OTHER_HOME}") from error
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -102,34 +101,22 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
 
 def _user(home: Path) -> pwd.struct_passwd:
     """Whom PostgreSQL runs as: ourselves; for root the owner of an existing home, else postgres or nobody."""
-    if os.geteuid() == 0:
-        return _unprivileged(home.stat().st_uid if home.exists() else 0)
-    try:
-        return pwd.getpwuid(os.geteuid())
-    except KeyError:
-        raise EmbeddedError(
-            f"The embedded PostgreSQL can't be created by uid {os.geteuid()}: this system has no user for it. "
-            "Run as a user with a passwd entry, or set DATABASE_URL to a PostgreSQL server."
-        ) from None
-
-
-def _unprivileged(owner: int) -> pwd.struct_passwd:
-    if owner:
-        with suppress(KeyError):
-            return pwd.getpwuid(owner)
+    uid = os.geteuid() or (home.stat().st_uid if home.exists() else 0)
+    with suppress(KeyError):
+        if uid:
+            return pwd.getpwuid(uid)
+    if os.geteuid():
+        raise EmbeddedError(f"PostgreSQL can't run as uid {uid}, which has no passwd entry. {OTHER_USER}")
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             return pwd.getpwnam(name)
-    raise EmbeddedError(
-        "PostgreSQL refuses to run as root, and there is no user postgres or nobody to run it as. "
-        "Start BotFarm as another user, or set DATABASE_URL to a PostgreSQL server."
-    )
+    raise EmbeddedError(f"PostgreSQL can't run as root, and no user postgres or nobody exists. {OTHER_USER}")
 
 
 def _place(home: Path) -> Path:
     """The folder that stands for this home, made or not. A home that moved once stays moved."""
     home = Path(os.path.realpath(home))
-    if os.geteuid() != 0:
+    if os.geteuid():
         return home
     moved = SHARED / f"{home.name.lstrip('.')}-{hashlib.sha256(os.fsencode(home)).hexdigest()[:8]}"
     if moved.exists():
@@ -138,43 +125,30 @@ def _place(home: Path) -> Path:
     if _run(user, "test", "-x", str(parent)).returncode == 0:
         return home
     if (home / "data").exists():
-        raise EmbeddedError(
-            f"The database in {home} is out of reach for user {user.pw_name}, whom PostgreSQL runs as. "
-            "Open the folders above it to that user, or set BOTFARM_HOME to another folder."
-        )
+        raise EmbeddedError(f"PostgreSQL's user {user.pw_name} can't reach the database in {home}. {OTHER_HOME}")
     return moved
 
 
 def _own(home: Path) -> None:
     """Give an empty folder of root to PostgreSQL's user. A used one stays: it might be /etc by mistake."""
     user, owner = _user(home), home.stat().st_uid
-    if owner != user.pw_uid:
-        if os.geteuid() != 0 or set(os.listdir(home)) - {"lost+found"}:
-            raise EmbeddedError(
-                f"{home} belongs to uid {owner}, not to user {user.pw_name}, whom PostgreSQL runs as. "
-                "Set BOTFARM_HOME to a new or empty folder, or set DATABASE_URL to a PostgreSQL server."
-            )
+    if owner != user.pw_uid and (os.geteuid() or set(os.listdir(home)) - {"lost+found"}):
+        raise EmbeddedError(
+            f"{home} is not empty and belongs to uid {owner}, not to PostgreSQL's user {user.pw_name}. {OTHER_HOME}"
+        )
     _hand_over(home, user)
     home.chmod(0o700)
 
 
-def _hand_over(path: Path, user: pwd.struct_passwd) -> None:
+def _hand_over(path: Path | int, user: pwd.struct_passwd) -> None:
     if os.geteuid() == 0:
         os.chown(path, user.pw_uid, user.pw_gid)
-
-
-def _shared() -> Path:
-    SHARED.mkdir(parents=True, exist_ok=True)
-    if SHARED.stat().st_uid == 0:  # else it is the home of somebody, who keeps it closed
-        SHARED.chmod(0o755)
-    return SHARED
 
 
 def _open(path: Path, flags: int, user: pwd.struct_passwd) -> int:
     """Open a file of the home. Its owner may be hostile to root, so a link there is not followed."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    if os.geteuid() == 0:
-        os.fchown(handle, user.pw_uid, user.pw_gid)
+    _hand_over(handle, user)
     return handle
 
 
@@ -204,8 +178,8 @@ PR_SET_PDEATHSIG = 1
 def _process(user: pwd.struct_passwd) -> dict[str, Any]:
     """Arguments of subprocess: no rights of root, no ctrl-C from the terminal, no life after our death.
 
-    The kernel sends the death signal when the *thread* that forked ends, and forgets it on a change of user.
-    preexec_fn runs after that change. macOS has no such signal: there the next start ends the orphan.
+    The kernel sends the death signal when the *thread* that forked ends, and forgets it on a change of user:
+    preexec_fn runs after that change. macOS has no such signal; there the next start ends the orphan.
     """
     parent = os.getpid()
 
@@ -216,27 +190,19 @@ def _process(user: pwd.struct_passwd) -> dict[str, Any]:
                 os._exit(1)
 
     root = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
-    return root | {
-        "env": ENVIRONMENT,
-        "cwd": "/",
-        "stdin": subprocess.DEVNULL,
-        "start_new_session": True,
-        "preexec_fn": follow,
-    }
+    common = {"env": ENVIRONMENT, "cwd": "/", "stdin": subprocess.DEVNULL, "start_new_session": True}
+    return {**root, **common, "preexec_fn": follow}
 
 
 def _run(user: pwd.struct_passwd, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a program to its end as this user; one that can't be executed reports 126, as in a shell."""
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=300, **_process(user)
-        )
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, **_process(user))
     except OSError as error:
         if os.geteuid() == 0 and error.errno in (errno.EPERM, errno.EINVAL):
             raise EmbeddedError(
-                f"PostgreSQL refuses to run as root, and root may not change to user {user.pw_name} here "
-                "(CAP_SETUID and CAP_SETGID are missing). "
-                "Start BotFarm as another user, or set DATABASE_URL to a PostgreSQL server."
+                f"PostgreSQL can't run as root, and root may not become user {user.pw_name} here "
+                f"(no CAP_SETUID and CAP_SETGID). {OTHER_USER}"
             ) from error
         return subprocess.CompletedProcess(command, 126, "", str(error))
 
@@ -245,47 +211,33 @@ def _programs(data: Path, user: pwd.struct_passwd) -> Path:
     """The folder with `postgres` and `initdb` of the version that made this database, 18 for a new one."""
     made_by = data / "PG_VERSION"
     major = made_by.read_text().strip() if made_by.exists() else next(iter(FOLDERS))
-    if major not in FOLDERS:
+    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # without importing it
+    package = Path(spec.origin).resolve().parent if spec and spec.origin else Path("/")
+    programs = package / FOLDERS.get(major, "none")
+    if not (programs / "bin" / "postgres").exists():
         raise EmbeddedError(
-            f"The database in {data} was made by PostgreSQL {major}, and {WHEEL} has only "
-            f"{' and '.join(FOLDERS)}. Set BOTFARM_HOME to another folder, or set DATABASE_URL to a server of it."
+            f"The package {WHEEL} has no PostgreSQL {major}, needed for {data}, on this platform "
+            f"({platform.platform()}), or it is not installed. {OTHER_HOME}"
         )
-    programs = _wheel() / FOLDERS[major] / "bin"
-    if not (programs / "postgres").exists():
-        raise _missing(f"PostgreSQL {major}")
-    if os.geteuid() == 0 and _run(user, str(programs / "initdb"), "-V").returncode != 0:
-        return _copy(programs.parent, major)
-    return programs
+    if os.geteuid() == 0 and _run(user, str(programs / "bin" / "initdb"), "-V").returncode != 0:
+        programs = _copied(programs, major)
+    return programs / "bin"
 
 
-def _wheel() -> Path:
-    """Where the wheel is installed, found without importing it: that would start its own machinery."""
-    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
-    if not spec or not spec.submodule_search_locations:
-        raise _missing("PostgreSQL")
-    return Path(spec.submodule_search_locations[0]).resolve()
-
-
-def _missing(what: str) -> EmbeddedError:
-    return EmbeddedError(
-        f"The package {WHEEL} has no {what} for this platform ({platform.platform()}) or is not installed. "
-        "Set DATABASE_URL to a PostgreSQL server."
-    )
-
-
-def _copy(programs: Path, major: str) -> Path:
-    """Programs that PostgreSQL's user can't reach are copied once. kill -9 leaves only a `.new` folder.
+def _copied(programs: Path, major: str) -> Path:
+    """Programs that PostgreSQL's user can't reach are copied once; kill -9 leaves only a `.new` folder.
 
     They find their libraries by a relative path, so the copy keeps the layout of the wheel.
     """
-    target = _shared() / f"postgresql-{major}-{importlib.metadata.version(WHEEL)}"
-    package, fresh = programs.parent, target.with_name(target.name + ".new")
+    package, target = programs.parent, SHARED / f"postgresql-{major}-{importlib.metadata.version(WHEEL)}"
+    fresh = target.with_name(target.name + ".new")
+    _make_shared()
     with ExitStack() as held:
         handle = os.open(SHARED, os.O_RDONLY)
         held.callback(os.close, handle)
         fcntl.flock(handle, fcntl.LOCK_EX)  # one copies, others wait
         if not target.exists():
-            log.warning("copying PostgreSQL %s to %s, as its user can't reach %s", major, target, programs)
+            log.info("copying PostgreSQL %s to %s: its user can't reach %s", major, target, programs)
             shutil.rmtree(fresh, ignore_errors=True)
             for folder in (programs, package.parent / f"{package.name}.libs", package / ".dylibs"):
                 if folder.exists():
@@ -294,7 +246,13 @@ def _copy(programs: Path, major: str) -> Path:
                 path.chmod(0o755)
             os.sync()
             fresh.rename(target)
-    return target / package.name / programs.name / "bin"
+    return target / programs.relative_to(package.parent)
+
+
+def _make_shared() -> None:
+    SHARED.mkdir(parents=True, exist_ok=True)
+    if SHARED.stat().st_uid == 0:  # else it is the home of somebody, who keeps it closed
+        SHARED.chmod(0o755)
 
 
 def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
@@ -311,11 +269,7 @@ def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
     options = ("-U", "botfarm", "--auth=trust", "--encoding=UTF8", "--locale=C")
     done = _run(user, str(programs / "initdb"), "-D", str(fresh), *options)
     if done.returncode != 0:
-        reason = " ".join((done.stderr or done.stdout).split()[-60:])
-        raise EmbeddedError(
-            f"The embedded PostgreSQL can't be created in {data}: {reason} "
-            "Set BOTFARM_HOME to another folder, or set DATABASE_URL to a PostgreSQL server."
-        )
+        raise EmbeddedError(f"initdb can't create {data}: {' '.join(done.stderr.split())} {OTHER_HOME}")
     fresh.rename(data)
     os.sync()
 
@@ -325,7 +279,7 @@ def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
 
 
 def _processes() -> dict[int, list[str]]:
-    """Each running program by pid, as its arguments. A zombie has none."""
+    """What runs now: arguments by pid. A zombie has none."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -334,7 +288,7 @@ def _processes() -> dict[int, list[str]]:
 
 
 def _processes_by_ps() -> dict[int, list[str]]:
-    """For macOS: ps joins arguments by blanks, so ours (`postgres -D data -c …`) are cut at the options."""
+    """For macOS. ps joins arguments by blanks, so ours (`postgres -D data -c …`) are cut at the options."""
     found = {}
     for line in subprocess.check_output(["ps", "-axww", "-o", "pid=,command="], text=True).splitlines():
         pid, _, command = line.strip().partition(" ")
@@ -344,8 +298,10 @@ def _processes_by_ps() -> dict[int, list[str]]:
 
 
 def _name(data: Path) -> str:
-    """The cluster_name: PostgreSQL puts it in the title of each process. The same path in a container has
-    another inode, so their processes don't pass for ours."""
+    """The cluster_name, which PostgreSQL puts in the title of each of its processes.
+
+    By inode: in containers the same path is used again and again, and their processes are not ours.
+    """
     status = data.stat()
     return f"botfarm-{status.st_dev:x}-{status.st_ino:x}"
 
@@ -359,15 +315,14 @@ def _status(data: Path) -> tuple[int, str, str]:
 
 
 def _ours(data: Path) -> set[int]:
-    """The running processes of this database, whoever started them."""
+    """The running processes of this database. Its postmaster is among them only if postmaster.pid names it."""
     if not data.exists():
         return set()
     named, title = _status(data)[0], f"postgres: {_name(data)}: "
     return {
         pid
-        for pid, arguments in _processes().items()
-        if arguments[0].startswith(title)
-        or (pid == named and Path(arguments[0]).name == "postgres" and str(data) in arguments)
+        for pid, words in _processes().items()
+        if words[0].startswith(title) or (pid == named and Path(words[0]).name == "postgres" and str(data) in words)
     }
 
 
@@ -380,29 +335,26 @@ def _outlive(data: Path) -> None:
         with suppress(ProcessLookupError):
             os.kill(named, signal.SIGINT)
     if not _until(lambda: not _ours(data), 15):
-        raise EmbeddedError(
-            f"PostgreSQL still runs on {data} though its service is gone (pids {sorted(_ours(data))}). "
-            "End these processes, or set BOTFARM_HOME to another folder."
-        )
+        pids = ", ".join(map(str, _ours(data)))
+        raise EmbeddedError(f"PostgreSQL of a killed service still runs on {data} (pid {pids}). {OTHER_HOME}")
 
 
 def _unblock(data: Path, user: pwd.struct_passwd) -> None:
-    """Make a postmaster.pid harmless that PostgreSQL would take for a running server, once ours are gone.
+    """Make a stale postmaster.pid harmless, once our processes are gone.
 
-    Of a readable one only the pid changes: by the other lines PostgreSQL looks for processes we may have missed.
+    Only the pid changes: by the other lines PostgreSQL looks for processes that use its memory. A zombie, and
+    in a new container we ourselves, can have the old pid. Files that name no pid are refused by PostgreSQL.
     """
     path, named = data / "postmaster.pid", _status(data)[0]
-    if not path.exists():
-        return
-    if not named:
-        log.warning("%s names no process: it is removed", path)
+    if path.exists() and not named:
+        log.warning("%s is damaged and names no process: it is removed", path)
         path.unlink()
-    elif _alive(named):
+    elif named and _alive(named):
         log.warning("%s is stale: process %d is not our PostgreSQL and is left alone", path, named)
         with open(_open(path, os.O_RDWR, user), "r+b") as file:
             rest = file.read().partition(b"\n")[2]
             file.seek(0)
-            file.write(b"%d\n" % NOBODYS_PID + rest)  # never shorter than before
+            file.write(b"%d\n" % NOBODYS_PID + rest)  # in one write, and never shorter than before
 
 
 def _alive(pid: int) -> bool:
@@ -415,10 +367,7 @@ def _alive(pid: int) -> bool:
 
 # ---- The server --------------------------------------------------------------------------------------------
 
-BUSY = (
-    "shared memory block",
-    "postmaster.pid",
-)  # in a refusal that passes: a killed predecessor's last moments
+PASSING = ("shared memory block", "postmaster.pid")  # in refusals that end with a killed predecessor
 
 
 def _dsn(sockets: str) -> str:
@@ -427,15 +376,15 @@ def _dsn(sockets: str) -> str:
 
 
 def _sockets(home: Path, user: pwd.struct_passwd, owned: ExitStack) -> Path:
-    """The socket's folder: the home, unless its path is too long for one or has a comma, which separates hosts.
+    """The socket's folder: the home, unless its path is too long for one or has a comma, as between hosts.
 
     Then one in /tmp: TMPDIR may be as long, or closed to PostgreSQL's user.
     """
     if len(os.fsencode(home / SOCKET)) <= 100 and "," not in str(home):
         return home
-    folder = owned.enter_context(tempfile.TemporaryDirectory(prefix="botfarm-", dir="/tmp"))
-    _hand_over(Path(folder), user)
-    return Path(folder)
+    folder = Path(owned.enter_context(tempfile.TemporaryDirectory(prefix="botfarm-", dir="/tmp")))
+    _hand_over(folder, user)
+    return folder
 
 
 @dataclass(eq=False)
@@ -478,26 +427,22 @@ class Embedded:
                 return
 
     def _supervise(self, started: Future[None]) -> None:
+        """Start PostgreSQL, and again whenever it ends, at most five times a minute, until stop()."""
         try:
             self._launch()
         except BaseException as error:
             started.set_exception(error)
             return
         started.set_result(None)
-        self._watch()
-
-    def _watch(self) -> None:
-        """Start PostgreSQL again whenever it ends, at most five times a minute, until stop()."""
         restarts = deque([-60.0] * 5, maxlen=5)
         while self._died():
             log.warning("the PostgreSQL in %s ended by itself and is started again", self.home)
-            if self._stopping.wait(max(0.0, restarts[0] + 60 - time.monotonic())):
-                return
+            self._stopping.wait(max(0.0, restarts[0] + 60 - time.monotonic()))
             restarts.append(time.monotonic())
             try:
                 self._launch()
             except (EmbeddedError, OSError, subprocess.SubprocessError) as error:
-                log.error("%s", error)
+                log.log(logging.INFO if self._stopping.is_set() else logging.ERROR, "%s", error)
 
     def _died(self) -> bool:
         """Wait for PostgreSQL to end; False when that was asked for."""
@@ -506,7 +451,7 @@ class Embedded:
         return not self._stopping.is_set()
 
     def _launch(self) -> None:
-        """Start PostgreSQL and wait until it is ready, with some more tries while a killed one is in the way."""
+        """Start PostgreSQL and wait until it is ready, trying again while a killed one is in the way."""
         data, reason = self.home / "data", ""
         for _ in range(20):
             _outlive(data)
@@ -514,14 +459,12 @@ class Embedded:
             child, beginning = self._spawn(data)
             if self._ready(child, data):
                 return
-            reason = self._log_since(beginning)
-            if self._stopping.is_set() or not any(word in reason for word in BUSY):
+            lines = (self.home / "postgres.log").read_bytes()[beginning:].decode(errors="replace").splitlines()
+            reason = " ".join(lines[-5:])
+            if self._stopping.is_set() or not any(words in reason for words in PASSING):
                 break
             time.sleep(0.25)
-        raise EmbeddedError(
-            f"The embedded PostgreSQL in {data} does not start: {reason or 'it says nothing.'} "
-            f"See {self.home / 'postgres.log'}, or set DATABASE_URL to a PostgreSQL server."
-        )
+        raise EmbeddedError(f"PostgreSQL does not start in {data}: {reason or 'no reason given.'} {OTHER_HOME}")
 
     def _spawn(self, data: Path) -> tuple[subprocess.Popen[Any], int]:
         """The new process, and where in postgres.log its lines begin."""
@@ -529,13 +472,13 @@ class Embedded:
             leftover.unlink()
         places = {"unix_socket_directories": str(self._sockets), "cluster_name": _name(data)}
         options = [word for name, value in (SETTINGS | places).items() for word in ("-c", f"{name}={value}")]
+        command = [str(self._programs / "postgres"), "-D", str(data), *options]
         output = _open(self.home / "postgres.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, self._user)
         with open(output, "ab") as file, self._guard:
             if file.tell() > LOG_LIMIT:
                 file.truncate(0)
             if self._stopping.is_set():
-                raise EmbeddedError(f"The embedded PostgreSQL in {data} was stopped while it started.")
-            command = [str(self._programs / "postgres"), "-D", str(data), *options]
+                raise EmbeddedError(f"PostgreSQL in {data} was stopped while it started.")
             beginning = os.fstat(output).st_size
             child = self._child = subprocess.Popen(command, stdout=file, stderr=file, **_process(self._user))
             return child, beginning
@@ -551,11 +494,6 @@ class Embedded:
             child.wait(30)
         return child.poll() is None
 
-    def _log_since(self, beginning: int) -> str:
-        """The last lines, in one."""
-        text = (self.home / "postgres.log").read_bytes()[beginning:].decode(errors="replace")
-        return " ".join(line.strip() for line in text.splitlines()[-5:])
-
 
 # ---- The calls ---------------------------------------------------------------------------------------------
 
@@ -567,15 +505,15 @@ def settle_home(home: Path) -> Path:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         settled = _place(home)
         if settled != wanted:
-            log.info("%s is kept in %s, as PostgreSQL's user can't reach it", wanted, settled)
-            _shared()
+            log.info("%s is kept in %s: PostgreSQL's user can't reach it", wanted, settled)
+            _make_shared()
         settled.mkdir(mode=0o700, exist_ok=True)
         _own(settled)
         return settled
 
 
 def start(home: Path) -> Embedded:
-    """Start the PostgreSQL of this home, created if need be. From any thread; blocks, for 60 s at the most."""
+    """Start the PostgreSQL of this home, created if need be; from any thread, which it blocks meanwhile."""
     home = settle_home(home)
     with _explained(home), ExitStack() as owned:
         user, data = _user(home), home / "data"
@@ -605,7 +543,7 @@ def database(home: Path) -> Iterator[str]:
 
 
 def _join_or_start(home: Path, owned: ExitStack) -> str:
-    """A service that is starting or stopping just now is waited for."""
+    """A service that is starting or stopping at this moment is waited for."""
     end = time.monotonic() + 10
     while True:
         if dsn := running(home):

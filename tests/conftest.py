@@ -1,0 +1,205 @@
+"""What the tests share: a real PostgreSQL, a service over real HTTP, and short words for both."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import httpx
+import pytest
+import uvicorn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import botfarm  # noqa: E402
+import embedded  # noqa: E402
+
+KEY = "k1:" + "A" * 43 + "="
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """A PostgreSQL server: the one of DATABASE_URL, else an embedded one."""
+    if url := os.environ.get("DATABASE_URL"):
+        yield url
+        return
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        os.chmod(folder, 0o755)
+        running = embedded.start(Path(folder) / "home")
+        yield running.dsn
+        running.stop()
+
+
+@contextmanager
+def fresh_database(server: str) -> Iterator[str]:
+    """The URL of an empty database, dropped afterwards."""
+    name = f"botfarm_test_{uuid.uuid4().hex[:12]}"
+    asyncio.run(execute(server, f"create database {name}"))
+    try:
+        yield urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
+    finally:
+        asyncio.run(execute(server, f"drop database {name} with (force)"))
+
+
+async def execute(url: str, *statements: str) -> list[Any]:
+    """Run statements on a connection of their own; the rows of the last one."""
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements[:-1]:
+            await connection.execute(statement)
+        return await connection.fetch(statements[-1])
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="session")
+def database(server: str) -> Iterator[str]:
+    """The database of the shared service."""
+    with fresh_database(server) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_database(server: str) -> Iterator[str]:
+    with fresh_database(server) as url:
+        yield url
+
+
+def settings(url: str, **changes: Any) -> botfarm.Settings:
+    values: dict[str, Any] = {"database_url": botfarm.Secret(url), "keys": botfarm.Secret(KEY)}
+    return botfarm.Settings(**(values | changes))
+
+
+@contextmanager
+def serving(configured: botfarm.Settings) -> Iterator[Any]:
+    """A service in a thread of its own, on a free port: its `url`, its `farm` and its event `loop`."""
+    app = botfarm.create_app(configured)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(app, access_log=False, log_config=None, ws="none", lifespan="on", backlog=2048)
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        until(lambda: running.started or not thread.is_alive(), 30)
+        assert running.started, "the service did not start"
+        yield SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}", farm=app.state.farm, app=app)
+    finally:
+        running.should_exit = True
+        thread.join(20)
+        listener.close()
+    assert not thread.is_alive()
+
+
+def until(condition: Any, seconds: float) -> None:
+    """Wait for a condition, bounded."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def service(database: str) -> Iterator[Any]:
+    with serving(settings(database)) as running:
+        yield running
+
+
+@pytest.fixture
+async def api(service: Any) -> AsyncIterator[httpx.AsyncClient]:
+    async with client(service.url) as opened:
+        yield opened
+
+
+def client(url: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=300, max_keepalive_connections=300)
+    return httpx.AsyncClient(base_url=url, timeout=30, limits=limits)
+
+
+@pytest.fixture
+def project() -> str:
+    """A project of its own for each test, so that tests share a service and never users."""
+    return str(uuid.uuid4())
+
+
+async def make_users(api: httpx.AsyncClient, project: str, count: int = 1, **values: Any) -> list[dict[str, Any]]:
+    users = []
+    for number in range(count):
+        body = {"login": f"bot-{number}", "password": f"pw-{number}", "project_id": project, "env": "stage"}
+        answer = await api.post("/users", json=body | values)
+        assert answer.status_code == 201, answer.text
+        users.append(answer.json())
+    return users
+
+
+async def acquire(api: httpx.AsyncClient, project: str, **values: Any) -> httpx.Response:
+    headers = {"Idempotency-Key": str(values.pop("key"))} if "key" in values else {}
+    return await api.post("/locks", json={"project_id": project} | values, headers=headers)
+
+
+def slug(answer: httpx.Response) -> str:
+    """The kind of a problem, after a look at its form."""
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    problem = answer.json()
+    assert problem["status"] == answer.status_code
+    assert problem["title"]
+    assert problem["detail"]
+    return problem["type"].removeprefix("urn:botfarm:")
+
+
+@contextmanager
+def process(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """`python botfarm.py ...` as a process of its own, stopped by its own handle."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))} | (env or {})
+    command = [sys.executable, str(ROOT / "botfarm.py"), *arguments]
+    started = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    try:
+        yield started
+    finally:
+        if started.poll() is None:
+            started.terminate()
+        try:
+            started.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.communicate()
+
+
+def command(*arguments: str, env: dict[str, str] | None = None, text: str | None = None) -> Any:
+    """A command run to its end."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))} | (env or {})
+    words = [sys.executable, str(ROOT / "botfarm.py"), *arguments]
+    return subprocess.run(words, env=environment, input=text, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_ready(url: str, seconds: float = 30) -> None:
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{url}/readyz", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    until(ready, seconds)

@@ -1,0 +1,288 @@
+"""Locks: the life of one, and what ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from datetime import datetime
+
+import pytest
+from conftest import acquire, execute, make_users, serving, settings, slug
+
+import botfarm
+
+
+def seconds(lock):
+    times = [datetime.fromisoformat(lock[name]) for name in ("acquired_at", "expires_at")]
+    return (times[1] - times[0]).total_seconds()
+
+
+async def test_a_lock_is_answered_whole_with_the_password(api, project):
+    (user,) = await make_users(api, project, labels={"role": "admin"})
+    answer = await acquire(api, project, env="stage", labels={"role": "admin"}, ttl=60, holder="ci 7")
+    lock = answer.json()
+    assert answer.status_code == 201
+    assert lock == {
+        "id": lock["id"], "fence": 1, "holder": "ci 7", "ttl": 60, "acquired_at": lock["acquired_at"],
+        "expires_at": lock["expires_at"],
+        "user": {
+            "id": user["id"], "login": "bot-0", "password": "pw-0", "project_id": project, "env": "stage",
+            "domain": "regular", "labels": {"role": "admin"},
+        },
+    }  # fmt: skip
+    assert seconds(lock) == 60
+    del lock["user"]["password"]
+    assert (await api.get(f"/locks/{lock['id']}")).json() == lock
+    shown = (await api.get(f"/users/{user['id']}")).json()
+    assert (shown["state"], shown["locktime"]) == ("locked", lock["acquired_at"])
+    assert shown["lock"] == {name: lock[name] for name in ("holder", "fence", "acquired_at", "expires_at")}
+
+
+async def test_refusals_say_why(api, project):
+    assert slug(await acquire(api, project)) == "no-matching-user"
+    await make_users(api, project, 2)
+    assert slug(await acquire(api, project, labels={"role": "admin"})) == "no-matching-user"
+    first = (await acquire(api, project, ttl=100)).json()
+    await acquire(api, project, ttl=200)
+    refused = await acquire(api, project)
+    assert slug(refused) == "pool-exhausted"
+    assert int(refused.headers["retry-after"]) >= 1
+    expected = {"matching": 2, "locked": 2, "resting": 0, "quarantined": 0, "waiting": 0}
+    assert {name: refused.json()[name] for name in expected} == expected
+    assert refused.json()["next_free_at"] == first["expires_at"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"ttl": 0}, "ttl"), ({"ttl": 86401}, "ttl"), ({"ttl": "5"}, "ttl"), ({"ttl": 1.5}, "ttl"), ({"wait": 1}, "wait"),
+        ({"wait": -1}, "wait"), ({"holder": "x" * 201}, "holder"), ({"holder": "a\tb"}, "holder"), ({"env": "x"}, "env"),
+        ({"project_id": None}, "project_id"), ({"labels": {"x": None}}, "labels.x"), ({"user": 1}, "user"),
+    ],
+)  # fmt: skip
+async def test_a_bad_wish_is_refused_by_field(api, project, body, field):
+    answer = await acquire(api, **({"project": project} | {k: v for k, v in body.items()}))
+    assert slug(answer) == "invalid"
+    assert answer.json()["errors"][0]["field"] == field
+
+
+async def test_the_body_of_a_lock_on_one_user_is_optional(api, project):
+    (user,) = await make_users(api, project)
+    path = f"/users/{user['id']}/lock"
+    lock = (await api.put(path)).json()
+    assert (lock["ttl"], lock["user"]["password"]) == (300, "pw-0")
+    refused = await api.put(path, json={"holder": "you"})
+    assert slug(refused) == "user-locked"
+    assert (refused.json()["holder"], refused.json()["expires_at"]) == ("", lock["expires_at"])
+
+
+async def test_a_heartbeat_moves_the_end(api, project):
+    await make_users(api, project)
+    lock = (await acquire(api, project, ttl=100)).json()
+    longer = (await api.patch(f"/locks/{lock['id']}", json={"ttl": 500})).json()
+    assert (longer["ttl"], "password" in longer["user"]) == (500, False)
+    assert 500 <= seconds(longer) < 510
+    assert (await api.patch(f"/locks/{lock['id']}")).json()["ttl"] == 500
+    assert slug(await api.patch(f"/locks/{lock['id']}", json={"ttl": 0})) == "invalid"
+    assert slug(await api.patch(f"/locks/{uuid.uuid4()}")) == "lock-not-held"
+    assert slug(await api.patch("/locks/none")) == "not-found"
+
+
+async def test_a_lock_that_was_shortened_ends_at_its_new_time(api, project):
+    await make_users(api, project)
+    lock = (await acquire(api, project, ttl=300)).json()
+    await api.patch(f"/locks/{lock['id']}", json={"ttl": 1})
+    await asyncio.sleep(1.05)
+    assert (await acquire(api, project)).json()["fence"] == 2
+
+
+async def test_a_renewed_lock_outlives_its_first_end(api, project):
+    await make_users(api, project)
+    lock = (await acquire(api, project, ttl=1)).json()
+    await api.patch(f"/locks/{lock['id']}", json={"ttl": 100})
+    await asyncio.sleep(2.2)  # long enough for the sweep to come by
+    assert slug(await acquire(api, project)) == "pool-exhausted"
+    assert (await api.get(f"/locks/{lock['id']}")).status_code == 200
+
+
+async def test_a_release_ends_a_lock_once(api, project):
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    answers = await asyncio.gather(*(api.delete(f"/locks/{lock['id']}") for _ in range(10)))
+    assert sorted(answer.status_code for answer in answers) == [204] + [404] * 9
+    late = await api.delete(f"/locks/{lock['id']}")
+    assert slug(late) == "lock-not-held"
+    assert late.json()["ended_by"] == "released"
+    (entry,) = (await api.get(f"/users/{user['id']}/history")).json()["items"]
+    assert entry["ended_at"] == late.json()["ended_at"]
+
+
+async def test_a_late_release_never_frees_the_next_holder(api, project):
+    await make_users(api, project)
+    first = (await acquire(api, project, ttl=1)).json()
+    await asyncio.sleep(1.05)
+    second = (await acquire(api, project)).json()
+    late = await api.delete(f"/locks/{first['id']}")
+    assert slug(late) == "lock-not-held"
+    assert (late.json()["ended_by"], late.json()["ended_at"]) == ("expired", first["expires_at"])
+    assert slug(await api.patch(f"/locks/{first['id']}")) == "lock-not-held"
+    assert (await api.get(f"/locks/{second['id']}")).json()["fence"] == first["fence"] + 1
+
+
+async def test_a_cooldown_lets_the_user_rest(api, project):
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    await api.delete(f"/locks/{lock['id']}?cooldown=1")
+    assert (await api.get(f"/users/{user['id']}")).json()["state"] == "resting"
+    unavailable = await api.put(f"/users/{user['id']}/lock")
+    assert slug(unavailable) == "user-unavailable"
+    refused = await acquire(api, project)
+    assert (slug(refused), refused.json()["resting"]) == ("pool-exhausted", 1)
+    assert refused.json()["next_free_at"] == unavailable.json()["available_at"]
+    await asyncio.sleep(1.05)
+    assert (await acquire(api, project)).status_code == 201
+    assert slug(await api.delete(f"/locks/{lock['id']}?cooldown=86401")) == "invalid"
+
+
+async def test_a_test_takes_a_broken_user_out_with_its_release(api, project):
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    await api.delete(f"/locks/{lock['id']}", params={"quarantine": "no inbox"})
+    shown = (await api.get(f"/users/{user['id']}")).json()
+    assert (shown["state"], shown["quarantine"]) == ("quarantined", "no inbox")
+
+
+async def test_a_holder_gives_everything_back_at_once(api, project):
+    await make_users(api, project, 4)
+    holder = f"job-{project}"
+    locks = [(await acquire(api, project, holder=holder)).json() for _ in range(2)]
+    other = (await acquire(api, project, holder="someone else")).json()
+    elsewhere = {"holder": holder, "project_id": str(uuid.uuid4())}
+    assert (await api.delete("/locks", params=elsewhere)).json() == {"released": 0}
+    assert (await api.delete("/locks", params={"holder": holder})).json() == {"released": 2}
+    assert slug(await api.get(f"/locks/{locks[0]['id']}")) == "lock-not-held"
+    assert (await api.get(f"/locks/{other['id']}")).status_code == 200
+    assert slug(await api.delete("/locks")) == "invalid"
+    assert slug(await api.delete("/locks?holder=")) == "invalid"
+
+
+async def test_force_ends_any_lock_and_says_so(api, project):
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    for _ in range(2):
+        assert (await api.delete(f"/users/{user['id']}/lock")).status_code == 204
+    late = await api.delete(f"/locks/{lock['id']}")
+    assert late.json()["ended_by"] == "forced"
+    assert (await acquire(api, project)).json()["fence"] == 2
+
+
+async def test_use_spreads_over_the_pool(api, project):
+    await make_users(api, project, 5)
+    used = []
+    for _ in range(10):
+        lock = (await acquire(api, project)).json()
+        used.append(lock["user"]["login"])
+        await api.delete(f"/locks/{lock['id']}")
+    assert {used.count(login) for login in used} == {2}
+
+
+async def test_any_env_and_domain_of_a_project_can_be_asked_for(api, project):
+    await make_users(api, project, 1, env="prod")
+    await make_users(api, project, 1, domain="canary")
+    got = [(await acquire(api, project)).json()["user"] for _ in range(2)]
+    assert {(user["env"], user["domain"]) for user in got} == {("prod", "regular"), ("stage", "canary")}
+    assert slug(await acquire(api, project)) == "pool-exhausted"
+
+
+async def test_a_repeat_with_its_key_finds_the_same_lock(api, project):
+    await make_users(api, project, 3)
+    key = uuid.uuid4()
+    first = await acquire(api, project, key=key)
+    again = await acquire(api, project, key=key, ttl=7)
+    assert (again.status_code, again.json()) == (201, first.json())
+    await acquire(api, project)
+    await acquire(api, project)
+    assert (await acquire(api, project, key=key)).json() == first.json()  # also from an exhausted pool
+    await api.delete(f"/locks/{first.json()['id']}")
+    ended = await acquire(api, project, key=key)
+    assert slug(ended) == "lock-ended"
+    assert ended.json()["ended_at"]
+    assert slug(await api.post("/locks", json={"project_id": project}, headers={"Idempotency-Key": "7"})) == "invalid"
+
+
+async def test_a_refused_request_leaves_its_key_unused(api, project):
+    key = uuid.uuid4()
+    assert slug(await acquire(api, project, key=key)) == "no-matching-user"
+    (user,) = await make_users(api, project)
+    assert (await acquire(api, project, key=key)).status_code == 201
+    again = await api.put(f"/users/{user['id']}/lock", headers={"Idempotency-Key": str(key)})
+    assert again.status_code == 201
+
+
+async def test_an_expired_lock_returns_to_the_pool_without_the_sweep(database, project, monkeypatch):
+    async def nothing(farm):
+        """The sweep, taken out."""
+
+    monkeypatch.setattr(botfarm, "sweep", nothing)
+    with serving(settings(database)) as alone:
+        from conftest import client
+
+        async with client(alone.url) as api:
+            (user,) = await make_users(api, project)
+            first = (await acquire(api, project, ttl=1, key=(key := uuid.uuid4()))).json()
+            assert slug(await acquire(api, project)) == "pool-exhausted"
+            await asyncio.sleep(1.05)
+            assert (await api.get(f"/users/{user['id']}")).json()["state"] == "free"
+            assert slug(await api.get(f"/locks/{first['id']}")) == "lock-not-held"
+            assert slug(await api.delete(f"/locks/{first['id']}")) == "lock-not-held"
+            assert slug(await acquire(api, project, key=key)) == "lock-ended"
+            (entry,) = (await api.get(f"/users/{user['id']}/history")).json()["items"]
+            assert (entry["ended_by"], entry["ended_at"]) == ("expired", first["expires_at"])
+            second = (await acquire(api, project)).json()
+            entries = (await api.get(f"/users/{user['id']}/history")).json()["items"]
+            assert [entry["ended_by"] for entry in entries] == [None, "expired"]
+            assert second["fence"] == 2
+            await api.patch(f"/locks/{second['id']}", json={"ttl": 1})
+            await asyncio.sleep(1.05)
+            assert (await api.put(f"/users/{user['id']}/lock")).json()["fence"] == 3
+
+
+async def test_the_sweep_records_expired_locks(api, project, service):
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project, ttl=1)).json()
+    for _ in range(100):
+        rows = await service_fetch(service, f"select ended_by from history where lock_id = '{lock['id']}'")
+        if rows:
+            break
+        await asyncio.sleep(0.05)
+    assert [row["ended_by"] for row in rows] == ["expired"]
+
+
+async def service_fetch(service, sql):
+    return await execute(service.app.state.settings.database_url.reveal(), sql)
+
+
+async def test_old_history_and_keys_are_forgotten_in_the_end(empty_database, project):
+    with serving(settings(empty_database)) as alone:
+        from conftest import client
+
+        async with client(alone.url) as api:
+            await make_users(api, project, 2)
+            kept = (await acquire(api, project, key=uuid.uuid4())).json()
+            lock = (await acquire(api, project, key=uuid.uuid4())).json()
+            await api.delete(f"/locks/{lock['id']}")
+            old = "00000000-0000-7000-8000-000000000001"
+            await execute(
+                empty_database,
+                f"update history set lock_id = '{old}', acquired_at = now() - interval '40 days', "
+                "ended_at = now() - interval '31 days'",
+                f"update idempotency_keys set bound_at = now() - interval '40 days', lock_ids = "
+                f"case when lock_ids = array['{kept['id']}'::uuid] then lock_ids else array['{old}'::uuid] end",
+            )
+            farm = alone.farm
+            pool = await botfarm.open_pool(empty_database, 1, "auto", 10)
+            await botfarm.prune(botfarm.Farm(farm.settings, pool, pool, farm.passwords))
+            await pool.close()
+            assert await execute(empty_database, "select from history") == []
+            keys = await execute(empty_database, "select lock_ids from idempotency_keys")
+            assert [str(key["lock_ids"][0]) for key in keys] == [kept["id"]]

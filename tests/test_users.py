@@ -1,0 +1,251 @@
+"""Users: create, list, change, verify, quarantine, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+
+import pytest
+from conftest import acquire, make_users, slug
+
+
+async def test_a_created_user_is_answered_whole_and_without_its_password(api, project):
+    body = {"login": "ada", "password": "pä ss", "project_id": project, "env": "prod", "labels": {"role": "admin"}}
+    answer = await api.post("/users", json=body)
+    user = answer.json()
+    assert answer.status_code == 201
+    assert answer.headers["location"] == f"/users/{user['id']}"
+    assert user == {
+        "id": user["id"], "created_at": user["created_at"], "login": "ada", "project_id": project, "env": "prod",
+        "domain": "regular", "labels": {"role": "admin"}, "state": "free", "locktime": None, "lock": None,
+        "quarantine": None,
+    }  # fmt: skip
+    assert (await api.get(answer.headers["location"])).json() == user
+
+
+async def test_a_login_is_taken_once_within_project_and_env(api, project):
+    await make_users(api, project)
+    body = {"login": "bot-0", "password": "x", "project_id": project, "env": "stage"}
+    assert slug(await api.post("/users", json=body)) == "login-taken"
+    assert (await api.post("/users", json=body | {"env": "prod"})).status_code == 201
+    assert (await api.post("/users", json=body | {"project_id": str(uuid.uuid4())})).status_code == 201
+
+
+async def test_many_creates_of_one_login_make_one_user(api, project):
+    body = {"login": "one", "password": "x", "project_id": project, "env": "stage"}
+    answers = await asyncio.gather(*(api.post("/users", json=body) for _ in range(20)))
+    assert sorted(answer.status_code for answer in answers) == [201] + [409] * 19
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"login": ""}, "login"),
+        ({"login": "x" * 255}, "login"),
+        ({"login": "a\nb"}, "login"),
+        ({"login": "a\n"}, "login"),
+        ({"login": "a\u0085"}, "login"),
+        ({"password": ""}, "password"),
+        ({"password": "p\u0000"}, "password"),
+        ({"password": "p" * 1025}, "password"),
+        ({"project_id": "nope"}, "project_id"),
+        ({"env": "moon"}, "env"),
+        ({"domain": "moon"}, "domain"),
+        ({"labels": {"a b": "x"}}, "labels"),
+        ({"labels": {"a\n": "x"}}, "labels"),
+        ({"labels": {"k" * 64: "x"}}, "labels"),
+        ({"labels": {"k": "v" * 256}}, "labels.k"),
+        ({"labels": {"k": "\u0000"}}, "labels.k"),
+        ({"labels": {f"k{n}": "" for n in range(33)}}, "labels"),
+        ({"labels": {"k": 1}}, "labels.k"),
+        ({"labels": None}, "labels"),
+        ({"shoe": 42}, "shoe"),
+    ],
+)
+async def test_a_bad_value_is_named(api, project, changes, field):
+    body = {"login": "ada", "password": "hunter2", "project_id": project, "env": "prod"} | changes
+    answer = await api.post("/users", json=body)
+    assert slug(answer) == "invalid"
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+    assert "hunter2" not in answer.text
+
+
+async def test_every_missing_or_extra_thing_is_refused(api, project):
+    assert slug(await api.post("/users", json={"login": "x"})) == "invalid"
+    assert slug(await api.get("/users", params={"projectid": project})) == "invalid"
+    assert slug(await api.get("/users?limit=0")) == "invalid"
+    assert slug(await api.get("/users?limit=1&limit=2")) == "invalid"
+    assert slug(await api.get("/users?state=gone")) == "invalid"
+    assert slug(await api.get("/users?label=role")) == "invalid"
+    assert slug(await api.get("/users?env=moon")) == "invalid"
+    assert slug(await api.get("/users?login=%00")) == "invalid"
+    assert slug(await api.get("/users?login=%ff")) == "invalid"
+    assert slug(await api.get("/livez?x=1")) == "invalid"
+
+
+async def test_unknown_users_are_not_found(api):
+    missing = f"/users/{uuid.uuid4()}"
+    calls = [
+        api.get(missing), api.patch(missing, json={}), api.delete(missing), api.get(f"{missing}/history"),
+        api.post(f"{missing}/verify", json={"password": "x"}), api.put(f"{missing}/lock"),
+        api.post(f"{missing}/quarantine", json={"reason": "x"}), api.delete(f"{missing}/quarantine"),
+        api.delete(f"{missing}/lock"),
+    ]  # fmt: skip
+    assert {slug(answer) for answer in await asyncio.gather(*calls)} == {"user-not-found"}
+    assert slug(await api.get("/users/42")) == "not-found"
+
+
+async def test_pages_show_each_user_once_while_others_are_created_and_deleted(api, project):
+    users = await make_users(api, project, 25)
+    seen, cursor = [], None
+    for page in range(20):
+        query = {"project_id": project, "limit": 4} | ({"cursor": cursor} if cursor else {})
+        answer = (await api.get("/users", params=query)).json()
+        seen += [user["login"] for user in answer["items"]]
+        cursor = answer["next"]
+        if not cursor:
+            break
+        await make_users(api, project, 1, login=f"new-{page}")
+        await api.delete(f"/users/{users[page]['id']}")
+    assert [login for login in seen if login.startswith("bot")] == [f"bot-{n}" for n in range(25)]
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("cursor", ["x", "!!!", "WyJhIl0", "W10", "bnVsbA", "é"])
+async def test_a_tampered_cursor_is_refused(api, project, cursor):
+    answer = await api.get("/users", params={"project_id": project, "cursor": cursor})
+    assert slug(answer) == "invalid"
+    assert answer.json()["errors"][0]["field"] == "cursor"
+    (user,) = await make_users(api, project)
+    assert slug(await api.get(f"/users/{user['id']}/history", params={"cursor": cursor})) == "invalid"
+
+
+async def test_a_cursor_reaches_nothing_outside_the_filter(api, project):
+    await make_users(api, project, 3)
+    page = (await api.get("/users", params={"project_id": project, "limit": 1})).json()
+    other = {"project_id": str(uuid.uuid4()), "cursor": page["next"]}
+    assert (await api.get("/users", params=other)).json() == {"items": [], "next": None}
+
+
+async def test_filters_are_all_applied(api, project):
+    await make_users(api, project, 2, labels={"role": "admin", "team": "a"})
+    await make_users(api, project, 1, login="prod", env="prod")
+    held = (await acquire(api, project, env="stage", holder="me")).json()
+
+    async def logins(**query):
+        query = {"project_id": project} | query
+        return [user["login"] for user in (await api.get("/users", params=query)).json()["items"]]
+
+    assert await logins(env="prod") == ["prod"]
+    assert await logins(state="locked") == [held["user"]["login"]]
+    assert await logins(holder="me") == [held["user"]["login"]]
+    assert await logins(holder="you") == []
+    assert await logins(login="bot-1") == ["bot-1"]
+    assert await logins(label=["role:admin", "team:a"]) == ["bot-0", "bot-1"]
+    assert await logins(label=["role:admin", "role:buyer"]) == []
+    assert await logins(domain="canary") == []
+
+
+async def test_a_patch_changes_what_it_names_and_keeps_the_lock(api, project):
+    (user,) = await make_users(api, project, labels={"a": "1"})
+    lock = (await acquire(api, project)).json()
+    path = f"/users/{user['id']}"
+    assert (await api.patch(path, json={})).json()["labels"] == {"a": "1"}
+    changed = (await api.patch(path, json={"login": "new", "domain": "canary", "labels": {}, "password": "p2"})).json()
+    assert (changed["login"], changed["domain"], changed["labels"], changed["state"]) == ("new", "canary", {}, "locked")
+    assert (await api.delete(f"/locks/{lock['id']}")).status_code == 204
+    assert slug(await acquire(api, project, domain="regular")) == "no-matching-user"
+    assert (await acquire(api, project, domain="canary")).json()["user"]["password"] == "p2"
+    await make_users(api, project, 1, login="other")
+    assert slug(await api.patch(path, json={"login": "other"})) == "login-taken"
+    assert slug(await api.patch(path, json={"login": None})) == "invalid"
+
+
+async def test_a_locked_user_is_deleted_only_by_force(api, project):
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project, holder="me")).json()
+    refused = await api.delete(f"/users/{user['id']}")
+    assert slug(refused) == "user-locked"
+    assert refused.json()["holder"] == "me"
+    assert refused.json()["expires_at"] == lock["expires_at"]
+    assert (await api.delete(f"/users/{user['id']}?force=true")).status_code == 204
+    ended = await api.get(f"/locks/{lock['id']}")
+    assert slug(ended) == "lock-not-held"
+    assert ended.json()["ended_by"] == "forced"
+
+
+async def test_a_quarantined_user_is_not_handed_out_until_it_is_put_back(api, project):
+    (user,) = await make_users(api, project)
+    path = f"/users/{user['id']}/quarantine"
+    assert (await api.post(path, json={"reason": "blocked"})).json()["state"] == "quarantined"
+    refused = await acquire(api, project)
+    assert slug(refused) == "pool-exhausted"
+    assert refused.json()["quarantined"] == 1
+    unavailable = await api.put(f"/users/{user['id']}/lock")
+    assert slug(unavailable) == "user-unavailable"
+    assert (unavailable.json()["state"], unavailable.json()["reason"]) == ("quarantined", "blocked")
+    assert (await api.delete(path)).json()["state"] == "free"
+    assert (await api.delete(path)).status_code == 200
+    assert (await acquire(api, project)).status_code == 201
+
+
+async def test_a_lock_runs_on_through_a_quarantine(api, project):
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    quarantined = (await api.post(f"/users/{user['id']}/quarantine", json={"reason": "later"})).json()
+    assert (quarantined["state"], quarantined["quarantine"]) == ("locked", "later")
+    assert (await api.patch(f"/locks/{lock['id']}")).status_code == 200
+    await api.delete(f"/locks/{lock['id']}")
+    assert (await api.get(f"/users/{user['id']}")).json()["state"] == "quarantined"
+    assert slug(await acquire(api, project)) == "pool-exhausted"
+
+
+async def test_passwords_are_verified_and_changed(api, project):
+    (user,) = await make_users(api, project)
+    path = f"/users/{user['id']}"
+
+    async def valid(password):
+        return (await api.post(f"{path}/verify", json={"password": password})).json()["valid"]
+
+    assert await valid("pw-0")
+    assert not await valid("pw-1")
+    await api.patch(path, json={"password": "pw-1"})
+    assert await valid("pw-1")
+
+
+async def test_pools_count_their_users_by_state(api, project):
+    await make_users(api, project, 3)
+    await make_users(api, project, 1, login="c", domain="canary")
+    lock = (await acquire(api, project, domain="regular")).json()
+    await acquire(api, project, domain="regular")
+    await api.delete(f"/locks/{lock['id']}?cooldown=60")
+    pools = (await api.get("/pools", params={"project_id": project})).json()["items"]
+    common = {"project_id": project, "env": "stage", "waiting": 0}
+    assert pools == [
+        common | {"domain": "canary", "total": 1, "free": 1, "locked": 0, "resting": 0, "quarantined": 0},
+        common | {"domain": "regular", "total": 3, "free": 1, "locked": 1, "resting": 1, "quarantined": 0},
+    ]
+
+
+async def test_the_history_pages_newest_first(api, project):
+    (user,) = await make_users(api, project)
+    for number in range(3):
+        lock = (await acquire(api, project, holder=f"h{number}")).json()
+        if number < 2:
+            await api.delete(f"/locks/{lock['id']}")
+    path = f"/users/{user['id']}/history"
+    first = (await api.get(path, params={"limit": 2})).json()
+    assert [(e["fence"], e["holder"], e["ended_by"]) for e in first["items"]] == [(3, "h2", None), (2, "h1", "released")]
+    second = (await api.get(path, params={"limit": 2, "cursor": first["next"]})).json()
+    assert [(e["fence"], e["ended_by"]) for e in second["items"]] == [(1, "released")]
+    assert second["next"] is None
+
+
+async def test_an_export_has_every_user_and_no_secret(api, project):
+    users = await make_users(api, project, 3)
+    answer = await api.get("/users/export", params={"project_id": project})
+    assert answer.headers["content-type"].startswith("application/x-ndjson")
+    assert [json.loads(line) for line in answer.text.splitlines()] == users
+    assert "pw-" not in answer.text
+    assert slug(await api.get("/users/export?limit=1")) == "invalid"
