@@ -319,7 +319,7 @@ class LockedUser(Struct, omit_defaults=True):
     env: str
     domain: str
     labels: dict[str, str]
-    password: str | None | UnsetType = UNSET
+    password: str | UnsetType | None = UNSET
 
 
 class Lock(Struct):
@@ -583,6 +583,7 @@ DATABASE_FAULTS = (
     asyncpg.InsufficientResourcesError,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
 )
 
 
@@ -783,7 +784,7 @@ SEALED = "$aes-256-gcm$"
 KEY_PATTERN = re.compile(r"([A-Za-z0-9_.-]{1,32}):([A-Za-z0-9+/]{43}=)")
 
 
-class KeyError_(Exception):
+class KeyFault(Exception):
     """A sealing key is missing or wrong."""
 
 
@@ -822,15 +823,15 @@ class Keyring:
         return f"{SEALED}{key_id}${base64.b64encode(sealed).decode()}"
 
     def open(self, owner: uuid.UUID, secret: str) -> str:
-        """KeyError_ when the key is not there, or is another one, or the secret is another user's."""
+        """KeyFault when the key is not there, or is another one, or the secret is another user's."""
         key_id, _, text = secret.removeprefix(SEALED).partition("$")
         sealed = base64.b64decode(text)
         try:
             return self._ciphers[key_id].decrypt(sealed[:12], sealed[12:], owner.bytes).decode()
         except KeyError:
-            raise KeyError_(f"No key {key_id!r} in BOTFARM_KEYS, but a password is sealed with it.") from None
+            raise KeyFault(f"No key {key_id!r} in BOTFARM_KEYS, but a password is sealed with it.") from None
         except InvalidTag:
-            raise KeyError_(f"The key {key_id!r} does not open a password that was sealed under that id.") from None
+            raise KeyFault(f"The key {key_id!r} does not open a password that was sealed under that id.") from None
 
 
 def generate_key() -> str:
@@ -873,7 +874,7 @@ class Passwords:
 
     def _open(self, owner: uuid.UUID, secret: str) -> str:
         if not self.keyring:
-            raise KeyError_("Passwords are sealed, but BOTFARM_KEYS is not set.")
+            raise KeyFault("Passwords are sealed, but BOTFARM_KEYS is not set.")
         return self.keyring.open(owner, secret)
 
     def _matches(self, secret: str, clear: str) -> bool:
@@ -888,21 +889,21 @@ PROOF = "BotFarm"
 
 
 async def check_keys(pool: asyncpg.Pool, keyring: Keyring | None) -> None:
-    """Find a wrong or a missing key now and not at the first lock. KeyError_ says which and what to do."""
+    """Find a wrong or a missing key now and not at the first lock. KeyFault says which and what to do."""
     for key_id in keyring.ids if keyring else ():
         proof = cast("Keyring", keyring).seal(PROOF_OWNER, PROOF, key_id)
         stored = await pool.fetchval(SQL["prove_key"], key_id, proof)
         try:
             cast("Keyring", keyring).open(PROOF_OWNER, stored)
-        except KeyError_:
-            raise KeyError_(
+        except KeyFault:
+            raise KeyFault(
                 f"BOTFARM_KEYS: the key {key_id!r} is not the one that this database was used with under that id. "
                 "Set the right key, or give a new key another id."
             ) from None
     known = keyring.ids if keyring else []
     for key_id in [row["id"] for row in await pool.fetch(SQL["list_proofs"]) if row["id"] not in known]:
         if not await pool.fetchval(SQL["forget_proof"], key_id, f"{SEALED}{key_id}$"):
-            raise KeyError_(
+            raise KeyFault(
                 f"BOTFARM_KEYS: the key {key_id!r} is missing, but passwords are sealed with it. Add it (after the "
                 "first key), and run `python botfarm.py reseal` before you take it out."
             )
@@ -1165,9 +1166,7 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
         endpoint.__doc__ = handler.__doc__
         limits = {"request_max_body_size": None} if declaration.upload else {}
         options = {"call": declaration, "name": handler.__name__}
-        ROUTES.append(
-            verb(path, status_code=200, opt=options, include_in_schema=False, **limits)(endpoint)
-        )
+        ROUTES.append(verb(path, status_code=200, opt=options, include_in_schema=False, **limits)(endpoint))
 
     return register
 
@@ -1201,13 +1200,17 @@ async def _read_body(farm: Farm, request: Request, declared: Call) -> Struct:
     return decode_body(farm.settings, body, kind)
 
 
+# What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
+UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
+
+
 def decode_body(settings: Settings, body: bytes, kind: type[T]) -> T:
     """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
     try:
         value = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise Invalid(field_errors(error, _raw_json(body))) from None
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedBody(f"The body is not JSON in UTF-8: {str(error) or 'nested too deep'}.") from None
     if faults := check_words(settings, value):
         raise Invalid(faults)
@@ -1217,7 +1220,7 @@ def decode_body(settings: Settings, body: bytes, kind: type[T]) -> T:
 def _raw_json(body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
+    except UNREADABLE:
         raise MalformedBody("The body is not JSON in UTF-8.") from None
 
 
@@ -1564,10 +1567,10 @@ class NdjsonFile(ImportFile):
         try:
             return self.check(number, self._decoder.decode(line))
         except msgspec.ValidationError as error:
-            with contextlib.suppress(msgspec.DecodeError, UnicodeError):
+            with contextlib.suppress(*UNREADABLE):
                 self.fail_fields(number, error, msgspec.json.decode(line))
                 return None
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
+        except UNREADABLE:
             pass
         self.fail(number, None, "the line is not JSON in UTF-8")
         return None
@@ -2191,7 +2194,7 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
         database = stack.enter_context(prepared(settings))
         hot = await stack.enter_async_context(await open_pool(database, 3, "force_generic_plan", 10))
         pool = await stack.enter_async_context(await open_pool(database, settings.pool_size, "force_custom_plan", 60))
-        keyring = load_keyring(settings)
+        keyring = keyring_of(load_keys(settings))
         await check_keys(pool, keyring)
         passwords = Passwords(keyring)
         stack.callback(passwords.close)
@@ -2237,12 +2240,10 @@ def __getattr__(name: str) -> Litestar:
 # ------------------------------------------------------------------------------------------------------
 
 
-def load_keyring(settings: Settings) -> Keyring | None:
+def load_keys(settings: Settings) -> Secret | None:
     """The keys of the settings; with an embedded database else a key of its own, made at the first start."""
-    if settings.keys:
-        return Keyring.parse(settings.keys.reveal())
-    if settings.database_url:
-        return None
+    if settings.keys or settings.database_url:
+        return settings.keys
     file = embedded.settle_home(settings.home) / "keys"
     if not file.exists():
         handle = os.open(file.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -2251,7 +2252,11 @@ def load_keyring(settings: Settings) -> Keyring | None:
             new.flush()
             os.fsync(new.fileno())
         file.with_suffix(".new").rename(file)
-    return Keyring.parse(file.read_text().strip())
+    return Secret(file.read_text().strip())
+
+
+def keyring_of(keys: Secret | None) -> Keyring | None:
+    return Keyring.parse(keys.reveal()) if keys else None
 
 
 @contextmanager
@@ -2321,7 +2326,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
@@ -2333,19 +2338,25 @@ def serve(settings: Settings) -> int:
         "timeout_graceful_shutdown": 8,
         "ws": "none",
     }
-    if settings.workers == 1:
-        server = _Server(uvicorn.Config(create_app(settings), **options), settings)
-        server.run()
-        return 0 if server.started else 3
     with prepared(settings) as url:
-        os.environ["DATABASE_URL"] = url
-        os.environ.pop("DATABASE_URL_FILE", None)
-        if not settings.database_url and not settings.keys:
-            load_keyring(settings)
-            os.environ["BOTFARM_KEYS_FILE"] = str(embedded.settle_home(settings.home) / "keys")
+        keys = load_keys(settings)
+        asyncio.run(_check_keys(url, keyring_of(keys)))
+        if settings.workers == 1:
+            ready = msgspec.structs.replace(settings, database_url=Secret(url), keys=keys)
+            server = _Server(uvicorn.Config(create_app(ready), **options), settings)
+            server.run()
+            return 0 if server.started else 3
+        for variable, value in (("DATABASE_URL", url), ("BOTFARM_KEYS", keys.reveal() if keys else "")):
+            os.environ.pop(f"{variable}_FILE", None)
+            os.environ[variable] = value
         print(banner(settings), flush=True)
         uvicorn.run("botfarm:app", workers=settings.workers, app_dir=str(HERE), **options)
     return 0
+
+
+async def _check_keys(url: str, keyring: Keyring | None) -> None:
+    async with await open_pool(url, 1, "force_custom_plan", 60) as pool:
+        await check_keys(pool, keyring)
 
 
 def migrate_command(settings: Settings, rollback: bool) -> int:
@@ -2417,7 +2428,7 @@ def export_command(url: str) -> int:
 
 
 def reseal_command(settings: Settings) -> int:
-    keyring = load_keyring(settings)
+    keyring = keyring_of(load_keys(settings))
     if keyring is None:
         raise BadSettings("reseal needs BOTFARM_KEYS: the new key first, then the old ones.")
 
@@ -2509,7 +2520,7 @@ def main(argv: Sequence[str]) -> int:
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    except (SchemaError, KeyError_, embedded.EmbeddedError, httpx.HTTPError, OSError) as error:
+    except (SchemaError, KeyFault, embedded.EmbeddedError, httpx.HTTPError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 

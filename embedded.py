@@ -271,7 +271,9 @@ def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
     if done.returncode != 0:
         raise EmbeddedError(f"initdb can't create {data}: {' '.join(done.stderr.split())} {OTHER_HOME}")
     fresh.rename(data)
-    os.sync()
+    folder = os.open(data.parent, os.O_RDONLY)
+    os.fsync(folder)  # or a power failure could undo the rename and with it all commits since
+    os.close(folder)
 
 
 # ---- What a killed service leaves behind -------------------------------------------------------------------

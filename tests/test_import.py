@@ -1,0 +1,188 @@
+"""Import and its many ways to be wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+
+import pytest
+from conftest import acquire, make_users, slug
+
+import botfarm
+
+CSV = {"Content-Type": "text/csv"}
+NDJSON = {"Content-Type": "application/x-ndjson"}
+
+
+def ndjson(project, *users):
+    return "\n".join(json.dumps({"project_id": project, "env": "stage", "password": "p"} | user) for user in users)
+
+
+async def send(api, content, headers=NDJSON):
+    return await api.post("/users/import", content=content, headers=headers)
+
+
+async def test_an_import_creates_updates_and_leaves_alone(api, project):
+    await make_users(api, project, 3)
+    lock = (await api.put(f"/users/{(await known(api, project, 'bot-1'))['id']}/lock")).json()
+    lines = [
+        {"login": "bot-0", "password": "pw-0"},
+        {"login": "bot-1", "password": None, "labels": {"role": "admin"}, "domain": "canary"},
+        {"login": "bot-2", "password": "new"},
+        {"login": "brand-new", "password": "p"},
+    ]
+    answer = await send(api, ndjson(project, *lines))
+    assert (answer.status_code, answer.json()) == (200, {"created": 1, "updated": 2, "unchanged": 1})
+    changed = await known(api, project, "bot-1")
+    assert (changed["domain"], changed["labels"], changed["state"]) == ("canary", {"role": "admin"}, "locked")
+    assert (await api.delete(f"/locks/{lock['id']}")).status_code == 204
+    assert (await acquire(api, project, domain="canary")).json()["user"]["password"] == "pw-1"
+    granted = {}
+    while (answer := await acquire(api, project, domain="regular")).status_code == 201:
+        granted[answer.json()["user"]["login"]] = answer.json()["user"]["password"]
+    assert granted == {"bot-0": "pw-0", "bot-2": "new", "brand-new": "p"}
+
+
+async def known(api, project, login):
+    (user,) = (await api.get("/users", params={"project_id": project, "login": login})).json()["items"]
+    return user
+
+
+async def test_csv_has_quotes_labels_and_windows_line_ends(api, project):
+    text = (
+        "\ufefflogin,password,project_id,env,domain,label.role,label.note\r\n"
+        f'one,"p,1",{project},stage,,admin,"say ""hi"""\r\n'
+        f'two,"line\nbreak",{project},prod,canary,,\r\n'
+        "\r\n"
+        f"three,p3,{project},prod,regular,,é"
+    )
+    assert (await send(api, text.encode(), CSV)).json() == {"created": 3, "updated": 0, "unchanged": 0}
+    assert (await known(api, project, "one"))["labels"] == {"role": "admin", "note": 'say "hi"'}
+    assert (await acquire(api, project, env="prod", domain="canary")).json()["user"]["password"] == "line\nbreak"
+    assert (await known(api, project, "three"))["labels"] == {"note": "é"}
+    assert (await send(api, text.encode(), CSV)).json() == {"created": 0, "updated": 0, "unchanged": 3}
+
+
+@pytest.mark.parametrize(
+    ("lines", "errors"),
+    [
+        (["{"], [(1, None)]),
+        (['{"login": "a"}'], [(1, "project_id")]),
+        (["[]"], [(1, None)]),
+        (["", '{"x": 1}'], [(2, "x")]),
+        ([b"\xff\xfe"], [(1, None)]),
+        ([b"\x00"], [(1, None)]),
+        (["[" * 10_000], [(1, None)]),
+        (["x" * 70_000, '{"login": 1}'], [(1, None), (2, "login")]),
+    ],
+)
+async def test_a_bad_line_is_named_and_nothing_is_stored(api, project, lines, errors):
+    good = ndjson(project, {"login": "good"}).encode()
+    content = b"\n".join([line if isinstance(line, bytes) else line.encode() for line in lines] + [good])
+    answer = await send(api, content)
+    assert slug(answer) == "invalid"
+    assert [(error["line"], error["field"]) for error in answer.json()["errors"]] == errors
+    assert (await api.get("/users", params={"project_id": project})).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "errors"),
+    [
+        ("", [(1, None)]),
+        ("login,shoe\n", [(1, "env"), (1, "project_id"), (1, "shoe")]),
+        ("login,login,project_id,env\n", [(1, "login")]),
+        ("login,project_id,env,label.a b\n", [(1, "label.a b")]),
+        ("login,project_id,env\na,b\n", [(2, None)]),
+        ('login,project_id,env\n"a,{project},stage\n', [(2, None)]),
+        ("login,project_id,env\na,{project},moon\n,{project},stage\n", [(2, "env"), (3, "login")]),
+        ("login,project_id,env\na,{project},stage\n", [(2, "password")]),
+        ('login,project_id,env\n"a"b,{project},stage\n', [(2, None)]),
+        ("login,project_id,env\na\x00,{project},stage\n", [(2, "login")]),
+        ("login,password,project_id,env\na,\x00,{project},stage\n", [(2, "password")]),
+    ],
+)
+async def test_bad_csv_is_named_by_line(api, project, text, errors):
+    answer = await send(api, text.replace("{project}", project).encode(), CSV)
+    assert slug(answer) == "invalid"
+    assert sorted((error["line"], error["field"]) for error in answer.json()["errors"]) == errors
+
+
+async def test_a_login_twice_in_a_file_names_both_lines(api, project):
+    users = [{"login": "a"}, {"login": "b"}, {"login": "a"}, {"login": "a", "env": "prod"}]
+    answer = await send(api, ndjson(project, *users))
+    (error,) = answer.json()["errors"]
+    assert (error["line"], error["field"]) == (3, "login")
+    assert "1" in error["message"]
+    assert "3" in error["message"]
+
+
+async def test_only_the_first_hundred_errors_are_told(api, project):
+    answer = await send(api, "\n".join(["{}"] * 500))
+    assert [error["line"] for error in answer.json()["errors"]] == list(range(1, 101))
+
+
+async def test_what_is_no_import_is_refused(api, project, service, monkeypatch):
+    assert slug(await send(api, "{}", {"Content-Type": "application/json"})) == "unsupported-media-type"
+    assert (await send(api, "")).json() == {"created": 0, "updated": 0, "unchanged": 0}
+    monkeypatch.setattr(service.farm, "settings", botfarm.Settings(max_import=2000))
+    assert slug(await send(api, "\n" * 2001)) == "body-too-large"
+
+
+async def test_a_login_that_is_created_meanwhile_is_updated(api, project):
+    """The file is staged as new; before it is applied, somebody else creates that user."""
+    arrived = asyncio.Event()
+
+    async def slowly():
+        yield ndjson(project, *({"login": f"u{n}"} for n in range(botfarm.CHUNK))).encode() + b"\n"
+        await asyncio.sleep(0.5)
+        await make_users(api, project, 1, login="u7", password="other")
+        arrived.set()
+        yield ndjson(project, {"login": "last"}).encode()
+
+    answer = await send(api, slowly())
+    assert arrived.is_set()
+    assert answer.json() == {"created": botfarm.CHUNK, "updated": 1, "unchanged": 0}
+    user = await known(api, project, "u7")
+    assert (await api.put(f"/users/{user['id']}/lock")).json()["user"]["password"] == "p"
+
+
+async def test_acquires_and_releases_go_on_during_an_import(api, project):
+    """Also of users in the file. The bound is the contract's 200 ms, five times over: a stall is seconds."""
+    await make_users(api, project, 5)
+    lines = [{"login": f"bot-{n}", "labels": {"n": "1"}, "domain": "canary"} for n in range(5)]
+    lines += [{"login": f"u{n}", "password": "p"} for n in range(20_000)]
+    job = asyncio.create_task(send(api, ndjson(project, *lines)))
+    slowest, cycles = 0.0, 0
+    while not job.done():
+        begun = time.monotonic()
+        answer = await acquire(api, project)
+        assert answer.status_code in (201, 409)
+        if answer.status_code == 201:
+            assert (await api.delete(f"/locks/{answer.json()['id']}")).status_code == 204
+        slowest, cycles = max(slowest, time.monotonic() - begun), cycles + 1
+    assert (await job).json() == {"created": 20_000, "updated": 5, "unchanged": 0}
+    assert cycles > 20
+    assert slowest < 1
+
+
+async def test_an_import_that_is_cut_off_stores_nothing(api, project):
+    async def broken():
+        yield ndjson(project, {"login": "a"}).encode() + b"\n"
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        await send(api, broken())
+    await asyncio.sleep(0.2)
+    assert (await api.get("/users", params={"project_id": project})).json()["items"] == []
+
+
+async def test_two_imports_of_the_same_file_at_once_agree(api, project):
+    text = ndjson(project, *({"login": f"u{n}"} for n in range(2000)))
+    answers = await asyncio.gather(send(api, text), send(api, text))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert sum(answer.json()["created"] for answer in answers) == 2000
+    exported = await api.get("/users/export", params={"project_id": project})
+    assert len(exported.text.splitlines()) == 2000
+    assert uuid.UUID(json.loads(exported.text.splitlines()[0])["id"])

@@ -1,0 +1,268 @@
+"""The service as a whole: problems, health, settings, commands, documents."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+
+import asyncpg
+import httpx
+import msgspec
+import pytest
+from conftest import (
+    KEY,
+    ROOT,
+    acquire,
+    client,
+    command,
+    execute,
+    free_port,
+    make_users,
+    process,
+    serving,
+    slug,
+    wait_ready,
+)
+from conftest import settings as configured
+
+import botfarm
+
+README = (ROOT / "README.md").read_text()
+
+
+async def test_everything_that_goes_wrong_is_a_problem(api):
+    assert slug(await api.get("/nowhere")) == "not-found"
+    wrong = await api.put("/users")
+    assert slug(wrong) == "method-not-allowed"
+    assert wrong.headers["allow"] == "GET, OPTIONS, POST"
+    json_type = {"Content-Type": "application/json"}
+    assert slug(await api.post("/locks", content=b"{", headers=json_type)) == "malformed-body"
+    assert slug(await api.post("/locks", content=b"[" * 100_000, headers=json_type)) in ("malformed-body", "invalid")
+    assert slug(await api.post("/locks", content=b'{"x":' * 10_000, headers=json_type)) in ("malformed-body", "invalid")
+    assert (
+        slug(await api.post("/locks", content=b"a=b", headers={"Content-Type": "text/plain"}))
+        == "unsupported-media-type"
+    )
+    assert slug(await api.post("/users", content=b" " * ((1 << 20) + 1), headers=json_type)) == "body-too-large"
+    assert slug(await api.post("/locks", json={})) == "invalid"
+
+
+async def test_a_body_without_an_announced_length_is_limited_too(api):
+    async def endless():
+        for _ in range(40):
+            yield b" " * 65536
+
+    answer = await api.post("/locks", content=endless(), headers={"Content-Type": "application/json"})
+    assert slug(answer) == "body-too-large"
+
+
+async def test_an_unforeseen_error_tells_only_its_id(api, project, service, monkeypatch, caplog):
+    monkeypatch.setitem(botfarm.SQL, "get_user", "select 1 / 0 where $1::uuid is not null")
+    answer = await api.get(f"/users/{uuid.uuid4()}")
+    assert slug(answer) == "internal-error"
+    assert answer.status_code == 500
+    assert set(answer.json()) == {"type", "title", "status", "detail", "request_id"}
+    assert "zero" not in answer.text
+    assert answer.json()["request_id"] in caplog.text
+    assert "DivisionByZeroError" in caplog.text
+
+
+async def test_one_bad_call_in_a_batch_fails_alone(service):
+    async def run(items):
+        if "bad" in items:
+            raise asyncpg.DataError("bad")
+        return [item.upper() for item in items]
+
+    coalescer = botfarm.Coalescer(run, 10)
+    results = await asyncio.gather(*(coalescer(item) for item in ("a", "bad", "c")), return_exceptions=True)
+    assert (results[0], results[2]) == ("A", "C")
+    assert isinstance(results[1], asyncpg.DataError)
+
+
+async def test_calls_that_arrive_while_a_statement_runs_share_the_next():
+    batches = []
+
+    async def run(items):
+        batches.append(list(items))
+        await asyncio.sleep(0.01)
+        return items
+
+    coalescer = botfarm.Coalescer(run, 3)
+    await asyncio.gather(*(coalescer(number) for number in range(1, 3)))
+    first = asyncio.ensure_future(coalescer(0))
+    await asyncio.sleep(0.001)
+    await asyncio.gather(first, *(coalescer(number) for number in range(1, 6)))
+    assert batches == [[1, 2], [0], [1, 2, 3], [4, 5]]
+
+
+async def test_a_database_that_is_away_is_a_503_and_comes_back(server, empty_database, project):
+    with serving(configured(empty_database)) as alone:
+        async with client(alone.url) as api:
+            await make_users(api, project)
+            name = empty_database.rpartition("/")[2].partition("?")[0]
+            away = f"{name}_away"
+            cut = f"select pg_terminate_backend(pid) from pg_stat_activity where datname in ('{name}', '{away}')"
+            await execute(server, f"alter database {name} allow_connections false", cut)
+            assert slug(await acquire(api, project)) == "database-unavailable"
+            refused = await api.get("/readyz")
+            assert slug(refused) == "database-unavailable"
+            assert refused.headers["retry-after"] == "1"
+            assert (await api.get("/livez")).status_code == 200
+            await execute(server, f"alter database {name} allow_connections true")
+            assert (await acquire(api, project)).status_code == 201
+            assert (await api.get("/readyz")).status_code == 200
+
+
+async def test_a_missing_schema_is_not_ready(empty_database):
+    with serving(configured(empty_database)) as alone:
+        async with client(alone.url) as api:
+            await execute(empty_database, "delete from _yoyo_migration where migration_id like '0003%'")
+            assert "0003" in (await api.get("/readyz")).json()["detail"]
+            await execute(empty_database, "drop table _yoyo_migration")
+            assert (await api.get("/readyz")).status_code == 503
+
+
+def test_all_bad_settings_are_told_in_one_message():
+    env = {
+        "DATABASE_URL": "mysql://x", "BOTFARM_PORT": "99999", "BOTFARM_ENVS": "a b", "BOTFARM_MAX_TTL": "x",
+        "BOTFARM_KEYS": "k1:nope",
+    }  # fmt: skip
+    refused = command("serve", env=env)
+    assert refused.returncode == 2
+    for name in env:
+        assert name in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_flags_override_variables_and_secrets_come_from_files(tmp_path):
+    assert "--port" in command("serve", "--help").stdout
+    assert command("openapi", env={"BOTFARM_ENVS": "alpha"}).stdout.count("alpha") > 1
+    (tmp_path / "keys").write_text(KEY + "\n")
+    loaded = botfarm.Settings.load({"BOTFARM_KEYS_FILE": str(tmp_path / "keys"), "BOTFARM_ENVS": "a, b"})
+    assert loaded.keys
+    assert loaded.keys.reveal() == KEY
+    assert loaded.envs == ("a", "b")
+    with pytest.raises(botfarm.BadSettings, match="not both"):
+        botfarm.Settings.load({"BOTFARM_KEYS_FILE": "x", "BOTFARM_KEYS": KEY})
+    assert command("serve", "--port", "0").returncode == 2
+
+
+def test_commands_import_export_and_check_a_service(empty_database, project, tmp_path):
+    port = str(free_port())
+    url = f"http://127.0.0.1:{port}"
+    env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": KEY}
+    assert command("check", "--url", url).returncode == 1
+    with process("--port", port, "--workers", "2", env=env):
+        wait_ready(url)
+        assert command("check", "--port", port).returncode == 0
+        file = tmp_path / "users.csv"
+        file.write_text(f"login,password,project_id,env\na,p,{project},prod\nb,p,{project},prod\n")
+        done = command("import", str(file), "--url", url)
+        assert (done.returncode, json.loads(done.stdout)["created"]) == (0, 2)
+        line = json.dumps({"login": "c", "project_id": project, "env": "moon", "password": "p"})
+        refused = command("import", "-", "--url", url, text=line)
+        assert refused.returncode == 1
+        assert "line 1: env" in refused.stderr
+        exported = command("export", "--url", url)
+        assert [json.loads(text)["login"] for text in exported.stdout.splitlines()] == ["a", "b"]
+    assert command("import", str(tmp_path / "none"), "--url", url).returncode == 1
+    assert command("export", "--url", url).returncode == 1
+
+
+def test_keygen_prints_a_key_that_works():
+    assert botfarm.Keyring.parse(command("keygen").stdout.strip())
+
+
+def test_reseal_needs_a_key(empty_database):
+    refused = command("reseal", env={"DATABASE_URL": empty_database})
+    assert refused.returncode == 2
+    assert "BOTFARM_KEYS" in refused.stderr
+
+
+def test_every_statement_is_used_and_there(tmp_path):
+    source = (ROOT / "botfarm.py").read_text()
+    named = set(re.findall(r'SQL\["(\w+)"\]', source)) | {"prune_history", "prune_keys"}
+    assert named == set(botfarm.SQL)
+    assert all(text.startswith("-- ") for text in botfarm.SQL.values())
+
+
+async def test_the_openapi_document_declares_every_call(api):
+    document = (await api.get("/docs/openapi.json")).json()
+    assert document["openapi"] == "3.1.0"
+    schemas = document["components"]["schemas"]
+    assert set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))) <= set(schemas)
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"]
+            assert "422" in operation["responses"]
+            assert "500" in operation["responses"]
+            assert ("{id}" in path) == any(p["in"] == "path" for p in operation["parameters"])
+    assert document["paths"]["/locks"]["post"]["responses"].keys() >= {
+        "201",
+        "400",
+        "404",
+        "409",
+        "413",
+        "415",
+        "422",
+        "503",
+    }
+    assert schemas["AcquireLock"]["properties"]["ttl"]["maximum"] == 86400
+    assert json.loads(command("openapi").stdout) == document
+
+
+async def test_the_pages_work_without_internet(api):
+    for path in ("/", "/docs"):
+        page = (await api.get(path)).text
+        assert "//" not in re.sub(r"<!.*?>", "", page)
+        for asset in re.findall(r'(?:href|src)="(/[^"]+)"', page):
+            assert (await api.get(asset)).status_code == 200
+
+
+def test_the_readme_has_every_setting_call_and_command():
+    for field, variable in botfarm.Settings.variables().items():
+        default = botfarm.Settings.__struct_defaults__[botfarm.Settings.__struct_fields__.index(field)]
+        shown = ",".join(default) if isinstance(default, tuple) else str(default)
+        (row,) = re.findall(rf"^\| `{variable}` \| (.*?) \|", README, re.M)
+        assert shown in row.replace("none", "None").replace("`", ""), variable
+    for path, operations in botfarm.openapi_document(botfarm.Settings())["paths"].items():
+        for method in operations:
+            assert f"`{method.upper()} {path}`" in README
+    for name in ("serve", "migrate", "check", "import", "export", "keygen", "reseal", "openapi"):
+        assert f"`{name}" in README
+
+
+def test_the_first_curl_lines_of_the_readme_work(service):
+    """The README's lines, with the port of the test's service."""
+    import subprocess
+
+    block = re.search(r"```sh\n(curl.*?)```", README, re.S)
+    assert block
+    script = block[1].replace("http://127.0.0.1:8000", service.url)
+    assert script != block[1]
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert '"password":"correct horse"' in done.stdout
+    assert '{"released":1}' in done.stdout
+
+
+def test_the_banner_has_lines_that_work(service):
+    import subprocess
+
+    lines = botfarm.banner(botfarm.Settings()).splitlines()[1:]
+    for line, expected in zip(lines, ('"login":"bot-1"', '"password":"secret"', '{"released":1}'), strict=True):
+        text = line.partition(": ")[2].strip().replace("http://127.0.0.1:8000", service.url)
+        text = text.replace("11111111-1111-4111-8111-111111111111", "33333333-3333-4333-8333-333333333333")
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=30)
+        assert expected in done.stdout
+    httpx.delete(f"{service.url}/locks?holder=me")
+
+
+def test_new_ids_are_of_version_7_and_in_order():
+    ids = [botfarm.new_id() for _ in range(100)]
+    assert {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
+    assert len(set(ids)) == 100
+    assert ids[0].int >> 80 <= ids[-1].int >> 80
+    assert msgspec.json.encode(ids[0])
