@@ -369,8 +369,6 @@ def _alive(pid: int) -> bool:
 
 # ---- The server --------------------------------------------------------------------------------------------
 
-PASSING = ("shared memory block", "postmaster.pid")  # in refusals that end with a killed predecessor
-
 
 def _dsn(sockets: str) -> str:
     """The port is named, or the caller's PGPORT would be taken."""
@@ -463,7 +461,7 @@ class Embedded:
                 return
             lines = (self.home / "postgres.log").read_bytes()[beginning:].decode(errors="replace").splitlines()
             reason = " ".join(lines[-5:])
-            if self._stopping.is_set() or not any(words in reason for words in PASSING):
+            if self._stopping.is_set() or "shared memory block" not in reason:
                 break
             time.sleep(0.25)
         raise EmbeddedError(f"PostgreSQL does not start in {data}: {reason or 'no reason given.'} {OTHER_HOME}")

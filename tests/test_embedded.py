@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,8 +44,7 @@ server.stop()
 """
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
+def open_folder() -> Iterator[Path]:
     """An empty folder that any user can reach, unlike tmp_path."""
     path = Path(tempfile.mkdtemp(prefix="botfarm-test-", dir="/tmp"))
     path.chmod(0o755)
@@ -52,9 +52,21 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+folder = pytest.fixture(open_folder)
+module_folder = pytest.fixture(open_folder, scope="module")
+
+
 @pytest.fixture
 def home(folder: Path) -> Path:
+    """One that does not exist yet."""
     return folder / "home"
+
+
+@pytest.fixture(scope="module")
+def old_home(module_folder: Path) -> Path:
+    """One with a database, for the tests that don't care how it was made: initdb takes most of their time."""
+    with started(module_folder / "home"):
+        return module_folder / "home"
 
 
 @pytest.fixture
@@ -123,7 +135,8 @@ def answers(dsn: str) -> bool:
 
 
 def postmaster(home: Path) -> int:
-    return int((home / "data" / "postmaster.pid").read_text().split()[0])
+    """Its pid, 0 while there is none."""
+    return embedded._status(home / "data")[0]
 
 
 def is_gone(pid: int) -> bool:
@@ -137,7 +150,7 @@ def write(path: Path, text: str) -> None:
     os.chown(path, path.parent.stat().st_uid, path.parent.stat().st_gid)
 
 
-MARK = ("create table mark (n int)", "insert into mark values (7)")
+MARK = ("drop table if exists mark", "create table mark (n int)", "insert into mark values (7)")
 
 
 def marked(dsn: str) -> bool:
@@ -171,26 +184,31 @@ def test_the_environment_does_not_change_the_server(home: Path, monkeypatch: pyt
     assert shown == ["", "UTF8", "on", "on", "off", "UTC"]
 
 
-def test_neither_statements_nor_values_are_logged(home: Path) -> None:
-    with started(home) as server:
-        sql(server.dsn, "create table one (n text unique)", "insert into one values ('s3cret')")
+def test_neither_statements_nor_values_are_logged(old_home: Path) -> None:
+    with started(old_home) as server:
+        sql(
+            server.dsn,
+            "drop table if exists one",
+            "create table one (n text unique)",
+            "insert into one values ('s3cret')",
+        )
         for statement in ("insert into one values ('s3cret')", "select 's3cret' from nowhere"):
             with pytest.raises(asyncpg.PostgresError):
                 sql(server.dsn, statement)
-    text = (home / "postgres.log").read_text()
+    text = (old_home / "postgres.log").read_text()
     assert "violates unique constraint" in text
     assert '"nowhere" does not exist' in text
     assert "s3cret" not in text
 
 
-def test_a_big_log_is_emptied_by_a_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with started(home):
+def test_a_big_log_is_emptied_by_a_start(old_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(old_home):
         pass
     monkeypatch.setattr(embedded, "LOG_LIMIT", 1000)
-    with open(home / "postgres.log", "a") as log:
-        log.write("old" * 1000)
-    with started(home):
-        assert "old" not in (home / "postgres.log").read_text()
+    with open(old_home / "postgres.log", "a") as log:
+        log.write("bygone" * 1000)
+    with started(old_home):
+        assert "bygone" not in (old_home / "postgres.log").read_text()
 
 
 def test_a_command_joins_the_running_server_or_starts_its_own(home: Path) -> None:
@@ -250,16 +268,16 @@ def test_a_platform_without_the_wheel_is_told_so(home: Path, monkeypatch: pytest
 # ---- Who may ------------------------------------------------------------------------------------------------
 
 
-def test_a_second_service_is_refused_and_the_first_unharmed(home: Path) -> None:
-    with service(home) as process:
+def test_a_second_service_is_refused_and_the_first_unharmed(old_home: Path) -> None:
+    with service(old_home) as process:
         dsn = line(process)
-        message = rf"\(pid {process.pid}\) is using {home}\. Stop it, set BOTFARM_HOME .*, or set DATABASE_URL"
+        message = rf"\(pid {process.pid}\) is using {old_home}\. Stop it, set BOTFARM_HOME .*, or set DATABASE_URL"
         with pytest.raises(embedded.EmbeddedError, match=message):
-            embedded.start(home)
+            embedded.start(old_home)
         assert answers(dsn)
-    with started(home) as server:
+    with started(old_home) as server:
         with pytest.raises(embedded.EmbeddedError, match=rf"\(pid {os.getpid()}\)"):
-            embedded.start(home)
+            embedded.start(old_home)
         assert answers(server.dsn)
 
 
@@ -376,77 +394,81 @@ def test_root_without_the_right_to_change_users_is_told_so(home: Path, monkeypat
 
 
 @linux_only
-def test_postgres_ends_with_a_killed_service(home: Path) -> None:
-    with service(home) as process:
+def test_postgres_ends_with_a_killed_service(old_home: Path) -> None:
+    with service(old_home) as process:
         sql(line(process), *MARK)
-        pid = postmaster(home)
+        pid = postmaster(old_home)
         process.kill()
         until(lambda: is_gone(pid), 10)
-    with started(home) as server:
+    with started(old_home) as server:
         assert marked(server.dsn)
 
 
-def test_a_start_right_after_the_kill_of_the_service_works(home: Path) -> None:
-    with service(home) as process:
+def test_a_start_right_after_the_kill_of_the_service_works(old_home: Path) -> None:
+    with service(old_home) as process:
         sql(line(process), *MARK)
         process.kill()
         process.wait()
-        with started(home) as server:
+        with started(old_home) as server:
             assert marked(server.dsn)
 
 
-def test_a_killed_postmaster_is_replaced_under_the_same_dsn(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with started(home) as server:
+def test_a_killed_postmaster_is_replaced_under_the_same_dsn(old_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with started(old_home) as server:
         sql(server.dsn, *MARK)
         for _ in range(2):
-            pid = postmaster(home)
+            pid = postmaster(old_home)
             os.kill(pid, signal.SIGKILL)
-            until(lambda pid=pid: postmaster(home) != pid and answers(server.dsn), 10)
+            until(lambda pid=pid: postmaster(old_home) not in (0, pid) and answers(server.dsn), 10)
             assert marked(server.dsn)
-        assert embedded.running(home) == server.dsn
+        assert embedded.running(old_home) == server.dsn
     assert [record.message for record in caplog.records] == 2 * [
-        f"the PostgreSQL in {home} ended by itself and is started again"
+        f"the PostgreSQL in {old_home} ended by itself and is started again"
     ]
-    assert embedded._ours(home / "data") == set()
+    assert embedded._ours(old_home / "data") == set()
 
 
-def test_restarts_are_at_most_five_a_minute(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with started(home) as server:
-        server._programs = home / "nowhere"
-        os.kill(postmaster(home), signal.SIGKILL)
+def test_restarts_are_at_most_five_a_minute(old_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with started(old_home) as server:
+        server._programs = old_home / "nowhere"
+        os.kill(postmaster(old_home), signal.SIGKILL)
         until(lambda: len(caplog.records) >= 11, 10)
-        threading.Event().wait(0.3)
+        time.sleep(0.3)
         assert len(caplog.records) == 11, "five failures, each with a warning before, and the sixth is waiting"
 
 
-def test_a_start_after_the_kill_of_both_works(home: Path) -> None:
-    with service(home) as process:
+def test_a_start_after_the_kill_of_both_works(old_home: Path) -> None:
+    with service(old_home) as process:
         sql(line(process), *MARK)
-        os.kill(postmaster(home), signal.SIGKILL)
+        os.kill(postmaster(old_home), signal.SIGKILL)
         process.kill()
         process.wait()
-        with started(home) as server:
+        with started(old_home) as server:
             assert marked(server.dsn)
 
 
-def test_no_server_starts_beside_what_is_left_of_another(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """PostgreSQL can't see a living backend once postmaster.pid is damaged, and two would ruin the data."""
-    with service(home) as process:
+@pytest.mark.parametrize("seen_by", ["us", "postgres"])
+def test_no_server_starts_beside_what_is_left_of_another(old_home: Path, monkeypatch: Any, seen_by: str) -> None:
+    """Two servers would ruin the data. PostgreSQL looks for the memory that postmaster.pid names; we look at titles."""
+    with service(old_home) as process:
         dsn = line(process)
         ((backend,),) = sql(dsn, "select pid from pg_stat_activity where backend_type = 'checkpointer'")
         os.kill(backend, signal.SIGSTOP)
-        os.kill(postmaster(home), signal.SIGKILL)
+        os.kill(postmaster(old_home), signal.SIGKILL)
         process.kill()
         process.wait()
+    if seen_by == "us":
+        write(old_home / "data" / "postmaster.pid", "")
+    else:
+        monkeypatch.setattr(embedded, "_outlive", lambda data: None)
+    waking = threading.Timer(0.6, os.kill, (backend, signal.SIGCONT))
+    waking.start()
     try:
-        write(home / "data" / "postmaster.pid", "")
-        threading.Timer(0.6, os.kill, (backend, signal.SIGCONT)).start()
-        with started(home) as server:
+        with started(old_home) as server:
             assert is_gone(backend)
             assert answers(server.dsn)
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(backend, signal.SIGCONT)
+        waking.join()
 
 
 def test_an_initdb_that_was_killed_leaves_no_half_database(home: Path) -> None:
@@ -463,24 +485,24 @@ def test_an_initdb_that_was_killed_leaves_no_half_database(home: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sleep", "postgres"])
-def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(home: Path, caplog: Any, name: str) -> None:
-    with started(home):
-        left = (home / "data" / "postmaster.pid").read_text().partition("\n")[2]
-    owner = (home / "data").stat()
+def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(old_home: Path, caplog: Any, name: str) -> None:
+    with started(old_home):
+        left = (old_home / "data" / "postmaster.pid").read_text().partition("\n")[2]
+    owner = (old_home / "data").stat()
     user = {"user": owner.st_uid, "group": owner.st_gid} if os.geteuid() == 0 else {}
     with subprocess.Popen([name, "60"], executable=shutil.which("sleep"), **user) as stranger:
-        write(home / "data" / "postmaster.pid", f"{stranger.pid}\n{left}")
-        write(home / ".s.PGSQL.5432.lock", f"{stranger.pid}\n{left}")
+        write(old_home / "data" / "postmaster.pid", f"{stranger.pid}\n{left}")
+        write(old_home / ".s.PGSQL.5432.lock", f"{stranger.pid}\n{left}")
         try:
-            assert embedded.running(home) is None
-            with started(home) as server:
+            assert embedded.running(old_home) is None
+            with started(old_home) as server:
                 assert answers(server.dsn)
             assert stranger.poll() is None
         finally:
             stranger.kill()
     (message,) = [record.message for record in caplog.records]
     assert message == (
-        f"{home / 'data' / 'postmaster.pid'} is stale: process {stranger.pid} is not our PostgreSQL and is left alone"
+        f"{old_home / 'data' / 'postmaster.pid'} is stale: process {stranger.pid} is not our PostgreSQL and is left alone"
     )
 
 
@@ -489,24 +511,30 @@ def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(home: Path, caplog: A
     [("{dead}\n{left}", 0), ("4194304999999999999\n", 0), ("", 1), ("what?\n", 1)],
     ids=["dead", "impossible", "empty", "garbage"],
 )
-def test_a_stale_pid_file_is_no_obstacle(home: Path, caplog: Any, text: str, warnings: int) -> None:
-    with started(home):
-        left = (home / "data" / "postmaster.pid").read_text().partition("\n")[2]
+def test_a_stale_pid_file_is_no_obstacle(old_home: Path, caplog: Any, text: str, warnings: int) -> None:
+    with started(old_home):
+        left = (old_home / "data" / "postmaster.pid").read_text().partition("\n")[2]
     with subprocess.Popen(["true"]) as ended:
         pass
-    write(home / "data" / "postmaster.pid", text.format(dead=ended.pid, left=left))
-    with started(home) as server:
+    write(old_home / "data" / "postmaster.pid", text.format(dead=ended.pid, left=left))
+    with started(old_home) as server:
         assert answers(server.dsn)
     assert [record.levelno for record in caplog.records] == warnings * [logging.WARNING]
 
 
-def test_a_server_that_does_not_start_says_why(home: Path) -> None:
-    with started(home):
-        pass
-    with open(home / "data" / "postgresql.conf", "a") as file:
-        file.write("shared_buffers = nonsense\n")
+def test_a_server_that_does_not_start_says_why(old_home: Path) -> None:
+    settings = old_home / "data" / "postgresql.conf"
+    before = settings.read_text()
+    write(settings, before + "shared_buffers = nonsense\n")
     with pytest.raises(embedded.EmbeddedError, match=r"does not start in .*shared_buffers.*set DATABASE_URL"):
-        embedded.start(home)
-    (home / "data" / "postgresql.conf").write_text("")
-    with started(home) as server:
+        embedded.start(old_home)
+    write(settings, before)
+    with started(old_home) as server:
         assert answers(server.dsn), "the failed start let go of the home"
+
+
+def test_a_server_that_takes_too_long_is_ended(old_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "PATIENCE", -1)
+    with pytest.raises(embedded.EmbeddedError, match="does not start in"):
+        embedded.start(old_home)
+    assert embedded._ours(old_home / "data") == set()

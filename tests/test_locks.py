@@ -7,7 +7,7 @@ import uuid
 from datetime import datetime
 
 import pytest
-from conftest import acquire, execute, make_users, serving, settings, slug
+from conftest import acquire, client, execute, make_users, serving, settings, slug
 
 import botfarm
 
@@ -55,13 +55,14 @@ async def test_refusals_say_why(api, project):
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ({"ttl": 0}, "ttl"), ({"ttl": 86401}, "ttl"), ({"ttl": "5"}, "ttl"), ({"ttl": 1.5}, "ttl"), ({"wait": 1}, "wait"),
-        ({"wait": -1}, "wait"), ({"holder": "x" * 201}, "holder"), ({"holder": "a\tb"}, "holder"), ({"env": "x"}, "env"),
+        ({"ttl": 0}, "ttl"), ({"ttl": 86401}, "ttl"), ({"ttl": "5"}, "ttl"), ({"ttl": 1.5}, "ttl"),
+        ({"wait": 1}, "wait"), ({"wait": -1}, "wait"), ({"holder": "x" * 201}, "holder"),
+        ({"holder": "a\tb"}, "holder"), ({"env": "x"}, "env"),
         ({"project_id": None}, "project_id"), ({"labels": {"x": None}}, "labels.x"), ({"user": 1}, "user"),
     ],
 )  # fmt: skip
 async def test_a_bad_wish_is_refused_by_field(api, project, body, field):
-    answer = await acquire(api, **({"project": project} | {k: v for k, v in body.items()}))
+    answer = await acquire(api, **({"project": project} | body))
     assert slug(answer) == "invalid"
     assert answer.json()["errors"][0]["field"] == field
 
@@ -225,8 +226,6 @@ async def test_an_expired_lock_returns_to_the_pool_without_the_sweep(database, p
 
     monkeypatch.setattr(botfarm, "sweep", nothing)
     with serving(settings(database)) as alone:
-        from conftest import client
-
         async with client(alone.url) as api:
             (user,) = await make_users(api, project)
             first = (await acquire(api, project, ttl=1, key=(key := uuid.uuid4()))).json()
@@ -248,7 +247,7 @@ async def test_an_expired_lock_returns_to_the_pool_without_the_sweep(database, p
 
 
 async def test_the_sweep_records_expired_locks(api, project, service):
-    (user,) = await make_users(api, project)
+    await make_users(api, project)
     lock = (await acquire(api, project, ttl=1)).json()
     for _ in range(100):
         rows = await service_fetch(service, f"select ended_by from history where lock_id = '{lock['id']}'")
@@ -264,8 +263,6 @@ async def service_fetch(service, sql):
 
 async def test_old_history_and_keys_are_forgotten_in_the_end(empty_database, project):
     with serving(settings(empty_database)) as alone:
-        from conftest import client
-
         async with client(alone.url) as api:
             await make_users(api, project, 2)
             kept = (await acquire(api, project, key=uuid.uuid4())).json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import signal
 import subprocess
@@ -81,7 +82,7 @@ async def test_fences_only_grow_and_the_history_has_no_overlap(replicas, project
         assert len(seen) == len(set(seen))
         items = (await replicas[0].get(f"/users/{user}/history", params={"limit": 1000})).json()["items"]
         assert [item["fence"] for item in items] == sorted(range(1, max(seen) + 1), reverse=True)
-        for later, earlier in zip(items, items[1:], strict=False):
+        for later, earlier in itertools.pairwise(items):
             assert earlier["ended_at"] <= later["acquired_at"]
 
 

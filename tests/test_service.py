@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
 import uuid
 
 import asyncpg
@@ -236,8 +237,6 @@ def test_the_readme_has_every_setting_call_and_command():
 
 def test_the_first_curl_lines_of_the_readme_work(service):
     """The README's lines, with the port of the test's service."""
-    import subprocess
-
     block = re.search(r"```sh\n(curl.*?)```", README, re.S)
     assert block
     script = block[1].replace("http://127.0.0.1:8000", service.url)
@@ -249,8 +248,6 @@ def test_the_first_curl_lines_of_the_readme_work(service):
 
 
 def test_the_banner_has_lines_that_work(service):
-    import subprocess
-
     lines = botfarm.banner(botfarm.Settings()).splitlines()[1:]
     for line, expected in zip(lines, ('"login":"bot-1"', '"password":"secret"', '{"released":1}'), strict=True):
         text = line.partition(": ")[2].strip().replace("http://127.0.0.1:8000", service.url)
