@@ -1496,29 +1496,18 @@ class Lines:
 
     def __init__(self) -> None:
         self.number = 0
-        self._rest = bytearray()
-        self._skipping = False
+        self._rest = b""
 
     def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes | None]]:
-        *whole, rest = chunk.split(b"\n")
+        *whole, rest = (self._rest + chunk).split(b"\n")
+        self._rest = rest[: LONGEST_LINE + 1]  # of a line that is too long, as much as tells so
         for line in whole:
-            yield self._end(line)
-        self._keep(rest)
+            self.number += 1
+            yield self.number, line if len(line) <= LONGEST_LINE else None
 
     def close(self) -> Iterator[tuple[int, bytes | None]]:
-        if self._rest or self._skipping:
-            yield self._end(b"")
-
-    def _keep(self, part: bytes) -> None:
-        self._skipping = self._skipping or len(self._rest) + len(part) > LONGEST_LINE
-        self._rest = bytearray() if self._skipping else self._rest + part
-
-    def _end(self, part: bytes) -> tuple[int, bytes | None]:
-        self._keep(part)
-        line = None if self._skipping else bytes(self._rest)
-        self._rest, self._skipping = bytearray(), False
-        self.number += 1
-        return self.number, line
+        if self._rest:
+            yield from self.feed(b"\n")
 
 
 class ImportFile:
@@ -1695,12 +1684,24 @@ class Import:
         if self.file.errors:
             raise Invalid(sorted(self.file.errors, key=lambda error: error.line)[:100])
         await connection.execute(SQL["import_pools"], timeout=600)
-        created: Any = await connection.fetchval(SQL["import_create"], timeout=3600)
-        await self._adopt()
+        await self._create()
         await connection.execute(SQL["import_update"], timeout=3600)
         await connection.execute(SQL["import_move"], timeout=3600)
         kinds = dict(await connection.fetch(SQL["import_kinds"], timeout=600))
-        return Imported(created, kinds.get("updated", 0), kinds.get("unchanged", 0))
+        return Imported(*(kinds.get(kind, 0) for kind in Imported.__struct_fields__))
+
+    async def _create(self) -> None:
+        """Others may take a login of the file at any time until we have: those users are updated instead."""
+        for attempt in range(10):
+            await self._adopt()
+            try:
+                async with self.connection.transaction():
+                    await self.connection.execute(SQL["import_create"], timeout=3600)
+                    await self.connection.execute(SQL["import_unlock"], timeout=3600)
+                return
+            except asyncpg.UniqueViolationError:
+                if attempt == 9:
+                    raise LoginTaken("Others keep creating users of this file; send it again.") from None
 
     async def _adopt(self) -> None:
         """Users of the file that another call made since they were staged: seal for them, and update them."""

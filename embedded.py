@@ -277,35 +277,8 @@ def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
 
 
 # ---- What a killed service leaves behind -------------------------------------------------------------------
-# PostgreSQL itself refuses to start while the pid in its postmaster.pid is alive, whoever that is by now.
-
-
-def _processes() -> dict[int, list[str]]:
-    """What runs now: arguments by pid. A zombie has none."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            found[int(entry.parent.name)] = os.fsdecode(entry.read_bytes()).split("\0")
-    return found or _processes_by_ps()
-
-
-def _processes_by_ps() -> dict[int, list[str]]:
-    """For macOS. ps joins arguments by blanks, so ours (`postgres -D data -c …`) are cut at the options."""
-    found = {}
-    for line in subprocess.check_output(["ps", "-axww", "-o", "pid=,command="], text=True).splitlines():
-        pid, _, command = line.strip().partition(" ")
-        program, _, rest = command.partition(" -D ")
-        found[int(pid)] = [program, "-D", rest.partition(" -c ")[0]]
-    return found
-
-
-def _name(data: Path) -> str:
-    """The cluster_name, which PostgreSQL puts in the title of each of its processes.
-
-    By inode: in containers the same path is used again and again, and their processes are not ours.
-    """
-    status = data.stat()
-    return f"botfarm-{status.st_dev:x}-{status.st_ino:x}"
+# PostgreSQL itself refuses to start while the pid in its postmaster.pid is alive, whoever that is by now. Backends
+# that live on need no care from us: it finds them by the memory they share, even without a postmaster.pid.
 
 
 def _status(data: Path) -> tuple[int, str, str]:
@@ -316,36 +289,40 @@ def _status(data: Path) -> tuple[int, str, str]:
     return 0, "", ""
 
 
-def _ours(data: Path) -> set[int]:
-    """The running processes of this database. Its postmaster is among them only if postmaster.pid names it."""
-    if not data.exists():
-        return set()
-    named, title = _status(data)[0], f"postgres: {_name(data)}: "
-    return {
-        pid
-        for pid, words in _processes().items()
-        if words[0].startswith(title) or (pid == named and Path(words[0]).name == "postgres" and str(data) in words)
-    }
+def _postmaster(data: Path) -> int:
+    """The pid from postmaster.pid if that process runs and is the PostgreSQL of this data folder, else 0."""
+    named = _status(data)[0]
+    program, *arguments = _command(named)
+    return named if Path(program).name == "postgres" and str(data) in arguments else 0
+
+
+def _command(pid: int) -> list[str]:
+    """Program and arguments of a process; empty words for none and for a zombie."""
+    if Path("/proc/self").exists():
+        with suppress(OSError):
+            return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+        return [""]
+    shown = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    program, _, rest = shown.stdout.strip().partition(" -D ")
+    return [program, rest.partition(" -c ")[0]]  # ps joins with blanks what _spawn put together
 
 
 def _outlive(data: Path) -> None:
-    """Wait for the processes of a killed service to go; after a second ask their postmaster to."""
-    if _until(lambda: not _ours(data), 1):
+    """Wait for the PostgreSQL of a killed service to go; after a second ask it to."""
+    if _until(lambda: not _postmaster(data), 1):
         return
-    named = _status(data)[0]
-    if named in _ours(data):
+    if pid := _postmaster(data):
         with suppress(ProcessLookupError):
-            os.kill(named, signal.SIGINT)
-    if not _until(lambda: not _ours(data), 15):
-        pids = ", ".join(map(str, _ours(data)))
-        raise EmbeddedError(f"PostgreSQL of a killed service still runs on {data} (pid {pids}). {OTHER_HOME}")
+            os.kill(pid, signal.SIGINT)
+    if not _until(lambda: not _postmaster(data), 15):
+        raise EmbeddedError(f"PostgreSQL of a killed service (pid {pid}) still runs on {data}. {OTHER_HOME}")
 
 
 def _unblock(data: Path, user: pwd.struct_passwd) -> None:
-    """Make a stale postmaster.pid harmless, once our processes are gone.
+    """Make a postmaster.pid harmless whose process is not ours, or that names none.
 
-    Only the pid changes: by the other lines PostgreSQL looks for processes that use its memory. A zombie, and
-    in a new container we ourselves, can have the old pid. Files that name no pid are refused by PostgreSQL.
+    Only the pid changes: the other lines lead PostgreSQL to the memory of what may still run. A zombie has its pid
+    still, and in a new container we ourselves may have it.
     """
     path, named = data / "postmaster.pid", _status(data)[0]
     if path.exists() and not named:
@@ -453,7 +430,7 @@ class Embedded:
     def _launch(self) -> None:
         """Start PostgreSQL and wait until it is ready, trying again while a killed one is in the way."""
         data, reason = self.home / "data", ""
-        for _ in range(20):
+        for _ in range(40):
             _outlive(data)
             _unblock(data, self._user)
             child, beginning = self._spawn(data)
@@ -470,8 +447,8 @@ class Embedded:
         """The new process, and where in postgres.log its lines begin."""
         for leftover in self._sockets.glob(SOCKET + "*"):
             leftover.unlink()
-        places = {"unix_socket_directories": str(self._sockets), "cluster_name": _name(data)}
-        options = [word for name, value in (SETTINGS | places).items() for word in ("-c", f"{name}={value}")]
+        settings = SETTINGS | {"unix_socket_directories": str(self._sockets)}
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         command = [str(self._programs / "postgres"), "-D", str(data), *options]
         output = _open(self.home / "postgres.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, self._user)
         with open(output, "ab") as file, self._guard:
@@ -532,7 +509,7 @@ def running(home: Path) -> str | None:
     with _explained(home):
         data = _place(home) / "data"
         pid, sockets, state = _status(data)
-        return _dsn(sockets) if state == "ready" and pid in _ours(data) else None
+        return _dsn(sockets) if state == "ready" and pid == _postmaster(data) else None
 
 
 @contextmanager
