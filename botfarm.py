@@ -39,6 +39,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -2339,6 +2340,8 @@ def serve(settings: Settings) -> int:
         "timeout_graceful_shutdown": 8,
         "ws": "none",
     }
+    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
+        signal.signal(stop, lambda *_: sys.exit(0))
     with prepared(settings) as url:
         keys = load_keys(settings)
         asyncio.run(_check_keys(url, keyring_of(keys)))

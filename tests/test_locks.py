@@ -187,6 +187,17 @@ async def test_use_spreads_over_the_pool(api, project):
     assert {used.count(login) for login in used} == {2}
 
 
+async def test_a_free_user_behind_the_place_of_the_last_search_is_found(api, project, database):
+    """One that a long import committed late, say: the search begins where the last one ended, and wraps."""
+    users = await make_users(api, project, 3)
+    lock = (await acquire(api, project)).json()
+    late = [f"'{user['id']}'" for user in users if user["id"] != lock["user"]["id"]]
+    await execute(
+        database, f"update locks set ready_at = now() - interval '1 hour' where user_id in ({','.join(late)})"
+    )
+    assert [(await acquire(api, project)).status_code for _ in range(3)] == [201, 201, 409]
+
+
 async def test_any_env_and_domain_of_a_project_can_be_asked_for(api, project):
     await make_users(api, project, 1, env="prod")
     await make_users(api, project, 1, domain="canary")
@@ -243,7 +254,13 @@ async def test_an_expired_lock_returns_to_the_pool_without_the_sweep(database, p
             assert second["fence"] == 2
             await api.patch(f"/locks/{second['id']}", json={"ttl": 1})
             await asyncio.sleep(1.05)
-            assert (await api.put(f"/users/{user['id']}/lock")).json()["fence"] == 3
+            assert slug(await api.patch(f"/locks/{second['id']}")) == "lock-not-held"
+            third = (await api.put(f"/users/{user['id']}/lock", json={"ttl": 1})).json()
+            assert third["fence"] == 3
+            await api.patch(f"/locks/{third['id']}", json={"ttl": 100})
+            await asyncio.sleep(1.05)
+            assert slug(await acquire(api, project)) == "pool-exhausted"  # renewed, and not swept since
+            assert slug(await api.put(f"/users/{user['id']}/lock")) == "user-locked"
 
 
 async def test_the_sweep_records_expired_locks(api, project, service):

@@ -55,6 +55,10 @@ def test_several_at_once_apply_each_migration_once(empty_database):
     with ThreadPoolExecutor(6) as threads:
         runs = list(threads.map(botfarm.migrate, [empty_database] * 6))
     assert sorted(runs) == [[]] * 5 + [NAMES]
+    botfarm.migrate(empty_database, rollback=True)
+    with ThreadPoolExecutor(6) as threads:
+        runs = list(threads.map(botfarm.migrate, [empty_database] * 6))
+    assert sorted(runs) == [[]] * 5 + [NAMES[-1:]]
 
 
 async def test_a_migrator_killed_in_the_middle_leaves_nothing_and_blocks_nobody(empty_database):
