@@ -48,7 +48,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast, get_args, get_type_hints
 from urllib.parse import parse_qsl
@@ -1018,7 +1018,7 @@ class Renewal(Struct):
 
 
 # A release may commit a moment after a claim has passed its place; look back this far for such stragglers.
-STRAGGLERS = 0.02
+STRAGGLERS = timedelta(milliseconds=20)
 
 
 class Farm:
@@ -1083,10 +1083,13 @@ class Farm:
         """Begin the next search where this one ended: see acquire_locks.sql."""
         if len(self._cursors) > 10_000:
             self._cursors.clear()
+        ends: dict[tuple[Wish, int], datetime] = {}
         for row in rows:
-            wish = wishes[row["lock_id"]]
+            place = wishes[row["lock_id"]], row["pool_id"]
+            ends[place] = max(row["since"], ends.get(place, row["since"]))
+        for (wish, pool_id), end in ends.items():
             if wish.user_id is None:
-                self._cursors.setdefault(wish, {})[row["pool_id"]] = row["since"]
+                self._cursors.setdefault(wish, {})[pool_id] = end - STRAGGLERS
 
     async def _release(self, releases: list[Release]) -> list[bool]:
         """Whether each was held. A lock that is released twice at once is held for the first one only."""
@@ -1938,7 +1941,7 @@ async def release_lock(farm: Farm, request: Request, id: uuid.UUID, query: Relea
 @call(delete, "/locks", tag="locks", status=200, query=HolderQuery, answer=Released)
 async def release_holder(farm: Farm, request: Request, query: HolderQuery) -> Response:
     """Give back everything that a holder holds: a CI job's last step."""
-    rows = await farm.hot.fetch(SQL["release_holder"], query.holder, query.project_id)
+    rows = await farm.pool.fetch(SQL["release_holder"], query.holder, query.project_id)
     return reply(Released(len(rows)))
 
 

