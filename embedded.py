@@ -134,7 +134,8 @@ def _own(home: Path) -> None:
     user, owner = _user(home), home.stat().st_uid
     if owner != user.pw_uid and (os.geteuid() or set(os.listdir(home)) - {"lost+found"}):
         raise EmbeddedError(
-            f"{home} is not empty and belongs to uid {owner}, not to PostgreSQL's user {user.pw_name}. {OTHER_HOME}"
+            f"{home} belongs to uid {owner}, not to PostgreSQL's user {user.pw_name}, "
+            f"and root gives away only an empty folder. {OTHER_HOME}"
         )
     _hand_over(home, user)
     home.chmod(0o700)
@@ -244,7 +245,7 @@ def _copied(programs: Path, major: str) -> Path:
                     shutil.copytree(folder, fresh / folder.relative_to(package.parent))
             for path in (fresh, *fresh.rglob("*")):
                 path.chmod(0o755)
-            os.sync()
+            os.sync()  # or a power failure could leave empty files under the finished name
             fresh.rename(target)
     return target / programs.relative_to(package.parent)
 
@@ -258,12 +259,12 @@ def _make_shared() -> None:
 def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
     """Make the database in another folder and rename it, so `data` is never half a database.
 
-    That folder is new each time: an initdb that outlives a killed service must not write into ours.
+    That folder is new each time: an initdb that outlives a killed service by a moment must not write into ours.
     """
-    if (data / "PG_VERSION").exists():
-        return
     for leftover in data.parent.glob("data.new*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    if (data / "PG_VERSION").exists():
+        return
     fresh = Path(tempfile.mkdtemp(prefix="data.new.", dir=data.parent))
     _hand_over(fresh, user)
     options = ("-U", "botfarm", "--auth=trust", "--encoding=UTF8", "--locale=C")
@@ -329,7 +330,7 @@ def _unblock(data: Path, user: pwd.struct_passwd) -> None:
         log.warning("%s is damaged and names no process: it is removed", path)
         path.unlink()
     elif named and _alive(named):
-        log.warning("%s is stale: process %d is not our PostgreSQL and is left alone", path, named)
+        log.warning("%s is stale: process %d is not, or no longer, our PostgreSQL and is left alone", path, named)
         with open(_open(path, os.O_RDWR, user), "r+b") as file:
             rest = file.read().partition(b"\n")[2]
             file.seek(0)

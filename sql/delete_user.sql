@@ -1,4 +1,4 @@
--- Delete a user, and by force also one that is locked.
+-- Delete a user with its lock row, and by force also one that is locked.
 --   $1  user id  uuid
 --   $2  force    boolean
 -- The lock row is locked first, so a user that is being acquired in this moment is seen as locked.
@@ -14,6 +14,11 @@ deleted as (
     where users.id = found.user_id
         and ($2::boolean or not found.held)
     returning users.id
+),
+unlocked as (
+    delete from locks
+    using deleted
+    where locks.user_id = deleted.id
 ),
 recorded as (
     insert into history (lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by)

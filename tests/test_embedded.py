@@ -327,7 +327,7 @@ def test_a_database_that_gets_out_of_reach_is_not_replaced_by_an_empty_one(folde
 def test_a_used_folder_of_root_is_not_taken(home: Path) -> None:
     home.mkdir(mode=0o755)
     (home / "passwd").touch()
-    with pytest.raises(embedded.EmbeddedError, match=f"{home} is not empty and belongs to uid 0"):
+    with pytest.raises(embedded.EmbeddedError, match=f"{home} belongs to uid 0, .* only an empty folder"):
         embedded.start(home)
     assert (home.stat().st_uid, home.stat().st_mode & 0o777) == (0, 0o755)
 
@@ -507,7 +507,8 @@ def test_an_initdb_that_was_killed_leaves_no_half_database(home: Path) -> None:
     (home / "data.new" / "PG_VERSION").write_text("18")
     with started(home) as server:
         assert answers(server.dsn)
-    assert not any(home.glob("data.new*"))
+    with started(home):  # the killed initdb may have written on while the first start cleaned up
+        assert not any(home.glob("data.new*"))
 
 
 @pytest.mark.parametrize("who", ["a program called postgres", "a program on our folder"])
@@ -529,7 +530,7 @@ def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(old_home: Path, caplo
         finally:
             stranger.kill()
     (message,) = [record.message for record in caplog.records]
-    assert message.startswith(f"{old_home / 'data' / 'postmaster.pid'} is stale: process {stranger.pid} is not our")
+    assert message.startswith(f"{old_home / 'data' / 'postmaster.pid'} is stale: process {stranger.pid} is not, or")
 
 
 @pytest.mark.parametrize(
