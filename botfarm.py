@@ -1046,7 +1046,12 @@ class Farm:
         granted: dict[uuid.UUID, asyncpg.Record] = {}
         misses = 0
         while misses < 2 and (left := [claim for claim in claims if claim.lock_id not in granted]):
-            rows = await self._claim(left)
+            try:
+                rows = await self._claim(left)
+            except Exception:
+                if not granted:
+                    raise
+                break  # those who got a user are told so; the others find out why they did not
             granted |= {row["lock_id"]: row for row in rows}
             misses += not rows
         return [granted.get(claim.lock_id) for claim in claims]
@@ -1157,7 +1162,7 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
     declaration = Call(**declared)
 
     def register(handler: Callable[..., Awaitable[Response]]) -> None:
-        async def endpoint(request: Request) -> Response:
+        async def attempt(request: Request) -> Response:
             try:
                 farm: Farm = request.app.state.farm
                 return await handler(farm, request, **await _arguments(farm, request, declaration))
@@ -1166,6 +1171,15 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
             except DATABASE_FAULTS as fault:
                 log.warning("The database does not answer: %s: %s", type(fault).__name__, fault)
                 return DatabaseUnavailable().response()
+            except KeyFault as fault:
+                log.error("%s", fault)
+                return DatabaseUnavailable("A password is sealed with a key that this replica lacks.").response()
+
+        async def endpoint(request: Request) -> Response:
+            for _ in range(5):
+                with contextlib.suppress(asyncpg.DeadlockDetectedError):  # rolled back whole, so safe to repeat
+                    return await attempt(request)
+            return DatabaseUnavailable("Too many calls change the same users; try again.").response()
 
         endpoint.__doc__ = handler.__doc__
         limits = {"request_max_body_size": None} if declaration.upload else {}
@@ -1245,7 +1259,9 @@ def _read_query(farm: Farm, query: bytes, kind: type[T]) -> T:
         parsed = msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         raise Invalid(field_errors(error, values)) from None
-    if faults := check_words(farm.settings, parsed):
+    nulls = [name for name in values if getattr(parsed, name) is None]  # "null" would drop a filter
+    faults = [FieldError(name, f"{_shown(values[name])} is not allowed; leave it out") for name in nulls]
+    if faults := faults + check_words(farm.settings, parsed):
         raise Invalid(faults)
     return parsed
 
@@ -1314,8 +1330,9 @@ def write_cursor(*place: Any) -> str:
 def read_cursor(text: str, kind: type[T]) -> T:
     try:
         padded = text + "=" * (-len(text) % 4)
-        return msgspec.json.decode(base64.b64decode(padded, altchars=b"-_", validate=True), type=kind)
-    except ValueError:
+        place = msgspec.json.decode(base64.b64decode(padded, altchars=b"-_", validate=True), type=kind)
+        return cast("T", tuple(p.astimezone(UTC) if isinstance(p, datetime) else p for p in cast("tuple", place)))
+    except (ValueError, OverflowError):
         message = f"{_shown(text)} is not a cursor: pass `next` of the last page, or leave it out"
         raise Invalid([FieldError("cursor", message)]) from None
 
@@ -1372,7 +1389,7 @@ async def list_users(farm: Farm, request: Request, query: UserQuery) -> Response
 
     Pass `next` as `cursor` for the next page. All filters must fit; `label=key:value` may be repeated.
     """
-    after = read_cursor(query.cursor, tuple[datetime, uuid.UUID]) if query.cursor else FIRST_CURSOR
+    after = read_cursor(query.cursor, tuple[datetime, uuid.UUID]) if query.cursor is not None else FIRST_CURSOR
     rows = await farm.pool.fetch(SQL["list_users"], *query.columns(), *after, query.limit + 1)
     page = rows[: query.limit]
     more = write_cursor(page[-1]["created_at"], page[-1]["id"]) if len(rows) > query.limit else None
@@ -1471,7 +1488,7 @@ async def list_history(farm: Farm, request: Request, id: uuid.UUID, query: Histo
     A live one has neither `ended_at` nor `ended_by`.
     """
     await _get_user(farm, id)
-    (before,) = read_cursor(query.cursor, tuple[Fence]) if query.cursor else (1 << 62,)
+    (before,) = read_cursor(query.cursor, tuple[Fence]) if query.cursor is not None else (1 << 62,)
     rows = await farm.pool.fetch(SQL["list_history"], id, before, query.limit + 1)
     page = [Ended(**row) for row in rows[: query.limit]]
     return reply(HistoryPage(page, write_cursor(page[-1].fence) if len(rows) > query.limit else None))
@@ -1490,6 +1507,7 @@ async def list_pools(farm: Farm, request: Request, query: PoolQuery) -> Response
 # ------------------------------------------------------------------------------------------------------
 
 LONGEST_LINE = 64 * 1024
+PAUSE = 30  # seconds that an upload may pause
 CHUNK = 500
 FIELDS = ("login", "password", "project_id", "env", "domain")
 Numbered = tuple[int, ImportedUser]
@@ -1535,8 +1553,12 @@ class ImportFile:
         """Called after the last line."""
 
     def fail(self, line: int, field: str | None, message: str) -> None:
-        if len(self.errors) < 100:
-            self.errors.append(LineError(line, field, message))
+        self.errors.append(LineError(line, field, message))
+        if len(self.errors) > 200:
+            self.errors = self.first_errors()
+
+    def first_errors(self) -> list[LineError]:
+        return sorted(self.errors, key=lambda error: error.line)[:100]
 
     def check(self, number: int, user: ImportedUser) -> ImportedUser | None:
         faults = check_words(self.settings, user)
@@ -1575,23 +1597,25 @@ class CsvFile(ImportFile):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.header: list[str] | None = None
-        self._open = b""  # a record whose quotes are not closed yet, and the line it began on
-        self._began = 0
+        self._parts: list[bytes] = []  # a record whose quotes are not closed yet, and the line it began on
+        self._size = self._quotes = self._began = 0
 
     def parse(self, number: int, line: bytes) -> ImportedUser | None:
-        record = self._open + line
+        self._parts.append(line)
         self._began = self._began or number
-        if record.count(b'"') % 2 and len(record) <= LONGEST_LINE:
-            self._open = record + b"\n"
+        self._size += len(line) + 1
+        self._quotes += line.count(b'"')
+        if self._quotes % 2 and self._size <= LONGEST_LINE:
             return None
-        number, self._open, self._began = self._began, b"", 0
-        if len(record) > LONGEST_LINE:
-            self.fail(number, None, f"the record is over {LONGEST_LINE} bytes; is a quote not closed?")
+        began, size, record = self._began, self._size, b"\n".join(self._parts)
+        self._parts, self._size, self._quotes, self._began = [], 0, 0, 0
+        if size > LONGEST_LINE + 1:
+            self.fail(began, None, f"the record is over {LONGEST_LINE} bytes; is a quote not closed?")
             return None
-        return self._parse_record(number, record)
+        return self._parse_record(began, record)
 
     def close(self) -> None:
-        if self._open:
+        if self._parts:
             self.fail(self._began, None, "a quote is not closed")
         elif self.header is None:
             self.fail(1, None, "the file is empty; a CSV file begins with a header line")
@@ -1599,7 +1623,10 @@ class CsvFile(ImportFile):
     def _parse_record(self, number: int, record: bytes) -> ImportedUser | None:
         try:
             text = record.decode("utf-8-sig" if self.header is None else "utf-8")
-            cells = next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+            records = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+            if len(records) > 1:
+                raise csv.Error("a stray quote or carriage return")
+            cells = records[0] if records else []
         except (UnicodeError, csv.Error) as error:
             self.fail(number, None, f"the line is not CSV in UTF-8: {error}")
             self.header = self.header if self.header is not None else []
@@ -1611,11 +1638,12 @@ class CsvFile(ImportFile):
 
     def _read_header(self, cells: list[str]) -> None:
         self.header = [cell.strip() for cell in cells]
-        for name in self.header:
+        for column, name in enumerate(self.header, 1):  # by number: without a header, a name would be a password
             if name not in FIELDS and not (name.startswith("label.") and re.match(LABEL_KEY, name[6:])):
-                self.fail(1, name, f"{_shown(name)} is not a column: {', '.join(FIELDS)} or label.<key>")
-        for name in {name for name in self.header if self.header.count(name) > 1}:
-            self.fail(1, name, f"the column {_shown(name)} is there twice")
+                known = f"{', '.join(FIELDS)} or label.<key>"
+                self.fail(1, None, f"column {column} is not one of {known}; is the header line missing?")
+            elif name in self.header[: column - 1]:
+                self.fail(1, name, f"the column {_shown(name)} is there twice")
         for name in ("login", "project_id", "env"):
             if name not in self.header:
                 self.fail(1, name, f"the column {name} is missing")
@@ -1665,18 +1693,19 @@ class Import:
             return None
         labels = msgspec.json.encode(user.labels).decode()
         id = known["id"] if known else new_id()
-        secret = await self._new_secret(id, user, known)
+        secret = await self._secret(id, user, known)
         kind = "created"
         if known:
             same = known["domain"] == user.domain and msgspec.json.decode(known["labels"]) == user.labels
-            kind = "unchanged" if same and secret is None else "updated"
+            kind = "unchanged" if same and secret in (None, known["secret"]) else "updated"
         return line, kind, id, user.project_id, user.env, user.domain, user.login, labels, secret
 
-    async def _new_secret(self, id: uuid.UUID, user: ImportedUser, known: asyncpg.Record | None) -> str | None:
+    async def _secret(self, id: uuid.UUID, user: ImportedUser, known: asyncpg.Record | None) -> str | None:
+        """What to store: nothing new without a password, and what stands already where that is the same."""
         if user.password is None:
             return None
         if known and await self.passwords.verify(id, known["secret"], user.password):
-            return None
+            return known["secret"]
         return await self.passwords.store(id, user.password)
 
     async def apply(self) -> Imported:
@@ -1686,26 +1715,39 @@ class Import:
             message = f"{_shown(row['login'])} stands in the lines {row['first']} and {row['line']}"
             self.file.errors.append(LineError(row["line"], "login", message))
         if self.file.errors:
-            raise Invalid(sorted(self.file.errors, key=lambda error: error.line)[:100])
+            raise Invalid(self.file.first_errors())
         await connection.execute(SQL["import_pools"], timeout=600)
-        await self._create()
-        await connection.execute(SQL["import_update"], timeout=3600)
-        await connection.execute(SQL["import_move"], timeout=3600)
+        for attempt in range(10):
+            try:
+                async with connection.transaction():
+                    await self._write()
+                break
+            except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
+                if attempt == 9:
+                    raise LoginTaken("Others keep changing the users of this file; send it again.") from None
         kinds = dict(await connection.fetch(SQL["import_kinds"], timeout=600))
         return Imported(*(kinds.get(kind, 0) for kind in Imported.__struct_fields__))
 
-    async def _create(self) -> None:
-        """Others may take a login of the file at any time until we have: those users are updated instead."""
-        for attempt in range(10):
-            await self._adopt()
-            try:
-                async with self.connection.transaction():
-                    await self.connection.execute(SQL["import_create"], timeout=3600)
-                    await self.connection.execute(SQL["import_unlock"], timeout=3600)
-                return
-            except asyncpg.UniqueViolationError:
-                if attempt == 9:
-                    raise LoginTaken("Others keep creating users of this file; send it again.") from None
+    async def _write(self) -> None:
+        """Others may create, rename or delete users of the file until now: look once more, then write."""
+        await self.connection.execute(SQL["import_lock"], timeout=600)
+        await self._renew()
+        await self._adopt()
+        for statement in ("import_create", "import_unlock", "import_update", "import_move"):
+            await self.connection.execute(SQL[statement], timeout=3600)
+
+    async def _renew(self) -> None:
+        """Users that were known when they were staged, and are gone: make them anew."""
+        rows = await self.connection.fetch(SQL["import_lost"], timeout=600)
+        for row in rows:
+            if row["secret"] is None:
+                self.file.fail(row["line"], "password", "a password is needed: this user was deleted meanwhile")
+        if self.file.errors:
+            raise Invalid(self.file.first_errors())
+        ids = [new_id() for _ in rows]
+        pairs = zip(ids, rows, strict=True)
+        secrets = [self.passwords.reseal(row["id"], id, row["secret"]) for id, row in pairs]
+        await self.connection.execute(SQL["import_renew"], [row["line"] for row in rows], ids, secrets)
 
     async def _adopt(self) -> None:
         """Users of the file that another call made since they were staged: seal for them, and update them."""
@@ -1721,7 +1763,7 @@ IMPORT_COLUMNS = ("line", "kind", "id", "project_id", "env", "domain", "login", 
 
 @call(
     post, "/users/import", tag="users", status=200, answer=Imported, upload=True,
-    problems=(UnsupportedMediaType, BodyTooLarge),
+    problems=(UnsupportedMediaType, BodyTooLarge, MalformedBody, LoginTaken),
 )  # fmt: skip
 async def import_users(farm: Farm, request: Request) -> Response:
     """Create or replace many users by project, env and login.
@@ -1733,7 +1775,7 @@ async def import_users(farm: Farm, request: Request) -> Response:
     if media not in (NDJSON, CSV):
         raise UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
     file = NdjsonFile(farm.settings) if media == NDJSON else CsvFile(farm.settings)
-    async with farm.imports, farm.pool.acquire() as connection:
+    async with _turn(farm.imports), farm.pool.acquire() as connection:
         async with connection.transaction():
             await connection.execute(SQL["import_stage"])
             job = Import(farm, cast("asyncpg.Connection", connection), file)
@@ -1745,10 +1787,38 @@ async def import_users(farm: Farm, request: Request) -> Response:
     return reply(imported)
 
 
+@asynccontextmanager
+async def _turn(imports: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Two imports at a time, so that they leave connections to others; a third waits its turn, but not for ever."""
+    try:
+        async with asyncio.timeout(30):
+            await imports.acquire()
+    except TimeoutError:
+        raise DatabaseUnavailable("Two imports are running already; try again when one is done.") from None
+    try:
+        yield
+    finally:
+        imports.release()
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    """The body as it arrives. One that pauses holds a transaction open, and is given up."""
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(PAUSE):
+                part = await anext(stream, None)
+        except TimeoutError:
+            raise MalformedBody(f"The import paused for {PAUSE} seconds; nothing was stored.") from None
+        if part is None:
+            return
+        yield part
+
+
 async def _chunks(request: Request, file: ImportFile, limit: int) -> AsyncIterator[list[Numbered]]:
     """The users of a body, CHUNK at a time. After 100 errors the rest is read and dropped."""
     lines, size, users = Lines(), 0, []
-    async for part in request.stream():
+    async for part in _parts(request):
         size += len(part)
         if size > limit:
             raise BodyTooLarge(f"The import is over BOTFARM_MAX_IMPORT, {limit} bytes: send it in parts.")
@@ -1768,14 +1838,15 @@ async def _chunks(request: Request, file: ImportFile, limit: int) -> AsyncIterat
 @call(get, "/users/export", tag="users", status=200, query=UserFilter, answer=User, media=NDJSON)
 async def export_users(farm: Farm, request: Request, query: UserFilter) -> Response:
     """All users that fit, one a line, without secrets."""
-    return Stream(_exported(farm, query), media_type=NDJSON)
+    rows = await farm.pool.fetch(SQL["list_users"], *query.columns(), *FIRST_CURSOR, 500)
+    return Stream(_exported(farm, query, rows), media_type=NDJSON)
 
 
-async def _exported(farm: Farm, query: UserFilter) -> AsyncIterator[bytes]:
-    after: tuple[datetime, uuid.UUID] = FIRST_CURSOR
-    while rows := await farm.pool.fetch(SQL["list_users"], *query.columns(), *after, 500):
+async def _exported(farm: Farm, query: UserFilter, rows: list[asyncpg.Record]) -> AsyncIterator[bytes]:
+    while rows:
         yield b"".join(msgspec.json.encode(_user(row)) + b"\n" for row in rows)
         after = (rows[-1]["created_at"], rows[-1]["id"])
+        rows = await farm.pool.fetch(SQL["list_users"], *query.columns(), *after, 500)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1807,7 +1878,7 @@ def _lock(row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock
 
 
 def _granted(farm: Farm, row: asyncpg.Record) -> Response[bytes]:
-    """The one reply that carries a password."""
+    """The one reply that carries a password. KeyFault where it does not open."""
     return reply(_lock(row, farm.passwords.reveal(row["user_id"], row["secret"])), 201)
 
 
@@ -1825,15 +1896,21 @@ async def _acquire(farm: Farm, request: Request, wish: Wish, body: AcquireLock |
     """Claim a user; where there is none, find out why, and try again if one has come free meanwhile."""
     key = _idempotency_key(request)
     counts: Any = None
-    for _ in range(5):
+    for attempt in range(5):
         claim = Claim(wish, new_id(), body.holder, body.ttl, key)
         if row := await farm.acquire(claim):
-            return _granted(farm, row)
+            try:
+                return _granted(farm, row)
+            except KeyFault:
+                if key is None:  # with a key, a repeat at another replica finds the lock
+                    await farm.release(Release(claim.lock_id))
+                raise
         if key and (repeated := await _repeat(farm, key)):
             return repeated
         counts = await farm.count(wish)
         if not counts["free"]:
             break
+        await asyncio.sleep(0.01 * 2**attempt)  # free, but somebody has its row locked in this moment
     return (_user_refusal if wish.user_id else _pool_refusal)(wish, counts).response()
 
 
@@ -1871,8 +1948,9 @@ def _user_refusal(wish: Wish, counts: asyncpg.Record) -> Problem:
     if state == "resting":
         detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
         return UserUnavailable(detail, state=state, available_at=counts["ready_at"])
-    if state == "free":  # five times somebody else was quicker, and has let go again
-        return DatabaseUnavailable(f"Many calls want the user {id} in this moment; try again.")
+    if state == "free":
+        detail = f"Other calls want or change the user {id} in this moment; try again."
+        return UserUnavailable(detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"])
     return _user_locked(id, counts)
 
 
@@ -1982,8 +2060,12 @@ async def sweep(farm: Farm) -> None:
     while (await farm.hot.fetchrow(SQL["sweep_locks"], 500))["due"] == 500:
         await asyncio.sleep(0)
     while farm.unanswered:
-        await farm.release(Release(farm.unanswered[-1]))
-        farm.unanswered.pop()
+        lock_id = farm.unanswered.pop()
+        try:
+            await farm.release(Release(lock_id))
+        except BaseException:
+            farm.unanswered.append(lock_id)
+            raise
 
 
 async def prune(farm: Farm) -> None:
@@ -2174,12 +2256,12 @@ def _http_problem(request: Request, error: HTTPException) -> Response:
 
 def _methods(path: str) -> set[str]:
     """The methods of a path, for the Allow header."""
-    methods = set()
-    for route in [*ROUTES, index, docs, openapi_json]:
-        for pattern in route.paths:
-            if re.fullmatch(re.sub(r"\{id:str\}", "[^/]+", pattern), path):
-                methods |= set(route.http_methods)
-    return methods | {"OPTIONS"}
+    routes = [
+        (pattern, set(route.http_methods)) for route in (*ROUTES, index, docs, openapi_json) for pattern in route.paths
+    ]
+    exact = [methods for pattern, methods in routes if pattern == path]
+    like = [methods for pattern, methods in routes if re.fullmatch(pattern.replace("{id:str}", "[^/]+"), path)]
+    return set().union(*(exact or like))
 
 
 def _unforeseen(request: Request, error: Exception) -> Response:
@@ -2251,7 +2333,9 @@ def load_keys(settings: Settings) -> Secret | None:
         return settings.keys
     file = embedded.settle_home(settings.home) / "keys"
     if not file.exists():
-        handle = os.open(file.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        file.with_suffix(".new").unlink(missing_ok=True)
+        # The folder may belong to the user that PostgreSQL runs as: follow no link that stands there.
+        handle = os.open(file.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as new:
             new.write(generate_key() + "\n")
             new.flush()

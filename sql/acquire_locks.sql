@@ -124,6 +124,11 @@ paired as materialized (
         candidates.fence as old_fence
     from requests
     join candidates using (filter, turn)
+    -- A row that changed after this statement's snapshot is locked in a version that the update below can't
+    -- see; its claim is left out here, so that no key is bound to a lock that is not taken.
+    join locks as visible
+        on visible.ctid = candidates.place
+        and visible.user_id = candidates.user_id
 ),
 bound as (
     insert into idempotency_keys (key, lock_ids)

@@ -1,12 +1,19 @@
 -- Delete a user with its lock row, and by force also one that is locked.
 --   $1  user id  uuid
 --   $2  force    boolean
--- The lock row is locked first, so a user that is being acquired in this moment is seen as locked.
-with found as materialized (
-    select *, lock_id is not null and expires_at > clock_timestamp() as held
-    from locks
-    where user_id = $1::uuid
+-- The user is locked first, as by every statement that changes both, and then its lock row, so that one that is
+-- being acquired in this moment is seen as locked.
+with owner as materialized (
+    select id
+    from users
+    where id = $1::uuid
     for update
+),
+found as materialized (
+    select locks.*, locks.lock_id is not null and locks.expires_at > clock_timestamp() as held
+    from owner
+    join locks on locks.user_id = owner.id
+    for update of locks
 ),
 deleted as (
     delete from users

@@ -1,10 +1,18 @@
 -- Move users whose domain the file has changed to their new pool.
--- The last statement before the commit, because it locks rows that releases want.
+-- The last statement before the commit, because it locks rows that releases want; in the order of their ids, as
+-- releases do.
+with moving as materialized (
+    select locks.user_id, pools.id as pool_id
+    from pg_temp.import_rows
+    join pools using (project_id, env, domain)
+    join locks on locks.user_id = import_rows.id
+    where import_rows.kind = 'updated'
+        and locks.pool_id <> pools.id
+    order by locks.lock_id
+    for update of locks
+)
 update locks
-set pool_id = pools.id,
+set pool_id = moving.pool_id,
     ready_at = case when lock_id is null then greatest(ready_at, clock_timestamp()) else ready_at end
-from pg_temp.import_rows
-join pools using (project_id, env, domain)
-where import_rows.kind = 'updated'
-    and locks.user_id = import_rows.id
-    and locks.pool_id <> pools.id
+from moving
+where locks.user_id = moving.user_id

@@ -387,6 +387,7 @@ def test_a_user_without_a_passwd_entry_is_told_so(folder: Path, home: Path, whee
 
 
 @root_only
+@pytest.mark.usefixtures("shared")
 def test_root_without_the_right_to_change_users_is_told_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError(1, "Operation not permitted")

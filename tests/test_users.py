@@ -9,6 +9,8 @@ import uuid
 import pytest
 from conftest import acquire, make_users, slug
 
+import botfarm
+
 
 async def test_a_created_user_is_answered_whole_and_without_its_password(api, project):
     body = {"login": "ada", "password": "pä ss", "project_id": project, "env": "prod", "labels": {"role": "admin"}}
@@ -82,6 +84,9 @@ async def test_every_missing_or_extra_thing_is_refused(api, project):
     assert slug(await api.get("/users?login=%00")) == "invalid"
     assert slug(await api.get("/users?login=%ff")) == "invalid"
     assert slug(await api.get("/livez?x=1")) == "invalid"
+    assert slug(await api.get("/users?project_id=null")) == "invalid"
+    assert slug(await api.get("/users?state=null")) == "invalid"
+    assert slug(await api.delete("/locks?holder=ci&project_id=null")) == "invalid"
 
 
 async def test_unknown_users_are_not_found(api):
@@ -112,7 +117,10 @@ async def test_pages_show_each_user_once_while_others_are_created_and_deleted(ap
     assert len(seen) == len(set(seen))
 
 
-@pytest.mark.parametrize("cursor", ["x", "!!!", "WyJhIl0", "W10", "bnVsbA", "é"])
+LATE = botfarm.write_cursor("9999-12-31T23:59:59-12:00", uuid.UUID(int=0))
+
+
+@pytest.mark.parametrize("cursor", ["x", "!!!", "WyJhIl0", "W10", "bnVsbA", "é", "", LATE])
 async def test_a_tampered_cursor_is_refused(api, project, cursor):
     answer = await api.get("/users", params={"project_id": project, "cursor": cursor})
     assert slug(answer) == "invalid"
