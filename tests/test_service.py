@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import uuid
 
@@ -238,6 +239,10 @@ def test_the_readme_has_every_setting_call_and_command():
         assert f"`{name}" in README
 
 
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; CI installs it")
+
+
+@needs_curl
 def test_the_first_curl_lines_of_the_readme_work(service):
     """The README's lines, with the port of the test's service."""
     block = re.search(r"```sh\n(curl.*?)```", README, re.S)
@@ -250,6 +255,7 @@ def test_the_first_curl_lines_of_the_readme_work(service):
     assert '{"released":1}' in done.stdout
 
 
+@needs_curl
 def test_the_banner_has_lines_that_work(service):
     lines = botfarm.banner(botfarm.Settings()).splitlines()[1:]
     for line, expected in zip(lines, ('"login":"bot-1"', '"password":"secret"', '{"released":1}'), strict=True):
