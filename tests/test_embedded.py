@@ -429,9 +429,8 @@ def test_a_killed_postmaster_is_replaced_under_the_same_dsn(old_home: Path, capl
             until(lambda pid=pid: postmaster(old_home) not in (0, pid) and answers(server.dsn), 10)
             assert marked(server.dsn)
         assert embedded.running(old_home) == server.dsn
-    assert [record.message for record in caplog.records] == 2 * [
-        f"the PostgreSQL in {old_home} ended by itself and is started again"
-    ]
+    ends = [record.message for record in caplog.records if "ended by itself" in record.message]
+    assert ends == 2 * [f"the PostgreSQL in {old_home} ended by itself and is started again"]
     assert embedded._postmaster(old_home / "data") == 0
 
 
