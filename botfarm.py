@@ -16,6 +16,7 @@ Sections, in reading order:
     Database     the SQL files, the connection pools, migrations
     Passwords    sealed or hashed; opened only for the reply that grants a lock
     Coalescing   calls that arrive while a statement runs share the next one
+    Calls        how a handler declares its path, query, body and refusals
     Users        create, list, change, verify, quarantine, history, pools
     Import       NDJSON and CSV, all or nothing; export
     Locks        acquire, extend, release
@@ -100,7 +101,6 @@ class BadSettings(Exception):
     """Every setting that has a bad value, one a line."""
 
 
-Count = Annotated[int, Meta(ge=1)]
 Names = Annotated[tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,63}(?!\n)$")], ...], Meta(min_length=1)]
 
 
@@ -523,12 +523,6 @@ class DatabaseUnavailable(Problem):
     """The database does not answer; try again in a moment."""
 
     status, slug, retry_after = 503, "database-unavailable", 1
-
-
-class ShuttingDown(Problem):
-    """The service is shutting down; try again in a moment."""
-
-    status, slug, retry_after = 503, "shutting-down", 1
 
 
 class InternalError(Problem):
