@@ -47,7 +47,7 @@ import socket
 import sys
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -1070,16 +1070,13 @@ class Farm:
         return [granted.get(claim.lock_id) for claim in claims]
 
     async def _claim(self, claims: list[Claim]) -> list[asyncpg.Record]:
-        wishes: dict[Wish, int] = {}
-        wanted: list[int] = []
-        for claim in claims:
-            ordinal = wishes.setdefault(claim.wish, len(wishes) + 1)
-            wanted[ordinal - 1 :] = [wanted[ordinal - 1] + 1] if ordinal <= len(wanted) else [1]
+        wanted = Counter(claim.wish for claim in claims)
+        wishes = {wish: ordinal for ordinal, wish in enumerate(wanted, 1)}
         try:
             rows = await self.hot.fetch(
                 SQL["acquire_locks"],
                 *_columns(wishes, Wish),
-                wanted,
+                list(wanted.values()),
                 *self._cursor_columns(wishes),
                 [wishes[claim.wish] for claim in claims],
                 [claim.lock_id for claim in claims],

@@ -1,0 +1,554 @@
+"""The benchmark: what BotFarm does under load, as ratios that hold on any machine.
+
+    .venv/bin/python tests/load/bench.py                    about 30 minutes
+    .venv/bin/python tests/load/bench.py --short            everything once, in under one minute: it works
+    .venv/bin/python tests/load/bench.py --rows 1,2 --json raw.json
+    .venv/bin/python tests/load/bench.py --from-json raw.json --plot rate.png
+
+It starts its own PostgreSQL (or makes databases of its own on the server of DATABASE_URL) and its own
+services. Compared paths take turns, and a ratio is the median of the ratios of neighbouring rounds; so
+take ratios from it, never absolute figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import offered
+from harness import BenchError, Run, Service, alternate, cycle, direct, livez, ratio, say
+
+CONNECTIONS = 64
+CURVE = (1, 4, 16, 64, 256)
+WISH = json.dumps({"project_id": harness.project(1), "holder": harness.HOLDER, "ttl": 3600}).encode()
+TOOLS = {"wrk": "wrk", "pgbench": "postgresql (or postgresql-contrib)"}  # program -> Debian package
+HTTP, DIRECT, SINGLE = "BotFarm", "direct (pgbench)", "batch limited to one"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure and what it must and should be; lower is better where the aim is below the must."""
+
+    text: str
+    must: float
+    aim: float | None
+    unit: str = ""
+    at_most: bool = False
+
+    @property
+    def lower(self) -> bool:
+        return self.at_most or (self.aim is not None and self.aim < self.must)
+
+    def verdict(self, value: float) -> str:
+        def reached(goal: float) -> bool:
+            return value <= goal if self.lower else value >= goal
+
+        if self.aim is not None and reached(self.aim):
+            return "aim"
+        return "must" if reached(self.must) else "MISSED"
+
+
+@dataclass(frozen=True)
+class Row:
+    targets: tuple[Target, ...]
+    measure: Callable[[Bench], Sequence[float]]
+    paths: tuple[str, ...]
+
+
+ROWS: dict[int, Row] = {}
+
+
+def row(number: int, *targets: Target, paths: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Register a row: its function answers with a figure for each target. `paths` are those of Bench.core it uses."""
+
+    def register(measure: Callable[[Bench], Sequence[float]]) -> Callable[[Bench], Sequence[float]]:
+        ROWS[number] = Row(targets, measure, paths)
+        return measure
+
+    return register
+
+
+# ---- What the rows share -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """The server, the lengths of the rounds, the services that several rows use, and the results so far."""
+
+    server: str
+    folder: Path
+    stack: ExitStack
+    short: bool
+    chosen: list[int]
+    raw: dict[str, list[Run]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.short else 5
+
+    @property
+    def seconds(self) -> int:
+        return 1 if self.short else 5
+
+    def length(self, full: int, short: int) -> int:
+        return short if self.short else full
+
+    def start(self, stack: ExitStack, **settings: int) -> Service:
+        """A service on a fresh database; it has not finished starting: `wait` for it."""
+        url = stack.enter_context(harness.conftest.fresh_database(self.server))
+        port = harness.conftest.free_port()
+        env = {f"BOTFARM_{name.upper()}": str(value) for name, value in settings.items()}
+        env |= {"DATABASE_URL": url, "BOTFARM_KEYS": harness.conftest.KEY}
+        service = Service(["botfarm.py", "serve", "--port", str(port)], port, env, self.folder)
+        stack.callback(service.stop)
+        return service
+
+    @cached_property
+    def main(self) -> Service:
+        """One worker, 1000 users in one pool."""
+        return self.fill(self.start(self.stack))
+
+    @cached_property
+    def single(self) -> Service:
+        """The same, but each statement serves one call."""
+        return self.fill(self.start(self.stack, batch=1))
+
+    @cached_property
+    def bare(self) -> Service:
+        port = harness.conftest.free_port()
+        service = Service([str(harness.LOAD / "bare.py"), str(port)], port, {}, self.folder)
+        self.stack.callback(service.stop)
+        return service.wait("/livez")
+
+    def fill(self, service: Service, users: int = 1000, pools: int = 1, locked: int = 0) -> Service:
+        """Users for a service that starts, some of them locked beforehand, and a little traffic to warm up."""
+        service.wait().fill(self.folder, users, pools)
+        if locked:
+            harness.lock_by_sql(service.database, locked)
+        harness.sql(service.database, "vacuum analyze", "select")
+        if locked < users and not self.short:
+            cycle(service, CONNECTIONS, 2, pools)
+        return service
+
+    def alternate(self, paths: Mapping[str, harness.Drive], rounds: int | None = None) -> list[list[Run]]:
+        """Rounds in turn, kept for the table of raw figures."""
+        runs = alternate(paths, rounds or self.rounds, self.seconds)
+        self.raw |= runs
+        return list(runs.values())
+
+    @cached_property
+    def core(self) -> dict[str, list[Run]]:
+        """Rounds on those of the simple paths that the chosen rows need."""
+        say("the simple paths, in turn")
+        paths: dict[str, Callable[[], harness.Drive]] = {
+            "GET /livez": lambda: partial(livez, self.main, CONNECTIONS),
+            "bare ASGI application": lambda: partial(livez, self.bare, CONNECTIONS),
+            "cycle": lambda: partial(cycle, self.main, CONNECTIONS),
+            "direct": lambda: partial(direct, self.main, CONNECTIONS, folder=self.folder),
+            "batch limited to one": lambda: partial(cycle, self.single, CONNECTIONS),
+        }
+        needed = {name for number in self.chosen for name in ROWS[number].paths}
+        self.alternate({name: make() for name, make in paths.items() if name in needed})
+        return self.raw
+
+
+# ---- The rows ----------------------------------------------------------------------------------------------
+
+
+@row(1, Target("cycle requests/s to GET /livez, 64 connections", 0.45, 0.65),
+     paths=("GET /livez", "bare ASGI application", "cycle"))  # fmt: skip
+def to_the_ceiling(bench: Bench) -> Sequence[float]:
+    return [ratio(bench.core["cycle"], bench.core["GET /livez"])]
+
+
+@row(2, Target("cycles/s over HTTP to the same statements by pgbench, 64 connections", 0.7, 1.0),
+     paths=("cycle", "direct"))  # fmt: skip
+def to_direct_access(bench: Bench) -> Sequence[float]:
+    return [ratio(bench.core["cycle"], bench.core["direct"], lambda run: run.cycles)]
+
+
+@row(3, Target("CPU of the service per cycle request to per GET /livez", 2.0, 1.5),
+     paths=("GET /livez", "bare ASGI application", "cycle"))  # fmt: skip
+def cpu_to_the_ceiling(bench: Bench) -> Sequence[float]:
+    return [ratio(bench.core["cycle"], bench.core["GET /livez"], lambda run: run.cpu)]
+
+
+@row(4, Target("coalescing to the batch limited to one, 64 connections", 1.5, 2.0),
+     paths=("cycle", "batch limited to one"))  # fmt: skip
+def coalescing(bench: Bench) -> Sequence[float]:
+    return [ratio(bench.core["cycle"], bench.core["batch limited to one"])]
+
+
+@row(5, Target("rate after 60 s beside an open REPEATABLE READ transaction to the fresh rate", 0.7, 0.9),
+     Target("rate 90 s after it ended to the fresh rate", 0.9, 1.0))  # fmt: skip
+def old_snapshot(bench: Bench) -> Sequence[float]:
+    """Traffic runs all the time, in rounds; compared are the medians of the last ones of each phase."""
+    with ExitStack() as stack:
+        service = bench.fill(bench.start(stack))
+
+        def phase(name: str, seconds: int) -> float:
+            end, runs = time.monotonic() + seconds, []
+            while time.monotonic() < end:
+                runs.append(cycle(service, CONNECTIONS, bench.seconds))
+                say(f"  {name}: {runs[-1].requests:,.0f} requests/s")
+            bench.raw[f"cycle {name}"] = runs
+            return statistics.median(run.requests for run in runs[-3:])
+
+        fresh = phase("before the snapshot", bench.length(20, 1))
+        with harness.snapshot(service.database):
+            beside = phase("beside the snapshot", bench.length(60, 1))
+        after = phase("after the snapshot", bench.length(90, 1))
+    return [beside / fresh, after / fresh]
+
+
+@row(6, Target("1,000,000 users in the pool to 1,000", 0.8, 0.95), Target("99 % locked to all free", 0.7, 0.95),
+     Target("over 200 pools to one", 0.6, 0.95))  # fmt: skip
+def size_and_shape(bench: Bench) -> Sequence[float]:
+    million, many, pools = bench.length(1_000_000, 5_000), bench.length(100_000, 6_400), bench.length(200, 20)
+    with ExitStack() as stack:
+        small, large, free, locked, spread = (bench.start(stack) for _ in range(5))
+        say(f"importing {1000 + million + 3 * many:,} users")
+        bench.fill(small)
+        bench.fill(large, million)
+        bench.fill(free, many)
+        bench.fill(locked, many, locked=many - 1000)
+        bench.fill(spread, many, pools)
+        runs = bench.alternate({
+            "cycle, 1,000 users": partial(cycle, small, CONNECTIONS),
+            f"cycle, {million:,} users": partial(cycle, large, CONNECTIONS),
+            f"cycle, {many:,} users": partial(cycle, free, CONNECTIONS),
+            f"cycle, {many:,} users, 99 % locked": partial(cycle, locked, CONNECTIONS),
+            f"cycle, {many:,} users in {pools} pools": partial(cycle, spread, CONNECTIONS, pools=pools),
+        })  # fmt: skip
+    return [ratio(runs[1], runs[0]), ratio(runs[3], runs[2]), ratio(runs[4], runs[2])]
+
+
+@row(7, Target("409 pool-exhausted/s of an empty pool to cycle requests/s", 0.8, 1.3))
+def refusals(bench: Bench) -> Sequence[float]:
+    with ExitStack() as stack:
+        empty = bench.fill(bench.start(stack), locked=1000)
+        runs = bench.alternate({
+            "409 pool-exhausted": partial(harness.refused, empty, CONNECTIONS),
+            "cycle, beside the 409": partial(cycle, bench.main, CONNECTIONS),
+        })  # fmt: skip
+    return [ratio(runs[0], runs[1])]
+
+
+@row(8, Target("renewals/s of 1,000 held locks to cycle requests/s", 1.0, 1.3),
+     Target("share of HOT updates of renewals", 95, 99, "%"))  # fmt: skip
+def renewals(bench: Bench) -> Sequence[float]:
+    with ExitStack() as stack:
+        service = bench.fill(bench.start(stack))
+        paths = bench.folder / "renewals"
+        wish = json.dumps({"project_id": harness.project(1), "ttl": 600})
+        ids = [json.loads(service.call("POST", "/locks", wish))["id"] for _ in range(bench.length(1000, 200))]
+        paths.write_text("".join(f"/locks/{id}\n" for id in ids))
+        before = updates(service)
+        runs = bench.alternate({
+            "renewal": partial(harness.renew, service, CONNECTIONS, paths=paths),
+            "cycle, beside the renewals": partial(cycle, bench.main, CONNECTIONS),
+        })  # fmt: skip
+        after = updates(service, before[0])
+    return [ratio(runs[0], runs[1]), 100 * (after[1] - before[1]) / (after[0] - before[0])]
+
+
+def updates(service: Service, above: int = -1) -> tuple[int, int]:
+    """Updates of `locks` and how many were HOT, once the statistics have passed `above` and stand still."""
+    query = "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where relname = 'locks'"
+    end, seen, still = time.monotonic() + 20, (-1, -1), 0
+    while time.monotonic() < end:
+        now = tuple(harness.sql(service.database, query)[0])
+        still = still + 1 if now == seen and now[0] > above else 0
+        if still == 5:
+            return now
+        seen = now
+        time.sleep(0.25)
+    raise BenchError(f"the statistics of the table locks do not settle: {seen}, looked for more than {above} updates")
+
+
+@row(9, Target("p50 of an acquire on one connection to that with the batch limited to one", 1.1, 1.0))
+def alone(bench: Bench) -> Sequence[float]:
+    def path(service: Service, seconds: int) -> Run:
+        times = sorted(offered.run(offered.alternate(service.port, WISH, seconds)))
+        p50, p99 = offered.at(times, 0.5) * 1e3, offered.at(times, 0.99) * 1e3
+        return Run(2 * len(times) / seconds, len(times) / seconds, p50, p99)
+
+    runs = bench.alternate({
+        "one connection: acquires": partial(path, bench.main),
+        "one connection, batch limited to one: acquires": partial(path, bench.single),
+    })  # fmt: skip
+    return [ratio(runs[0], runs[1], lambda run: run.p50)]
+
+
+@row(10, Target("soak of 10 minutes with Idempotency-Key: rate of the last minute to the first", 0.9, 1.0))
+def soak(bench: Bench) -> Sequence[float]:
+    minutes, seconds = bench.length(10, 2), bench.length(60, 1)
+    with ExitStack() as stack:
+        service = bench.fill(bench.start(stack))
+        runs, samples = [], []
+        for minute in range(minutes):
+            runs.append(cycle(service, CONNECTIONS, seconds, keyed=True))
+            samples.append({"": service.memory()} | relation_sizes(service))
+            say(f"  minute {minute + 1} of {minutes}: {runs[-1].requests:,.0f} requests/s")
+        bench.raw["cycle with Idempotency-Key (soak)"] = runs
+        bench.notes += growth(samples, sum((run.cycles or 0) * seconds for run in runs[1:]))
+    return [runs[-1].requests / runs[0].requests]
+
+
+def relation_sizes(service: Service) -> dict[str, int]:
+    """Bytes of each table and index, named `table` or `table: index`."""
+    rows = harness.sql(
+        service.database,
+        """
+        select coalesce(indrelid::regclass || ': ', '') || relname as name, pg_relation_size(pg_class.oid) as size
+        from pg_class
+        left join pg_index on indexrelid = pg_class.oid
+        where relnamespace = 'public'::regnamespace and relkind in ('r', 'i')
+        order by 1""",
+    )
+    return {row["name"]: row["size"] for row in rows}
+
+
+def growth(samples: list[dict[str, int]], cycles: float) -> list[str]:
+    """What grew after the first minute: records by the lock, the rest by whether it has come to an end."""
+    first, late, last = samples[0], samples[len(samples) * 2 // 3 - 1], samples[-1]
+    lines = [f"Soak: memory of the process {first['']:,} B after the first minute, {last['']:,} B at the end."]
+    records = [name for name in last if name.startswith(("history", "idempotency_keys"))]
+    for name in records:
+        lines.append(f"Soak: {name}: {(last[name] - first[name]) / max(cycles, 1):.0f} bytes per lock.")
+    for name in sorted(last.keys() - {"", *records}):
+        if last[name] > first[name]:
+            end = "still growing in the last third" if last[name] > late[name] else "not growing in the last third"
+            lines.append(f"Soak: {name}: {first[name]:,} B to {last[name]:,} B, {end}.")
+    return lines
+
+
+@row(11, Target("p99 of an acquire under a constant load of 300 cycles/s", 15, 5, " ms"))
+def constant_load(bench: Bench) -> Sequence[float]:
+    runs = []
+    for _ in range(bench.length(3, 1)):
+        told = offered.run(offered.offer(bench.main.port, WISH, 300, bench.length(20, 1)))
+        say(f"  p50 {told['p50']:.1f} ms, p99 {told['p99']:.1f} ms, {told['connections']:.0f} connections")
+        runs.append(Run(600, 300, told["p50"], told["p99"]))
+    bench.raw["constant load of 300 cycles/s: acquires"] = runs
+    return [statistics.median(run.p99 for run in runs)]
+
+
+@row(12, Target("import of 1,000,000 users, a second", 20_000, 60_000),
+     Target("growth of the service's memory meanwhile", 100, None, " MB", at_most=True))  # fmt: skip
+def importing(bench: Bench) -> Sequence[float]:
+    users = bench.length(1_000_000, 10_000)
+    file = harness.users_file(bench.folder, users)
+    with ExitStack() as stack:
+        service = bench.start(stack).wait()
+        service.forget_peak()
+        before = service.memory()
+        taken = service.send(file)
+        grown = service.memory("VmHWM") - before
+    file.unlink()
+    say(f"  {users:,} users in {taken:.1f} s")
+    return [users / taken, grown / 1e6]
+
+
+# ---- Without a number --------------------------------------------------------------------------------------
+
+
+def two_workers(bench: Bench) -> None:
+    with ExitStack() as stack:
+        service = bench.fill(bench.start(stack, workers=2))
+        runs = bench.alternate({
+            "cycle, 2 workers": partial(cycle, service, CONNECTIONS),
+            "cycle, 1 worker beside them": partial(cycle, bench.main, CONNECTIONS),
+        })  # fmt: skip
+    for run in runs[0]:
+        run.cpu = None  # of the parent process alone
+    bench.notes.append(f"Requests/s of 2 workers to 1: {ratio(runs[0], runs[1]):.2f}.")
+
+
+def curve(bench: Bench) -> dict[str, list[dict[str, float]]]:
+    """Cycles/s and p99 against the number of connections."""
+    paths = {
+        HTTP: partial(cycle, bench.main),
+        DIRECT: partial(direct, bench.main, folder=bench.folder),
+        SINGLE: partial(cycle, bench.single),
+    }
+    most = int(harness.sql(bench.server, "show max_connections")[0][0]) - 50
+    points: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
+    for connections in (1, 64) if bench.short else CURVE:
+        say(f"{connections} connections")
+        able = {n: partial(p, connections) for n, p in paths.items() if n != DIRECT or connections <= most}
+        for name, runs in alternate(able, bench.length(2, 1), bench.length(4, 1)).items():
+            cycles, p99 = statistics.median(r.cycles or 0 for r in runs), statistics.median(r.p99 for r in runs)
+            points[name].append({"connections": connections, "cycles": cycles, "p99": p99})
+    return points
+
+
+# ---- What is told ------------------------------------------------------------------------------------------
+
+
+def figure(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}") + unit
+
+
+def target_table(results: dict[str, Any]) -> str:
+    lines = ["| | what | measured | must | aim | reached |", "|---|---|---|---|---|---|"]
+    for number, text, value, must, aim, verdict in results["targets"]:
+        lines.append(f"| {number} | {text} | {value} | {must} | {aim} | {verdict} |")
+    return "\n".join(lines)
+
+
+def raw_table(results: dict[str, Any]) -> str:
+    lines = ["| path | requests/s | cycles/s | p50 ms | p99 ms | CPU us/request |", "|---|---|---|---|---|---|"]
+    for name, runs in results["raw"].items():
+        cells = [middle([run[key] for run in runs]) for key in ("requests", "cycles", "p50", "p99", "cpu")]
+        lines.append(f"| {name} | {' | '.join(figure(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def middle(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def show(results: dict[str, Any]) -> None:
+    print(f"\n{results['about']}\n\n{target_table(results)}\n\n{raw_table(results)}\n")
+    print("Medians; p50 and p99 are of single requests (of pgbench: of single statements).\n")
+    print("\n".join(f"- {note}" for note in results["notes"]))
+
+
+def plot(points: dict[str, list[dict[str, float]]], name: str) -> None:
+    """Two panels: the rate and the 99th percentile against the number of connections."""
+    try:
+        import matplotlib as mpl  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        say("no plot: matplotlib is not installed")
+        return
+    mpl.use("Agg")
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+
+    drawing, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, key, label in zip(
+        panels, ("cycles", "p99"), ("acquire and release, cycles/s", "p99 of a request, ms"), strict=True
+    ):
+        for path, series in points.items():
+            panel.plot([p["connections"] for p in series], [p[key] for p in series], marker="o", label=path)
+        panel.set(xlabel="connections", ylabel=label, xscale="log")
+        panel.set_xticks(CURVE, [str(number) for number in CURVE])
+        panel.grid(alpha=0.3)
+    panels[0].set(ylim=(0, None))
+    panels[1].set(yscale="log")
+    panels[1].yaxis.set_major_formatter("{x:g}")
+    panels[0].legend()
+    drawing.savefig(name, dpi=150)
+    say(f"plotted to {name}")
+
+
+# ---- The command -------------------------------------------------------------------------------------------
+
+
+def measure(arguments: argparse.Namespace, chosen: list[int]) -> dict[str, Any]:
+    """All results, as the JSON file has them."""
+    begin = time.monotonic()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-load-")))
+        folder.chmod(0o755)  # PostgreSQL's own user has to reach it
+        server = stack.enter_context(harness.postgres(folder))
+        bench = Bench(server, folder, stack, arguments.short, chosen)
+        targets = [line for number in chosen for line in measure_row(bench, number)]
+        if not arguments.rows:
+            say("two workers")
+            two_workers(bench)
+        points = {}
+        if not arguments.rows or arguments.plot:
+            say("the curve")
+            points = curve(bench)
+        about = describe(bench, time.monotonic() - begin)
+    raw = {name: [asdict(run) for run in runs] for name, runs in bench.raw.items()}
+    return {"about": about, "targets": targets, "raw": raw, "curve": points, "notes": bench.notes}
+
+
+def measure_row(bench: Bench, number: int) -> list[list[Any]]:
+    targets = ROWS[number].targets
+    say(f"row {number}: {targets[0].text}")
+    lines = []
+    for target, value in zip(targets, ROWS[number].measure(bench), strict=True):
+        bound = "<= " if target.lower else ">= "
+        must, aim = (
+            bound + figure(goal, target.unit) if goal is not None else "-" for goal in (target.must, target.aim)
+        )
+        lines.append([number, target.text, figure(value, target.unit), must, aim, target.verdict(value)])
+        say(f"  {target.text}: {figure(value, target.unit)}")
+    return lines
+
+
+def describe(bench: Bench, seconds: float) -> str:
+    version = harness.sql(bench.server, "show server_version")[0][0]
+    how = f"{bench.rounds} alternating rounds of {bench.seconds} s"
+    short = (
+        " This was a short run, with times and numbers of users far below those that the rows name: it shows that "
+        "all works, its figures say nothing."
+        if bench.short
+        else ""
+    )
+    return (
+        f"{how}, ratios are medians of neighbouring rounds; {os.cpu_count()} cores, PostgreSQL {version}, "
+        f"Python {platform.python_version()}; took {seconds:.0f} s.{short}"
+    )
+
+
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure BotFarm under load, as ratios.")
+    parser.add_argument("--short", action="store_true", help="everything once, in under one minute")
+    parser.add_argument("--rows", metavar="1,2,5", help="only those rows")
+    parser.add_argument("--json", metavar="FILE", help="write the raw results")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw rate and p99 against connections (matplotlib)")
+    parser.add_argument("--from-json", metavar="FILE", help="measure nothing, show what --json wrote")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str]) -> int:
+    """Exit status 0: measured; 1: a request failed or a service did not start; 2: a tool or a row is missing."""
+    arguments = parsed(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
+    if arguments.from_json:
+        results = json.loads(Path(arguments.from_json).read_text())
+    else:
+        chosen = [int(number) for number in arguments.rows.split(",")] if arguments.rows else sorted(ROWS)
+        lacking = [f"{tool} is missing: Debian has it in {TOOLS[tool]}." for tool in TOOLS if not shutil.which(tool)]
+        lacking += [f"There is no row {number}: {sorted(ROWS)}." for number in chosen if number not in ROWS]
+        if lacking:
+            print("\n".join(lacking), file=sys.stderr)
+            return 2
+        try:
+            results = measure(arguments, chosen)
+        except (BenchError, offered.LoadError) as error:
+            print(f"The benchmark was given up: {error}", file=sys.stderr)
+            return 1
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(results, indent=1))
+    if arguments.plot:
+        plot(results["curve"], arguments.plot)
+    show(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
