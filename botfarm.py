@@ -16,6 +16,8 @@ Sections, in reading order:
     Database     the SQL files, the connection pools, migrations
     Passwords    sealed or hashed; opened only for the reply that grants a lock
     Coalescing   calls that arrive while a statement runs share the next one
+    Waiting      who gets whom when calls wait, alone or for a set
+    Farm         what the handlers share
     Calls        how a handler declares its path, query, body and refusals
     Users        create, list, change, verify, quarantine, history, pools
     Import       NDJSON and CSV, all or nothing; export
@@ -45,10 +47,11 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -72,6 +75,7 @@ from litestar.static_files import create_static_files_router
 from msgspec import UNSET, Meta, Struct, UnsetType
 from rich.console import Console
 from rich.progress import Progress, TextColumn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from yoyo.backends.base import DatabaseBackend
 
 import embedded
@@ -118,11 +122,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     envs: Annotated[Names, "allowed values of env"] = ("prod", "preprod", "stage")
     domains: Annotated[Names, "allowed values of domain"] = ("canary", "regular")
     max_ttl: Annotated[int, Meta(ge=1, le=86400 * 365), "longest ttl of a lock, in seconds"] = 86400
+    max_wait: Annotated[int, Meta(ge=0, le=86400), "longest wait for a user, in seconds"] = 300
     max_body: Annotated[int, Meta(ge=1024), "largest body of a request, in bytes"] = 1 << 20
     max_import: Annotated[int, Meta(ge=1024), "largest body of an import, in bytes"] = 1 << 30
     history_days: Annotated[int, Meta(ge=1, le=36500), "days for which ended locks are remembered"] = 30
     pool_size: Annotated[int, Meta(ge=1, le=1000), "database connections for all but locks, per worker"] = 8
     batch: Annotated[int, Meta(ge=1, le=1000), "most acquires or releases that share one statement"] = 100
+    pooler: Annotated[Literal["off", "on"], "on: DATABASE_URL is a PgBouncer in transaction mode"] = "off"
+    listen_url: Annotated[Secret | None, "address to hear of other replicas' releases; DATABASE_URL if unset"] = None
 
     @classmethod
     def variables(cls) -> dict[str, str]:
@@ -146,7 +153,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         return cls(**values)
 
 
-SECRET_SETTINGS = frozenset({"database_url", "keys"})
+SECRET_SETTINGS = frozenset({"database_url", "keys", "listen_url"})
 _SETTING_TYPES = get_type_hints(Settings, include_extras=True)
 
 
@@ -162,7 +169,7 @@ def _from_environment(environ: Mapping[str, str], variable: str, is_secret: bool
 def _typed_setting(field: str, text: str) -> Any:
     if field == "keys":
         Keyring.parse(text)
-    if field == "database_url" and not re.match(r"postgres(ql)?://", text):
+    if field in ("database_url", "listen_url") and not re.match(r"postgres(ql)?://", text):
         raise ValueError("must begin with postgresql://")
     if field in SECRET_SETTINGS:
         return Secret(text)
@@ -193,7 +200,7 @@ Holder = Annotated[str, Meta(max_length=200, pattern=PLAIN, description="who ask
 Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=PLAIN, examples=["login page says: blocked"])]
 ProjectId = Annotated[uuid.UUID, Meta(examples=["11111111-1111-4111-8111-111111111111"])]
 Ttl = Annotated[int, Meta(ge=1, description="seconds until the lock ends by itself")]
-Wait = Annotated[int, Meta(ge=0, description="seconds to wait for a user; only 0 so far")]
+Wait = Annotated[int, Meta(ge=0, description="seconds to wait for a user that comes free")]
 Env = Annotated[str, Meta(description="one of BOTFARM_ENVS", examples=["stage"])]
 Domain = Annotated[str, Meta(description="one of BOTFARM_DOMAINS", examples=["regular"])]
 Cooldown = Annotated[int, Meta(ge=0, le=86400, description="seconds that the user rests")]
@@ -249,6 +256,23 @@ class AcquireLock(Body):
 
 
 class AcquireUser(Body):
+    ttl: Ttl = 300
+    wait: Wait = 0
+    holder: Holder = ""
+
+
+class SetPart(Body):
+    """Some users of a set, all under one filter."""
+
+    project_id: ProjectId
+    env: Env | None = None
+    domain: Domain | None = None
+    labels: Labels = {}
+    count: Annotated[int, Meta(ge=1, le=100)] = 1
+
+
+class AcquireSet(Body):
+    users: Annotated[list[SetPart], Meta(min_length=1, max_length=100)]
     ttl: Ttl = 300
     wait: Wait = 0
     holder: Holder = ""
@@ -337,6 +361,12 @@ class Lock(Struct):
     user: LockedUser
 
 
+class LockSet(Struct):
+    """In the order in which the users were asked for."""
+
+    locks: list[Lock]
+
+
 class Valid(Struct):
     valid: bool
 
@@ -358,11 +388,20 @@ def check_words(settings: Settings, body: Any) -> list[FieldError]:
         value = getattr(body, field, None)
         if isinstance(value, str) and value not in allowed:
             faults.append(FieldError(field, f"{_shown(value)} is not one of {', '.join(allowed)}"))
-    ttl = getattr(body, "ttl", None)
-    if isinstance(ttl, int) and ttl > settings.max_ttl:
-        faults.append(FieldError("ttl", f"{ttl} is over the longest ttl of {settings.max_ttl} seconds"))
-    if getattr(body, "wait", 0) != 0:
-        faults.append(FieldError("wait", f"{body.wait} is not allowed: only 0 (waiting is not built yet)"))
+    for field, longest in (("ttl", settings.max_ttl), ("wait", settings.max_wait)):
+        seconds = getattr(body, field, None)
+        if isinstance(seconds, int) and seconds > longest:
+            faults.append(FieldError(field, f"{seconds} is over the longest {field} of {longest} seconds"))
+    if isinstance(body, AcquireSet):
+        faults += _check_set(settings, body)
+    return faults
+
+
+def _check_set(settings: Settings, body: AcquireSet) -> list[FieldError]:
+    parts = enumerate(body.users)
+    faults = [FieldError(f"users[{i}].{f.field}", f.message) for i, part in parts for f in check_words(settings, part)]
+    if (total := sum(part.count for part in body.users)) > 100:
+        faults.append(FieldError("users", f"{total} users are asked for, but a set has 100 at the most"))
     return faults
 
 
@@ -521,6 +560,12 @@ class Invalid(Problem):
         super().__init__(first + ("; ..." if len(errors) > 3 else ""), errors=list(errors))
 
 
+class ShuttingDown(Problem):
+    """This replica stops; another one, or this one in a moment, serves the call."""
+
+    status, slug, retry_after = 503, "shutting-down", 1
+
+
 class DatabaseUnavailable(Problem):
     """The database does not answer; try again in a moment."""
 
@@ -584,29 +629,97 @@ DATABASE_FAULTS = (
 )
 
 
+class Busy(asyncpg.InterfaceError):
+    """Too many calls wait for the database."""
+
+
 async def _keep(connection: asyncpg.Connection) -> None:
     """No reset on the return of a connection: we keep no session state (87 -> 59 us a query)."""
 
 
-async def open_pool(url: str, size: int, plans: str, seconds: float) -> asyncpg.Pool:
-    """A pool whose statements are planned in the given way: force_generic_plan once, force_custom_plan each time.
+class PooledConnection(asyncpg.Connection):
+    """A connection through PgBouncer in transaction mode.
+
+    A statement with parameters goes over the wire in two steps, and PgBouncer may hand each one to another
+    server; within a transaction both reach the same.
+    """
+
+    async def fetch(self, query: str, *args: Any, **options: Any) -> list[asyncpg.Record]:
+        if self.is_in_transaction():
+            return await super().fetch(query, *args, **options)
+        async with self.transaction():
+            return await super().fetch(query, *args, **options)
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> str:
+        if not args or self.is_in_transaction():
+            return await super().execute(query, *args, **options)
+        async with self.transaction():
+            return await super().execute(query, *args, **options)
+
+
+class Connections:
+    """A pool of connections whose callers are told within seconds when there is none for them."""
+
+    PATIENCE = 5.0  # seconds to wait for a connection
+    CROWD = 500  # so many may wait for one
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator[asyncpg.Connection]:
+        if self._waiting >= self.CROWD:
+            raise Busy(f"{self._waiting} calls wait for a database connection already")
+        self._waiting += 1
+        try:
+            connection = await self._pool.acquire(timeout=self.PATIENCE)
+        finally:
+            self._waiting -= 1
+        try:
+            yield cast("asyncpg.Connection", connection)
+        finally:  # bounded, because it waits for a cancelled statement, which a frozen server never ends
+            await self._pool.release(connection, timeout=2)
+
+    async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> list[asyncpg.Record]:  # noqa: ASYNC109
+        async with self.acquire() as connection:
+            return await connection.fetch(sql, *args, timeout=timeout)
+
+    async def fetchrow(self, sql: str, *args: Any) -> asyncpg.Record | None:
+        return next(iter(await self.fetch(sql, *args)), None)
+
+    async def fetchval(self, sql: str, *args: Any) -> Any:
+        row = await self.fetchrow(sql, *args)
+        return row[0] if row else None
+
+    async def execute(self, sql: str, *args: Any) -> str:
+        async with self.acquire() as connection:
+            return await connection.execute(sql, *args)
+
+
+@asynccontextmanager
+async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str = "off") -> AsyncIterator[Connections]:
+    """Connections whose statements are planned in the given way: force_generic_plan once, force_custom_plan each time.
 
     The statements of the hot path take arrays, which PostgreSQL would plan anew each time (database CPU
     60 -> 41 us a request); lists and filters want a plan that knows which filters are set.
     """
-    generic = plans == "force_generic_plan"
     tuning = {"plan_cache_mode": plans, "jit": "off", "application_name": "botfarm"}
-    if generic:  # a plan made while a table was small must not scan it when it has grown
+    if plans == "force_generic_plan":  # a plan made while a table was small must not scan it when it has grown
         tuning |= {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
-    return await asyncpg.create_pool(
-        url,
-        min_size=1,
-        max_size=size,
-        command_timeout=seconds,
-        timeout=5,
-        server_settings=tuning,
-        reset=_keep,
+    options: dict[str, Any] = {"server_settings": tuning}
+    if pooler == "on":  # PgBouncer knows no prepared statements (before 1.21) and refuses unknown start-up parameters
+        options = {"statement_cache_size": 0, "connection_class": PooledConnection}
+    pool = await asyncpg.create_pool(
+        url, min_size=1, max_size=size, command_timeout=seconds, timeout=5, reset=_keep, **options
     )
+    try:
+        yield Connections(pool)
+    finally:
+        try:
+            await asyncio.wait_for(pool.close(), 2)
+        except TimeoutError:
+            pool.terminate()
 
 
 class _Cursor:
@@ -885,7 +998,7 @@ PROOF_OWNER = uuid.UUID(int=0)
 PROOF = "BotFarm"
 
 
-async def check_keys(pool: asyncpg.Pool, keyring: Keyring | None) -> None:
+async def check_keys(pool: Connections, keyring: Keyring | None) -> None:
     """Find a wrong or a missing key now and not at the first lock. KeyFault says which and what to do."""
     for key_id in keyring.ids if keyring else ():
         proof = cast("Keyring", keyring).seal(PROOF_OWNER, PROOF, key_id)
@@ -906,7 +1019,7 @@ async def check_keys(pool: asyncpg.Pool, keyring: Keyring | None) -> None:
             )
 
 
-async def reseal(pool: asyncpg.Pool, keyring: Keyring, progress: Callable[[int], None]) -> int:
+async def reseal(pool: Connections, keyring: Keyring, progress: Callable[[int], None]) -> int:
     """Seal everything under the first key, 500 users at a time. Safe to stop and to start again at any time."""
     total, last = 0, uuid.UUID(int=0)
     prefix = f"{SEALED}{keyring.first}$"
@@ -925,6 +1038,7 @@ async def reseal(pool: asyncpg.Pool, keyring: Keyring, progress: Callable[[int],
 # Nothing is delayed when nothing else waits; under load one commit serves many calls.
 # ------------------------------------------------------------------------------------------------------
 
+BACKLOG = 5000  # calls that may wait for a statement
 UNBATCHED = 16  # statements at once where BOTFARM_BATCH is 1
 T = TypeVar("T")
 R = TypeVar("R")
@@ -944,6 +1058,9 @@ class Coalescer(Generic[T, R]):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, item: T) -> asyncio.Future[R]:
+        """The result to come. Busy where too many wait already."""
+        if len(self._gathered) >= BACKLOG:
+            raise Busy(f"{len(self._gathered)} calls wait for the database already")
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._gathered.append((item, future))
         if len(self._tasks) < self._lanes:
@@ -969,6 +1086,9 @@ class Coalescer(Generic[T, R]):
                 for one in batch:
                     await self._serve([one])
             else:
+                if isinstance(error, TimeoutError):  # those behind have waited as long
+                    batch += self._gathered
+                    self._gathered.clear()
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
@@ -981,6 +1101,20 @@ def new_id() -> uuid.UUID:
     """
     bits = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
     return uuid.UUID(int=bits & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Waiting: calls that wait for a user, or for a set of them, take turns at the desk. It lists who is free,
+# decides who gets whom, and takes those users in one statement; it works when something came free, and
+# five times a second in case nobody told it.
+# ------------------------------------------------------------------------------------------------------
+
+POLL = 0.2  # seconds between two looks while somebody waits
+EXCHANGE = 0.5  # seconds between two exchanges with the other replicas while somebody waits, else twice that
+HEAD_START = 0.5  # seconds by which one who waits here may overtake one who waits at another replica
+PATIENCE = 3.0  # seconds after which a waiting set goes before those who came later
+LOOK = 500  # distinct wishes that one look serves
+BREADTH = 200  # free users that one look lists for a wish; at least as many as a set may have
 
 
 class Wish(Struct, frozen=True):
@@ -996,15 +1130,371 @@ class Wish(Struct, frozen=True):
         parts = ((name, getattr(self, name)) for name in self.__struct_fields__)
         return ", ".join(f"{name}={value}" for name, value in parts if value is not None)
 
+    def fits(self, user: asyncpg.Record) -> bool:
+        if self.user_id:
+            return self.user_id == user["id"]
+        where = self.project_id == user["project_id"]
+        where = where and self.env in (None, user["env"]) and self.domain in (None, user["domain"])
+        if not where or self.labels is None:
+            return where
+        return msgspec.json.decode(self.labels).items() <= msgspec.json.decode(user["labels"]).items()
 
-class Claim(Struct):
-    """One acquire on its way to the database."""
+    def meets(self, other: Wish) -> bool:
+        """Whether both may ask for users of one pool."""
+        pairs = ((self.env, other.env), (self.domain, other.domain))
+        return self.project_id == other.project_id and all(a is None or b is None or a == b for a, b in pairs)
 
-    wish: Wish
-    lock_id: uuid.UUID
-    holder: str
-    ttl: int
-    key: uuid.UUID | None
+
+class Ask(Struct, eq=False, kw_only=True):
+    """One acquiring call: a user for each of its wishes, all or none. A set has more than one."""
+
+    wishes: list[Wish]
+    holder: str = ""
+    ttl: int = 0
+    wait: int = 0
+    key: uuid.UUID | None = None
+    home: Wish | None = None  # the pool of the very user that is wished for, where that is known
+    foreign: bool = False  # waits at another replica, and only holds its place here
+    arrived: float = msgspec.field(default_factory=time.monotonic)
+    lock_ids: list[uuid.UUID] = []
+    answer: Any = None  # the future of its rows
+    leaving: bool = False
+
+    def pools(self) -> list[Wish]:
+        return [self.home or wish for wish in self.wishes]
+
+
+class Told(Struct):
+    """One who waits, as the replicas tell each other: for how many seconds, and for what."""
+
+    age: float
+    wishes: list[Wish]
+
+
+Place = tuple[Ask, int]  # a call, and which of its wishes
+
+
+class Seats:
+    """Which user is for whom, as far as it is decided."""
+
+    def __init__(self, fitting: Mapping[Wish, Sequence[uuid.UUID]]) -> None:
+        self.fitting = fitting
+        self.taken: dict[uuid.UUID, Place] = {}
+
+    def find(self, place: Place) -> bool:
+        """A user for a place; those who have one keep one, but maybe another one (augmenting paths, Kuhn 1955)."""
+        came: dict[uuid.UUID, uuid.UUID | None] = {}
+        frontier: deque[tuple[uuid.UUID | None, Place]] = deque([(None, place)])
+        while frontier:
+            previous, (ask, number) = frontier.popleft()
+            for user in self.fitting[ask.wishes[number]]:
+                if user in came:
+                    continue
+                came[user] = previous
+                if user not in self.taken:
+                    self._move(user, came, place)
+                    return True
+                frontier.append((user, self.taken[user]))
+        return False
+
+    def _move(self, user: uuid.UUID, came: dict[uuid.UUID, uuid.UUID | None], place: Place) -> None:
+        while (previous := came[user]) is not None:
+            self.taken[user] = self.taken[previous]
+            user = previous
+        self.taken[user] = place
+
+
+def match(asks: Iterable[Ask], fitting: Mapping[Wish, Sequence[uuid.UUID]], now: float) -> dict[Ask, list[uuid.UUID]]:
+    """Who gets whom: first come first served, all or none; nobody waits behind one whom nothing fits.
+
+    A set that is not complete leaves its users to those behind it, until it has waited for PATIENCE; then they
+    are kept for it, so that it does not starve behind single acquires.
+    """
+    seats = Seats(fitting)
+    hopeless: set[Wish] = set()  # a wish that found nothing once finds nothing later on
+    served: dict[Ask, list[Any]] = {}
+    for ask in asks:
+        single = len(ask.wishes) == 1
+        if single and ask.wishes[0] in hopeless:
+            continue
+        before = {} if single else dict(seats.taken)
+        found = [seats.find((ask, number)) for number in range(len(ask.wishes))]
+        if all(found):
+            served[ask] = [None] * len(found)
+        elif single:
+            hopeless.add(ask.wishes[0])
+        elif now - ask.arrived < PATIENCE:
+            seats.taken = before
+    for user, (ask, number) in seats.taken.items():
+        if ask in served:
+            served[ask][number] = user
+    return {ask: users for ask, users in served.items() if not ask.foreign}
+
+
+class Desk:
+    """Those who wait at this replica, and what it knows of those who wait at others."""
+
+    def __init__(self, farm: Farm) -> None:
+        self.farm = farm
+        self.replica = uuid.uuid4()
+        self.queue: dict[Ask, None] = {}
+        self.foreign: list[Ask] = []
+        self._foreign_projects: set[uuid.UUID | None] = set()
+        self._projects: Counter[uuid.UUID | None] = Counter()
+        self._taking: set[Ask] = set()
+        self._woken = asyncio.Event()
+        self._news: asyncio.Queue[str] = asyncio.Queue(1)
+        self._told = False
+        self._polls_at = self._exchanges_at = 0.0
+        self._closed = False
+
+    def crowded(self, ask: Ask) -> bool:
+        """Whether somebody waits who may want the same users: then everybody takes turns."""
+        if not self._projects and not self.foreign:
+            return False
+        waited_for = self._projects.keys() | self._foreign_projects
+        projects = {pool.project_id for pool in ask.pools()}
+        return None in waited_for or None in projects or bool(waited_for & projects)
+
+    def waiting(self, pool: Wish) -> int:
+        """How many calls wait here for users of this pool."""
+        return sum(1 for ask in self.queue if ask.wait and any(pool.meets(other) for other in ask.pools()))
+
+    def join(self, ask: Ask) -> None:
+        """Take a place in the queue; `ask.answer` will be its rows, none for one that has no time to wait."""
+        ask.answer = asyncio.get_running_loop().create_future()
+        if self._closed:
+            ask.answer.set_exception(ShuttingDown())
+            return
+        self.queue[ask] = None
+        self._projects.update(pool.project_id for pool in ask.pools())
+        self._woken.set()
+
+    async def leave(self, ask: Ask) -> list[asyncpg.Record]:
+        """Give up the place. A grant that is on its way counts."""
+        if ask in self._taking:
+            ask.leaving = True
+            return await ask.answer
+        self._forget(ask)
+        return ask.answer.result() if ask.answer.done() else []
+
+    def _forget(self, ask: Ask) -> None:
+        if ask in self.queue:
+            del self.queue[ask]
+            self._projects -= Counter(pool.project_id for pool in ask.pools())
+
+    def _answer(self, ask: Ask, rows: list[asyncpg.Record]) -> None:
+        self._forget(ask)
+        if not ask.answer.done():
+            ask.answer.set_result(rows)
+
+    def _refuse(self, ask: Ask, reason: Exception) -> None:
+        self._forget(ask)
+        if not ask.answer.done():
+            ask.answer.set_exception(reason)
+
+    def close(self) -> None:
+        """Answer everybody: the service stops. Grants that are on their way are still told."""
+        self._closed = True
+        for ask in [ask for ask in self.queue if ask not in self._taking]:
+            self._refuse(ask, ShuttingDown())
+
+    def freed(self) -> None:
+        """Users may have come free: look after those who wait here, and tell it to those who wait elsewhere."""
+        if self.queue:
+            self._woken.set()
+        if self.foreign:
+            self._tell("freed")
+
+    def _tell(self, what: str) -> None:
+        with contextlib.suppress(asyncio.QueueFull):
+            self._news.put_nowait(f"{what} {self.replica}")
+
+    def hear(self, news: str) -> None:
+        """What another replica told."""
+        what, _, replica = news.partition(" ")
+        if replica != str(self.replica):
+            self._exchanges_at = 0 if what == "waiting" else self._exchanges_at
+            self._woken.set()
+
+    async def announce(self) -> None:
+        """Send news, at most every 10 ms, in a statement of its own (for ever)."""
+        while True:
+            news = await self._news.get()
+            with contextlib.suppress(*DATABASE_FAULTS):  # the others look by themselves
+                await self.farm.pool.execute(SQL["notify"], news)
+            await asyncio.sleep(0.01)
+
+    async def run(self) -> None:
+        """Look after the queue (for ever)."""
+        while True:
+            await self._rest()
+            try:
+                await self._look()
+            except Exception as fault:
+                if not isinstance(fault, DATABASE_FAULTS):
+                    log.exception("The desk failed; it goes on")
+                for ask in [ask for ask in self.queue if not ask.wait]:
+                    self._refuse(ask, fault)
+                await asyncio.sleep(POLL)
+
+    async def _rest(self) -> None:
+        due = min(self._polls_at, self._exchanges_at) if self.queue else self._exchanges_at
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(due - time.monotonic(), 0)):
+                await self._woken.wait()
+        self._woken.clear()
+
+    async def _look(self) -> None:
+        now = time.monotonic()
+        if now >= self._exchanges_at:
+            await self._exchange(now)
+        if not self.queue:
+            return
+        asks = sorted(self.queue, key=lambda ask: ask.arrived)
+        if now >= self._polls_at:
+            self._polls_at = now + _jittered(POLL)
+            await self._find_repeats(asks)
+        for page in self._pages(asks):
+            for _ in range(20):
+                if not await self._serve(page):
+                    break
+        for ask in asks:
+            if not ask.wait and ask in self.queue:
+                self._answer(ask, [])
+
+    @staticmethod
+    def _pages(asks: list[Ask]) -> Iterator[list[Ask]]:
+        page: list[Ask] = []
+        wishes: set[Wish] = set()
+        for ask in asks:
+            page.append(ask)
+            wishes.update(ask.wishes)
+            if len(wishes) >= LOOK:
+                yield page
+                page, wishes = [], set()
+        yield page
+
+    async def _serve(self, page: list[Ask]) -> bool:
+        """Hand out what is free. False when there was nothing to hand out."""
+        page = [ask for ask in page if ask in self.queue]
+        wishes = list(dict.fromkeys(wish for ask in page for wish in ask.wishes))
+        if not wishes:
+            return False
+        demand = sum(len(ask.wishes) for ask in (*page, *self.foreign))
+        rows = await self.farm.hot.fetch(SQL["find_free"], *_columns(wishes, Wish), min(demand, BREADTH))
+        if not rows:
+            return False
+        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in wishes}
+        for row in rows:
+            fitting[wishes[row["filter"] - 1]].append(row["id"])
+        self._fit_foreign(fitting, rows)
+        present = [ask for ask in page if ask in self.queue]
+        everybody = sorted([*present, *self.foreign], key=lambda ask: ask.arrived)
+        chosen = match(everybody, fitting, time.monotonic())
+        if chosen:
+            await self._take(chosen)
+        return bool(chosen)
+
+    def _fit_foreign(self, fitting: dict[Wish, list[uuid.UUID]], rows: list[asyncpg.Record]) -> None:
+        users = {row["id"]: row for row in rows}
+        for wish in {wish for ask in self.foreign for wish in ask.wishes} - fitting.keys():
+            fitting[wish] = [id for id, user in users.items() if wish.fits(user)]
+
+    async def _take(self, chosen: dict[Ask, list[uuid.UUID]]) -> None:
+        for ask, users in chosen.items():
+            ask.lock_ids = [new_id() for _ in users]
+        self._taking = set(chosen)
+        try:
+            rows = {row["lock_id"]: row for row in await self.farm.hot.fetch(SQL["acquire_users"], *_groups(chosen))}
+            for ask in chosen:
+                if ask.lock_ids[0] in rows:
+                    self._answer(ask, [rows[id] for id in ask.lock_ids])
+            await self._find_repeats([ask for ask in chosen if ask in self.queue])
+        except DATABASE_FAULTS:
+            lost = [ask for ask in chosen if ask.key is None and not ask.answer.done()]
+            self.farm.unanswered += [id for ask in lost for id in ask.lock_ids]
+            raise
+        finally:
+            self._taking = set()
+            self._dismiss(chosen)
+
+    def _dismiss(self, chosen: Iterable[Ask]) -> None:
+        """Those who wanted to go, or have to, and had to wait for the outcome."""
+        for ask in [ask for ask in chosen if ask in self.queue]:
+            if self._closed:
+                self._refuse(ask, ShuttingDown())
+            elif ask.leaving:
+                self._answer(ask, [])
+
+    async def _find_repeats(self, asks: list[Ask]) -> None:
+        """Idempotency keys that another call has bound meanwhile: the handler finds their locks."""
+        keyed = [ask for ask in asks if ask.key]
+        if keyed:
+            bound = await self.farm.find_keyed([cast("uuid.UUID", ask.key) for ask in keyed])
+            for ask, rows in zip(keyed, bound, strict=True):
+                if rows and ask in self.queue:
+                    self._answer(ask, [])
+
+    async def _exchange(self, now: float) -> None:
+        """Tell the other replicas who has waited here for long, and learn it of them."""
+        queue = self._long_waiting(now)
+        rows = await self.farm.pool.fetch(
+            SQL["exchange_waiting"], self.replica, msgspec.json.encode(queue).decode() if queue else None
+        )
+        now = time.monotonic()
+        self.foreign = [
+            Ask(wishes=told.wishes, arrived=now - row["age"] - told.age + HEAD_START, foreign=True)
+            for row in rows
+            for told in msgspec.json.decode(row["queue"], type=list[Told])
+        ]
+        self._foreign_projects = {pool.project_id for ask in self.foreign for pool in ask.pools()}
+        if queue and not self._told:
+            self._tell("waiting")
+        self._told = bool(queue)
+        self._exchanges_at = now + _jittered(EXCHANGE if self.queue or rows else 2 * EXCHANGE)
+
+    def _long_waiting(self, now: float) -> list[Told]:
+        """The longest waiting for each distinct list of wishes, as the others need it."""
+        heads: dict[tuple[Wish, ...], Ask] = {}
+        for ask in sorted(self.queue, key=lambda ask: ask.arrived):
+            if ask.wait and now - ask.arrived > HEAD_START / 2 and len(heads) < 100:
+                heads.setdefault(tuple(ask.wishes), ask)
+        return [Told(now - ask.arrived, ask.wishes) for ask in heads.values()]
+
+
+def _jittered(seconds: float) -> float:
+    return seconds * (0.75 + secrets.randbelow(500) / 1000)
+
+
+def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
+    """As acquire_users.sql takes them."""
+    rows = [
+        (number, user, lock_id, ask.holder, ask.ttl, ask.key)
+        for number, (ask, users) in enumerate(chosen.items())
+        for user, lock_id in zip(users, ask.lock_ids, strict=True)
+    ]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+async def listen(farm: Farm, url: str) -> None:
+    """Hear what other replicas tell (for ever). A connection that died without a word is noticed by its heartbeat."""
+    while True:
+        with contextlib.suppress(*DATABASE_FAULTS):
+            connection = await asyncpg.connect(url, timeout=5)
+            try:
+                await connection.add_listener("botfarm", lambda *news: farm.desk.hear(news[-1]))
+                while True:
+                    await asyncio.sleep(_jittered(5))
+                    await connection.fetchval("select 1", timeout=3)
+            finally:
+                connection.terminate()
+        await asyncio.sleep(_jittered(1))
+
+
+# ------------------------------------------------------------------------------------------------------
+# Farm: what the handlers share, and the statements of locks that many calls share.
+# ------------------------------------------------------------------------------------------------------
 
 
 class Release(Struct):
@@ -1025,6 +1515,8 @@ class Refusal(Struct):
     response: Response[bytes]
 
 
+Wishes = tuple[Wish, ...]
+
 # A release may commit a moment after a claim has passed its place; look back this far for such stragglers.
 STRAGGLERS = timedelta(milliseconds=20)
 COSTLY = 0.02  # seconds from which counts are worth keeping
@@ -1036,7 +1528,7 @@ class Farm:
     Locks have connections of their own (`hot`), so that no import, list or export stands before them.
     """
 
-    def __init__(self, settings: Settings, hot: asyncpg.Pool, pool: asyncpg.Pool, passwords: Passwords) -> None:
+    def __init__(self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords) -> None:
         self.settings = settings
         self.hot = hot
         self.pool = pool
@@ -1044,33 +1536,77 @@ class Farm:
         self.acquire = Coalescer(self._acquire, settings.batch)
         self.release = Coalescer(self._release, settings.batch)
         self.extend = Coalescer(self._extend, settings.batch)
-        self.keyed = Coalescer(self._keyed, settings.batch)
+        self.keyed = Coalescer(self.find_keyed, settings.batch)
         self.refusal = Coalescer(self._refusals, settings.batch)
-        # Wishes that were refused last, and refusals whose counts took long to gather, with the time they last.
-        self.exhausted: dict[Wish, None] = {}
-        self._costly: dict[Wish, tuple[float, Refusal]] = {}
+        self.desk = Desk(self)
+        # What was refused last, and refusals whose counts took long to gather, with the time they last.
+        self.exhausted: dict[Wishes, None] = {}
+        self._costly: dict[Wishes, tuple[float, Refusal]] = {}
         # Locks that may have been granted by a statement whose reply was lost: given back by the sweep.
         self.unanswered: list[uuid.UUID] = []
         self._cursors: dict[Wish, dict[int, datetime]] = {}
         self.imports = asyncio.Semaphore(2)
+        self.stopping = False
+        self._spawned: set[asyncio.Task[None]] = set()
 
-    async def _acquire(self, claims: list[Claim]) -> list[asyncpg.Record | None]:
+    async def claim(self, ask: Ask) -> list[asyncpg.Record] | None:
+        """The rows of the users that it got, maybe none; None when it has to wait for the desk's answer."""
+        ask.answer = None
+        if len(ask.wishes) == 1:
+            return await self.acquire(ask)
+        self.desk.join(ask)
+        return None
+
+    async def give_back(self, rows: list[asyncpg.Record]) -> None:
+        """Release what was granted to a caller that can't have it; where that fails, the sweep does it."""
+        try:
+            await asyncio.gather(*(self.release(Release(row["lock_id"])) for row in rows))
+        except DATABASE_FAULTS:
+            self.unanswered += [row["lock_id"] for row in rows]
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something after the reply."""
+        task = asyncio.create_task(work)
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
+
+    def stop(self) -> None:
+        """The service ends: nobody is granted anything any more, and those who wait are told."""
+        self.stopping = True
+        self.desk.close()
+
+    async def _acquire(self, asks: list[Ask]) -> list[list[asyncpg.Record] | None]:
+        """The row of each that got a user, none for those that did not, None for those that wait at the desk.
+
+        Everything up to the next batch happens at once, so that nobody who comes later is served before those
+        who begin to wait now.
+        """
+        waiting = {ask for ask in asks if self.desk.crowded(ask)}
+        granted = await self._claim_for([ask for ask in asks if ask not in waiting])
+        waiting |= {ask for ask in asks if ask.wait and ask not in granted}
+        for ask in sorted(waiting, key=lambda ask: ask.arrived):
+            self.desk.join(ask)
+        return [None if ask.answer else granted.get(ask, []) for ask in asks]
+
+    async def _claim_for(self, asks: list[Ask]) -> dict[Ask, list[asyncpg.Record]]:
         """Rows of those that got a user. Where wishes overlap, one may find only users that another one took."""
-        granted: dict[uuid.UUID, asyncpg.Record] = {}
-        while left := [claim for claim in claims if claim.lock_id not in granted]:
+        granted: dict[Ask, list[asyncpg.Record]] = {}
+        while left := [ask for ask in asks if ask not in granted]:
+            for ask in left:
+                ask.lock_ids = [new_id()]
             try:
-                rows = await self._claim(left)
+                rows = {row["lock_id"]: row for row in await self._claim(left)}
             except Exception:
                 if not granted:
                     raise
                 break  # those who got a user are told so; the others find out why they did not
-            granted |= {row["lock_id"]: row for row in rows}
+            granted |= {ask: [rows[ask.lock_ids[0]]] for ask in left if ask.lock_ids[0] in rows}
             if not rows:
                 break
-        return [granted.get(claim.lock_id) for claim in claims]
+        return granted
 
-    async def _claim(self, claims: list[Claim]) -> list[asyncpg.Record]:
-        wanted = Counter(claim.wish for claim in claims)
+    async def _claim(self, asks: list[Ask]) -> list[asyncpg.Record]:
+        wanted = Counter(ask.wishes[0] for ask in asks)
         wishes = {wish: ordinal for ordinal, wish in enumerate(wanted, 1)}
         try:
             rows = await self.hot.fetch(
@@ -1078,16 +1614,16 @@ class Farm:
                 *_columns(wishes, Wish),
                 list(wanted.values()),
                 *self._cursor_columns(wishes),
-                [wishes[claim.wish] for claim in claims],
-                [claim.lock_id for claim in claims],
-                [claim.holder for claim in claims],
-                [claim.ttl for claim in claims],
-                [claim.key for claim in claims],
+                [wishes[ask.wishes[0]] for ask in asks],
+                [ask.lock_ids[0] for ask in asks],
+                [ask.holder for ask in asks],
+                [ask.ttl for ask in asks],
+                [ask.key for ask in asks],
             )
         except DATABASE_FAULTS:
-            self.unanswered += [claim.lock_id for claim in claims if claim.key is None]
+            self.unanswered += [ask.lock_ids[0] for ask in asks if ask.key is None]
             raise
-        self._advance(rows, {claim.lock_id: claim.wish for claim in claims})
+        self._advance(rows, {ask.lock_ids[0]: ask.wishes[0] for ask in asks})
         return rows
 
     def _cursor_columns(self, wishes: dict[Wish, int]) -> tuple[list[int], list[int], list[datetime]]:
@@ -1113,6 +1649,8 @@ class Farm:
             once.setdefault(release.lock_id, release)
         rows = await self.hot.fetch(SQL["release_locks"], *_columns([once[id] for id in sorted(once)], Release))
         freed = {row["lock_id"] for row in rows}
+        if freed:
+            self.desk.freed()
         return [release.lock_id in freed and once[release.lock_id] is release for release in releases]
 
     async def _extend(self, renewals: list[Renewal]) -> list[asyncpg.Record | None]:
@@ -1122,41 +1660,57 @@ class Farm:
         extended = {row["lock_id"]: row for row in rows}
         return [extended.get(renewal.lock_id) for renewal in renewals]
 
-    async def _keyed(self, keys: list[uuid.UUID]) -> list[list[asyncpg.Record]]:
+    async def find_keyed(self, keys: list[uuid.UUID]) -> list[list[asyncpg.Record]]:
         """What each idempotency key has bound: nothing, or a row for each lock."""
-        bound: dict[uuid.UUID, list[asyncpg.Record]] = {key: [] for key in keys}
+        bound: dict[uuid.UUID, list[asyncpg.Record]] = {key: [] for key in keys}  # in the order they were asked for
         for row in await self.hot.fetch(SQL["get_keyed_locks"], list(bound)):
             bound[row["key"]].append(row)
         return [bound[key] for key in keys]
 
-    async def _refusals(self, wishes: list[Wish]) -> list[Refusal]:
+    async def _refusals(self, asked: list[Wishes]) -> list[Refusal]:
         """Why there is no user.
 
         Those who are refused in one moment share the counts and the reply (0.18 -> 1.3 of the cycle rate), and
         counts that took long are kept for four times as long, so a hammered pool of a million is not counted for ever.
         """
         began = time.monotonic()
-        kept = {wish: self._costly[wish] for wish in wishes if wish in self._costly}
-        refusals = {wish: refusal for wish, (until, refusal) in kept.items() if until > began}
-        if wanted := [wish for wish in dict.fromkeys(wishes) if wish not in refusals]:
-            rows = await self.pool.fetch(SQL["count_matching"], *_columns(wanted, Wish))
+        kept = {wishes: self._costly[wishes] for wishes in asked if wishes in self._costly}
+        refusals = {wishes: refusal for wishes, (until, refusal) in kept.items() if until > began}
+        singles = [wishes[0] for wishes in dict.fromkeys(asked) if wishes not in refusals and len(wishes) == 1]
+        if singles:
+            rows = await self.pool.fetch(SQL["count_matching"], *_columns(singles, Wish))
             took = time.monotonic() - began
             for row in rows:
-                wish = wanted[row["filter"] - 1]
-                refusals[wish] = Refusal(row["free"], _refused(wish, row).response())
-                self._remember(wish, refusals[wish], took)
-        return [refusals[wish] for wish in wishes]
+                wish = singles[row["filter"] - 1]
+                refusals[(wish,)] = Refusal(row["free"], _refused(self, wish, row).response())
+                self._remember((wish,), refusals[(wish,)], took)
+        for wishes in dict.fromkeys(asked):
+            if wishes not in refusals:
+                refusals[wishes] = await self._set_refusal(wishes)
+        return [refusals[wishes] for wishes in asked]
 
-    def _remember(self, wish: Wish, refusal: Refusal, took: float) -> None:
+    async def _set_refusal(self, wishes: Wishes) -> Refusal:
+        began = time.monotonic()
+        distinct = list(dict.fromkeys(wishes))
+        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in distinct}
+        for row in await self.pool.fetch(SQL["find_matching"], *_columns(distinct, Wish), len(wishes)):
+            fitting[distinct[row["filter"] - 1]].append(row["id"])
+        counts = await self.pool.fetchrow(SQL["count_set"], *_columns(distinct, Wish))
+        enough = bool(match([Ask(wishes=list(wishes))], fitting, 0))
+        refusal = Refusal(0, _set_refused(self, wishes, cast("asyncpg.Record", counts), enough).response())
+        self._remember(wishes, refusal, time.monotonic() - began)
+        return refusal
+
+    def _remember(self, wishes: Wishes, refusal: Refusal, took: float) -> None:
         if len(self.exhausted) + len(self._costly) > 10_000:
             self.exhausted.clear()
             self._costly.clear()
-        self._costly.pop(wish, None)
-        self.exhausted.pop(wish, None)
+        self._costly.pop(wishes, None)
+        self.exhausted.pop(wishes, None)
         if took > COSTLY:
-            self._costly[wish] = time.monotonic() + 4 * took, refusal
+            self._costly[wishes] = time.monotonic() + 4 * took, refusal
         elif not refusal.free:
-            self.exhausted[wish] = None
+            self.exhausted[wishes] = None
 
 
 def _columns(items: Iterable[Struct], kind: type[Struct]) -> list[list[Any]]:
@@ -1443,6 +1997,7 @@ async def create_user(farm: Farm, request: Request, body: NewUser) -> Response:
     )
     if row is None:
         raise _login_taken(body.login)
+    farm.desk.freed()
     return reply(await _get_user(farm, id), 201, {"Location": f"/users/{id}"})
 
 
@@ -1482,6 +2037,7 @@ async def update_user(farm: Farm, request: Request, id: uuid.UUID, body: UserCha
         await farm.pool.fetch(SQL["update_user"], id, login, secret, domain, labels)
     except asyncpg.UniqueViolationError:
         raise _login_taken(login) from None
+    farm.desk.freed()  # it may fit somebody now
     return reply(await _get_user(farm, id))
 
 
@@ -1538,6 +2094,7 @@ async def quarantine_user(farm: Farm, request: Request, id: uuid.UUID, body: Qua
 async def end_quarantine(farm: Farm, request: Request, id: uuid.UUID) -> Response:
     """Put a user back. Also when it is not quarantined."""
     await farm.pool.execute(SQL["set_quarantine"], id, None)
+    farm.desk.freed()
     return reply(await _get_user(farm, id))
 
 
@@ -1561,7 +2118,11 @@ async def list_history(farm: Farm, request: Request, id: uuid.UUID, query: Histo
 async def list_pools(farm: Farm, request: Request, query: PoolQuery) -> Response:
     """The pools and how many of their users are in which state."""
     rows = await farm.pool.fetch(SQL["list_pools"], query.project_id)
-    return reply(PoolList([Pool(**row, waiting=0) for row in rows]))
+    return reply(PoolList([Pool(**row, waiting=farm.desk.waiting(_pool_of(row))) for row in rows]))
+
+
+def _pool_of(row: asyncpg.Record) -> Wish:
+    return Wish(None, row["project_id"], row["env"], row["domain"])
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1847,6 +2408,7 @@ async def import_users(farm: Farm, request: Request) -> Response:
             imported = await job.apply()
         if imported.created + imported.updated > 1000:
             await connection.execute(SQL["import_analyze"], timeout=600)
+    farm.desk.freed()
     return reply(imported)
 
 
@@ -1940,9 +2502,17 @@ def _lock(row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock
     return Lock(row["lock_id"], row["fence"], row["holder"], row["ttl"], row["acquired_at"], row["expires_at"], user)
 
 
-def _granted(farm: Farm, row: asyncpg.Record) -> Response[bytes]:
-    """The one reply that carries a password. KeyFault where it does not open."""
-    return reply(_lock(row, farm.passwords.reveal(row["user_id"], row["secret"])), 201)
+def _with_password(farm: Farm, row: asyncpg.Record) -> Lock:
+    """The lock as only the reply that grants it tells it. KeyFault where the password does not open."""
+    return _lock(row, farm.passwords.reveal(row["user_id"], row["secret"]))
+
+
+def _granted(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
+    return reply(_with_password(farm, rows[0]), 201)
+
+
+def _granted_set(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
+    return reply(LockSet([_with_password(farm, row) for row in rows]), 201)
 
 
 def _idempotency_key(request: Request) -> uuid.UUID | None:
@@ -1955,59 +2525,123 @@ def _idempotency_key(request: Request) -> uuid.UUID | None:
         raise Invalid([FieldError("Idempotency-Key", f"{_shown(text)} is not a UUID")]) from None
 
 
-async def _acquire(farm: Farm, request: Request, wish: Wish, body: AcquireLock | AcquireUser) -> Response[bytes]:
-    """Claim a user; where there is none, find out why, and try again if one is free after all."""
-    key = _idempotency_key(request)
-    if key is None and wish in farm.exhausted and not (refusal := await farm.refusal(wish)).free:
+Grant = Callable[["Farm", list[asyncpg.Record]], Response[bytes]]
+
+
+async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Response[bytes]:
+    """Claim users; where there are none, find out why, and try again if some are free after all."""
+    if farm.stopping:
+        raise ShuttingDown
+    ask.key = _idempotency_key(request)
+    wishes = tuple(ask.wishes)
+    if wishes in farm.exhausted and not ask.wait and not ask.key and not (refusal := await farm.refusal(wishes)).free:
         return refusal.response
     for attempt in itertools.count():
-        claim = Claim(wish, new_id(), body.holder, body.ttl, key)
-        if row := await farm.acquire(claim):
-            return await _granted_now(farm, row, claim)
-        if key and (repeated := await _repeat(farm, key)):
+        rows = await farm.claim(ask)
+        if rows is None:
+            rows = await _in_turn(farm, request, ask)
+        if rows:
+            return await _grant(farm, ask, rows, grant)
+        if ask.key and (repeated := await _repeat(farm, ask.key, grant)):
             return repeated
-        refusal = await farm.refusal(wish)
-        if not refusal.free or attempt == 4:
+        refusal = await farm.refusal(wishes)
+        if not refusal.free or attempt == 4 or ask.wait:
             return refusal.response
         await asyncio.sleep(0.01 * attempt)  # free, but somebody has its row locked in this moment
     raise AssertionError
 
 
-async def _granted_now(farm: Farm, row: asyncpg.Record, claim: Claim) -> Response[bytes]:
+async def _in_turn(farm: Farm, request: Request, ask: Ask) -> list[asyncpg.Record]:
+    """Wait for the answer of the desk. A caller that goes away loses its place.
+
+    What is granted in that very moment is given back at once, unless a key lets a repeat find it. uvicorn tells
+    of a closed connection only when asked: https://asgi.readthedocs.io/en/latest/specs/www.html#disconnect
+    """
+    gone = asyncio.ensure_future(request.receive())
     try:
-        return _granted(farm, row)
+        if not ask.wait:
+            await asyncio.wait((ask.answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        elif not await _is_hopeless(farm, ask):
+            left = ask.arrived + ask.wait - time.monotonic()
+            await asyncio.wait((ask.answer, gone), timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
+        rows = await farm.desk.leave(ask)
+        for _ in range(2):  # let a closing that has arrived be noticed before the reply goes out
+            await asyncio.sleep(0)
+        if gone.done() and rows and not ask.key:
+            await farm.give_back(rows)
+            return []
+        if rows and not ask.key:
+            request.scope["state"][UNREAD] = _unread(farm, rows)
+        return rows
+    finally:
+        gone.cancel()
+
+
+UNREAD = "botfarm-unread"
+
+
+def _unread(farm: Farm, rows: list[asyncpg.Record]) -> Callable[[], None]:
+    """What to do when the caller turns out not to have read its grant, see Protocol."""
+    end = time.monotonic() + 1
+
+    def lost() -> None:
+        if time.monotonic() < end:
+            farm.spawn(farm.give_back(rows))
+
+    return lost
+
+
+async def _is_hopeless(farm: Farm, ask: Ask) -> bool:
+    """Whether there are no such users at all, so that waiting would not help."""
+    with contextlib.suppress(*DATABASE_FAULTS):  # then it waits, as long as it has time to
+        return (await farm.refusal(tuple(ask.wishes))).response.status_code == 404
+    return False
+
+
+async def _grant(farm: Farm, ask: Ask, rows: list[asyncpg.Record], grant: Grant) -> Response[bytes]:
+    try:
+        return grant(farm, rows)
     except KeyFault:
-        if claim.key is None:  # with a key, a repeat at another replica finds the lock
-            await farm.release(Release(claim.lock_id))
+        if ask.key is None:  # with a key, a repeat at another replica finds the lock
+            await farm.give_back(rows)
         raise
 
 
-async def _repeat(farm: Farm, key: uuid.UUID) -> Response[bytes] | None:
-    """The lock that the key has bound, or that it has ended; None for a key that is not bound."""
+async def _repeat(farm: Farm, key: uuid.UUID, grant: Grant) -> Response[bytes] | None:
+    """The locks that the key has bound, or that one has ended; None for a key that is not bound."""
     rows = await farm.keyed(key)
     if not rows:
         return None
-    if rows[0]["lock_id"] is not None:
-        return _granted(farm, rows[0])
+    if all(row["lock_id"] is not None for row in rows):
+        return grant(farm, rows)
     ends = await farm.pool.fetch(SQL["get_lock_ends"], [row["bound_id"] for row in rows])
     ended_at = min((row["ended_at"] for row in ends), default=None)
     detail = f"The lock of the idempotency key {key} has ended: use a new key for a new lock."
     return LockEnded(detail, ended_at=ended_at).response()
 
 
-def _refused(wish: Wish, counts: asyncpg.Record) -> Problem:
-    return (_user_refusal if wish.user_id else _pool_refusal)(wish, counts)
-
-
-def _pool_refusal(wish: Wish, counts: asyncpg.Record) -> Problem:
+def _refused(farm: Farm, wish: Wish, counts: asyncpg.Record) -> Problem:
+    if wish.user_id:
+        return _user_refusal(wish, counts)
     if not counts["matching"]:
         return NoMatchingUser(f"No user at all matches {wish}: create one, or ask for less.")
+    return _exhausted(str(wish), counts, farm.desk.waiting(wish))
+
+
+def _set_refused(farm: Farm, wishes: Wishes, counts: asyncpg.Record, enough: bool) -> Problem:
+    asked = "; ".join(f"{count} of {wish}" for wish, count in Counter(wishes).items())
+    if not enough:
+        return NoMatchingUser(f"There are not enough users for this set ({asked}): create some, or ask for less.")
+    return _exhausted(f"this set ({asked})", counts, max(farm.desk.waiting(wish) for wish in wishes))
+
+
+def _exhausted(asked: str, counts: asyncpg.Record, waiting: int) -> PoolExhausted:
     members = {name: counts[name] for name in ("matching", "locked", "resting", "quarantined", "next_free_at")}
     detail = (
-        f"{counts['matching']} users match {wish}, but none is free: {counts['locked']} locked, "
-        f"{counts['resting']} resting, {counts['quarantined']} quarantined. Try again, or add users."
+        f"{counts['matching']} users match {asked}, but too few are free: {counts['locked']} locked, "
+        f"{counts['resting']} resting, {counts['quarantined']} quarantined. Try again, wait, or add users."
     )
-    return PoolExhausted(detail, **members, waiting=0)
+    return PoolExhausted(detail, **members, waiting=waiting)
 
 
 def _user_refusal(wish: Wish, counts: asyncpg.Record) -> Problem:
@@ -2028,7 +2662,7 @@ def _user_refusal(wish: Wish, counts: asyncpg.Record) -> Problem:
 
 @call(
     post, "/locks", tag="locks", status=201, body=AcquireLock, answer=Lock, keyed=True,
-    problems=(NoMatchingUser, PoolExhausted, LockEnded),
+    problems=(NoMatchingUser, PoolExhausted, LockEnded, ShuttingDown),
 )  # fmt: skip
 async def acquire_lock(farm: Farm, request: Request, body: AcquireLock) -> Response:
     """Acquire a lock on any free user that matches.
@@ -2036,17 +2670,41 @@ async def acquire_lock(farm: Farm, request: Request, body: AcquireLock) -> Respo
     The reply carries the user's password, and the lock's id, which is the proof of holding. With an
     `Idempotency-Key` a repeat answers with the same lock, so no user is lost to a lost reply.
     """
+    ask = Ask(wishes=[_wish(body)], holder=body.holder, ttl=body.ttl, wait=body.wait)
+    return await _acquire(farm, request, ask, _granted)
+
+
+def _wish(body: AcquireLock | SetPart) -> Wish:
     labels = msgspec.json.encode(body.labels, order="sorted").decode() if body.labels else None
-    return await _acquire(farm, request, Wish(None, body.project_id, body.env, body.domain, labels), body)
+    return Wish(None, body.project_id, body.env, body.domain, labels)
 
 
 @call(
     put, "/users/{id:str}/lock", tag="locks", status=201, body=AcquireUser, body_optional=True, answer=Lock, keyed=True,
-    problems=(UserNotFound, UserLocked, UserUnavailable, LockEnded),
+    problems=(UserNotFound, UserLocked, UserUnavailable, LockEnded, ShuttingDown),
 )  # fmt: skip
 async def acquire_user(farm: Farm, request: Request, id: uuid.UUID, body: AcquireUser) -> Response:
     """Acquire a lock on this very user."""
-    return await _acquire(farm, request, Wish(id), body)
+    ask = Ask(wishes=[Wish(id)], holder=body.holder, ttl=body.ttl, wait=body.wait)
+    if ask.wait:
+        user = await _get_user(farm, id)
+        ask.home = Wish(None, user.project_id, user.env, user.domain)
+    return await _acquire(farm, request, ask, _granted)
+
+
+@call(
+    post, "/locks/sets", tag="locks", status=201, body=AcquireSet, answer=LockSet, keyed=True,
+    problems=(NoMatchingUser, PoolExhausted, LockEnded, ShuttingDown),
+)  # fmt: skip
+async def acquire_set(farm: Farm, request: Request, body: AcquireSet) -> Response:
+    """Acquire several users together, all or none.
+
+    Filters may overlap: whoever fits only one of them is kept for that one. The locks come in the order asked.
+    """
+    wishes = [wish for part in body.users for wish in [_wish(part)] * part.count]
+    return await _acquire(
+        farm, request, Ask(wishes=wishes, holder=body.holder, ttl=body.ttl, wait=body.wait), _granted_set
+    )
 
 
 async def _not_held(farm: Farm, id: uuid.UUID) -> LockNotHeld:
@@ -2092,6 +2750,7 @@ async def release_lock(farm: Farm, request: Request, id: uuid.UUID, query: Relea
 async def release_holder(farm: Farm, request: Request, query: HolderQuery) -> Response:
     """Give back everything that a holder holds: a CI job's last step."""
     rows = await farm.pool.fetch(SQL["release_holder"], query.holder, query.project_id)
+    farm.desk.freed()
     return reply(Released(len(rows)))
 
 
@@ -2100,6 +2759,7 @@ async def force_release(farm: Farm, request: Request, id: uuid.UUID) -> Response
     """End the lock of a user by force, whoever holds it. Also when nobody does."""
     if await farm.hot.fetchrow(SQL["force_release"], id) is None:
         raise UserNotFound(f"There is no user {id}.")
+    farm.desk.freed()
     return no_content()
 
 
@@ -2129,8 +2789,12 @@ async def readyz(farm: Farm, request: Request) -> Response:
 
 async def sweep(farm: Farm) -> None:
     """Record expired locks, and give back those whose grant was never answered."""
-    while (await farm.hot.fetchrow(SQL["sweep_locks"], 500))["due"] == 500:
-        await asyncio.sleep(0)
+    while True:
+        (swept,) = await farm.hot.fetch(SQL["sweep_locks"], 500)
+        if swept["expired"]:
+            farm.desk.freed()
+        if swept["due"] < 500:
+            break
     while farm.unanswered:
         lock_id = farm.unanswered.pop()
         try:
@@ -2223,7 +2887,7 @@ _LIMITS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "one of BOTFARM_ENVS": lambda settings: {"enum": list(settings.envs)},
     "one of BOTFARM_DOMAINS": lambda settings: {"enum": list(settings.domains)},
     "seconds until the lock ends by itself": lambda settings: {"maximum": settings.max_ttl},
-    "seconds to wait for a user; only 0 so far": lambda _: {"maximum": 0},
+    "seconds to wait for a user that comes free": lambda settings: {"maximum": settings.max_wait},
 }
 
 
@@ -2345,6 +3009,47 @@ def _unforeseen(request: Request, error: Exception) -> Response:
     ).response()
 
 
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP, which also tells of a caller that closed its connection without reading the reply.
+
+    Such a one answers what it is sent with a reset, one that has read it ends the connection properly.
+    """
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        was_reset = exc is not None or self._is_reset()
+        super().connection_lost(exc)
+        if was_reset and self.cycle and (unread := self.cycle.scope.get("state", {}).get(UNREAD)):
+            unread()
+
+    def _is_reset(self) -> bool:
+        """Also where the end of the connection was read before the reset: Linux tells by the state (7: TCP_CLOSE)."""
+        connection = self.transport.get_extra_info("socket")
+        if connection is None or not hasattr(socket, "TCP_INFO"):
+            return False
+        with contextlib.suppress(OSError):
+            return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 7
+        return False
+
+
+def _on_stop(stop: Callable[[], None]) -> None:
+    """Hear of SIGTERM and SIGINT as soon as the server does.
+
+    uvicorn tells the application only when all calls are done, but those who wait have to be answered for that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        servers = signal.getsignal(number)
+
+        def heard(number: int, frame: Any, servers: Any = servers) -> None:
+            loop.call_soon_threadsafe(stop)
+            if callable(servers):
+                servers(number, frame)
+
+        signal.signal(number, heard)
+
+
 @asynccontextmanager
 async def _running(app: Litestar) -> AsyncIterator[None]:
     """Everything that lives as long as the service."""
@@ -2352,14 +3057,20 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         database = stack.enter_context(prepared(settings))
         lanes = UNBATCHED if settings.batch == 1 else 3
-        hot = await stack.enter_async_context(await open_pool(database, lanes, "force_generic_plan", 10))
-        pool = await stack.enter_async_context(await open_pool(database, settings.pool_size, "force_custom_plan", 60))
+        hot = await stack.enter_async_context(open_pool(database, lanes, "force_generic_plan", 10, settings.pooler))
+        pool = await stack.enter_async_context(
+            open_pool(database, settings.pool_size, "force_custom_plan", 60, settings.pooler)
+        )
         keyring = keyring_of(load_keys(settings))
         await check_keys(pool, keyring)
         passwords = Passwords(keyring)
         stack.callback(passwords.close)
         app.state.farm = farm = Farm(settings, hot, pool, passwords)
-        tasks = [asyncio.create_task(repeat(sweep, farm, 1)), asyncio.create_task(repeat(prune, farm, 60))]
+        jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), farm.desk.run(), farm.desk.announce()]
+        if settings.listen_url or settings.pooler == "off":
+            jobs.append(listen(farm, settings.listen_url.reveal() if settings.listen_url else database))
+        tasks = [asyncio.create_task(job) for job in jobs]
+        _on_stop(farm.stop)
         # What is there now stays: without freeze the collector walks over all of it again and again, in pauses
         # of 40 ms (p99 of a cycle at 64 connections: 36 -> 10 ms).
         gc.collect()
@@ -2503,13 +3214,14 @@ def serve(settings: Settings) -> int:
         "lifespan": "on",
         "backlog": 4096,
         "timeout_graceful_shutdown": 8,
+        "http": Protocol,
         "ws": "none",
     }
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
         signal.signal(stop, lambda *_: sys.exit(0))
     with prepared(settings) as url:
         keys = load_keys(settings)
-        asyncio.run(_check_keys(url, keyring_of(keys)))
+        asyncio.run(_check_keys(url, settings.pooler, keyring_of(keys)))
         if settings.workers == 1:
             ready = msgspec.structs.replace(settings, database_url=Secret(url), keys=keys)
             server = _Server(uvicorn.Config(create_app(ready), **options), settings)
@@ -2523,8 +3235,8 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-async def _check_keys(url: str, keyring: Keyring | None) -> None:
-    async with await open_pool(url, 1, "force_custom_plan", 60) as pool:
+async def _check_keys(url: str, pooler: str, keyring: Keyring | None) -> None:
+    async with open_pool(url, 1, "force_custom_plan", 60, pooler) as pool:
         await check_keys(pool, keyring)
 
 
@@ -2603,7 +3315,7 @@ def reseal_command(settings: Settings) -> int:
 
     async def run(url: str, bar: Progress) -> int:
         task = bar.add_task("reseal", total=None)
-        async with await open_pool(url, 1, "force_custom_plan", 600) as pool:
+        async with open_pool(url, 1, "force_custom_plan", 600, settings.pooler) as pool:
             await check_keys(pool, keyring)
             return await reseal(pool, keyring, lambda done: bar.update(task, completed=done))
 

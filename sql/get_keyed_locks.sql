@@ -1,13 +1,16 @@
--- What idempotency keys have bound: a row for each lock, without its user where the lock has ended.
+-- What idempotency keys have bound: a row for each lock, in the order they were asked
+-- for, without its user where the lock has ended.
 --   $1  keys  uuid[]
 select keys.key, keys.bound_id, locks.user_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at,
     locks.ttl, locks.holder, users.login, users.secret, users.project_id, users.env, users.domain, users.labels
 from (
-    select key, unnest(lock_ids) as bound_id
+    select key, bound_id, place
     from idempotency_keys
+    cross join lateral unnest(lock_ids) with ordinality as bound (bound_id, place)
     where key = any($1::uuid[])
 ) as keys
 left join locks
     on locks.lock_id = keys.bound_id
     and locks.expires_at > clock_timestamp()
 left join users on users.id = locks.user_id
+order by keys.key, keys.place

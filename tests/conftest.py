@@ -91,7 +91,8 @@ def serving(configured: botfarm.Settings) -> Iterator[Any]:
     app = botfarm.create_app(configured)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, access_log=False, log_config=None, ws="none", lifespan="on", backlog=2048)
+    options: dict[str, Any] = {"access_log": False, "log_config": None, "ws": "none", "lifespan": "on"}
+    config = uvicorn.Config(app, backlog=2048, http=botfarm.Protocol, **options)
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -56,7 +56,7 @@ async def test_refusals_say_why(api, project):
     ("body", "field"),
     [
         ({"ttl": 0}, "ttl"), ({"ttl": 86401}, "ttl"), ({"ttl": "5"}, "ttl"), ({"ttl": 1.5}, "ttl"),
-        ({"wait": 1}, "wait"), ({"wait": -1}, "wait"), ({"holder": "x" * 201}, "holder"),
+        ({"wait": 301}, "wait"), ({"wait": -1}, "wait"), ({"holder": "x" * 201}, "holder"),
         ({"holder": "a\tb"}, "holder"), ({"env": "x"}, "env"),
         ({"project_id": None}, "project_id"), ({"labels": {"x": None}}, "labels.x"), ({"user": 1}, "user"),
     ],

@@ -1,0 +1,498 @@
+"""Waiting: who gets the user that comes free, sets of users, callers that go away, and several replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+import uuid
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from conftest import acquire, client, execute, make_users, serving, settings, slug, until
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import botfarm
+
+
+@pytest.fixture(scope="module")
+def replica(database):
+    """A second replica on the same database."""
+    with serving(settings(database)) as running:
+        yield running
+
+
+@pytest.fixture
+async def other(replica):
+    async with client(replica.url) as opened:
+        yield opened
+
+
+async def queued(service, count=1):
+    """Until so many calls wait at a replica."""
+    for _ in range(1000):
+        if len([ask for ask in service.farm.desk.queue if ask.wait]) >= count:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("nobody waits")
+
+
+def waiting(api, project, **values):
+    return asyncio.create_task(acquire(api, project, **({"wait": 20} | values)))
+
+
+async def set_of(api, *parts, headers=None, **values):
+    return await api.post("/locks/sets", json={"users": list(parts)} | values, headers=headers or {})
+
+
+async def test_a_waiter_gets_the_user_that_is_released_and_its_ttl_begins_then(api, service, project):
+    await make_users(api, project)
+    held = (await acquire(api, project)).json()
+    waiter = waiting(api, project, ttl=77, holder="second")
+    await queued(service)
+    await asyncio.sleep(0.3)
+    assert (await api.delete(f"/locks/{held['id']}")).status_code == 204
+    answer = await waiter
+    assert answer.status_code == 201
+    lock = answer.json()
+    assert (lock["holder"], lock["ttl"], lock["fence"], lock["user"]["password"]) == ("second", 77, 2, "pw-0")
+    taken, ends = (botfarm.datetime.fromisoformat(lock[name]) for name in ("acquired_at", "expires_at"))
+    assert (ends - taken).total_seconds() == 77
+    history = (await api.get(f"/users/{lock['user']['id']}/history")).json()["items"]
+    assert history[0]["acquired_at"] >= history[1]["ended_at"]
+
+
+@pytest.mark.parametrize(
+    "freeing", ["force", "holder", "expiry", "quarantine", "cooldown", "import", "create", "labels"]
+)
+async def test_a_waiter_wakes_because_of(freeing, api, service, project):
+    (user,) = await make_users(api, project, labels={"role": "x"})
+    path = f"/users/{user['id']}"
+    held = (await acquire(api, project, ttl=1 if freeing == "expiry" else 60, holder="first")).json()
+    if freeing == "quarantine":
+        await api.delete(f"/locks/{held['id']}", params={"quarantine": "broken"})
+    if freeing == "cooldown":
+        await api.delete(f"/locks/{held['id']}", params={"cooldown": 1})
+    waiter = waiting(api, project, labels={"role": "y"} if freeing == "labels" else {})
+    if freeing != "labels":
+        await queued(service)
+    match freeing:
+        case "force":
+            await api.delete(f"{path}/lock")
+        case "holder":
+            await api.delete("/locks", params={"holder": "first"})
+        case "quarantine":
+            await api.delete(f"{path}/quarantine")
+        case "create":
+            await make_users(api, project, login="another")
+        case "import":
+            line = {"login": "imported", "password": "p", "project_id": project, "env": "stage"}
+            headers = {"Content-Type": "application/x-ndjson"}
+            assert (await api.post("/users/import", content=json.dumps(line), headers=headers)).status_code == 200
+        case "labels":
+            assert slug(await waiter) == "no-matching-user"  # nobody has that label yet: waiting would not help
+            await make_users(api, project, login="y", labels={"role": "y"})
+            assert (await acquire(api, project, labels={"role": "y"})).status_code == 201
+            waiter = waiting(api, project, labels={"role": "y"})
+            await queued(service)
+            await api.patch(path, json={"labels": {"role": "y"}})
+            await api.delete(f"/locks/{held['id']}")
+    assert (await waiter).status_code == 201
+
+
+async def test_who_came_first_is_served_first(api, service, project):
+    await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    order = []
+
+    async def come(number):
+        answer = await acquire(api, project, wait=20, holder=str(number))
+        order.append(number)
+        await api.delete(f"/locks/{answer.json()['id']}")
+
+    comers = []
+    for number in range(12):
+        comers.append(asyncio.create_task(come(number)))
+        await queued(service, number + 1)
+    await api.delete(f"/locks/{lock['id']}")
+    await asyncio.gather(*comers)
+    assert order == list(range(12))
+
+
+async def test_one_that_does_not_wait_never_overtakes_those_who_do(api, service, project):
+    await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    waiter = waiting(api, project, holder="patient")
+    await queued(service)
+    hasty = [asyncio.create_task(acquire(api, project, holder="hasty")) for _ in range(20)]
+    await asyncio.gather(api.delete(f"/locks/{lock['id']}"), *hasty)
+    assert (await waiter).json()["holder"] == "patient"
+    assert {slug(task.result()) for task in hasty} == {"pool-exhausted"}
+
+
+async def test_a_waiter_that_nothing_fits_never_blocks_those_behind_it(api, service, project):
+    await make_users(api, project, 1, labels={"role": "admin"})
+    await make_users(api, project, 1, login="plain")
+    locks = [(await acquire(api, project)).json() for _ in range(2)]
+    admin = waiting(api, project, labels={"role": "admin"})
+    await queued(service, 1)
+    anybody = waiting(api, project)
+    await queued(service, 2)
+    plain = next(lock for lock in locks if lock["user"]["login"] == "plain")
+    await api.delete(f"/locks/{plain['id']}")
+    assert (await anybody).json()["user"]["login"] == "plain"
+    assert not admin.done()
+    await api.delete(f"/locks/{(await anybody).json()['id']}")
+    await api.delete(f"/locks/{next(lock for lock in locks if lock is not plain)['id']}")
+    assert (await admin).json()["user"]["labels"] == {"role": "admin"}
+
+
+async def test_one_waits_for_this_very_user(api, service, project):
+    first, second = await make_users(api, project, 2)
+    held = (await api.put(f"/users/{first['id']}/lock")).json()
+    waiter = asyncio.create_task(api.put(f"/users/{first['id']}/lock", json={"wait": 20}))
+    await queued(service)
+    pools = (await api.get("/pools", params={"project_id": project})).json()["items"]
+    assert [pool["waiting"] for pool in pools] == [1]
+    assert (await acquire(api, project)).json()["user"]["id"] == second["id"]  # somebody else is none of its business
+    await api.delete(f"/locks/{held['id']}")
+    assert (await waiter).json()["user"]["id"] == first["id"]
+
+
+async def test_a_wait_that_has_run_out_is_refused_and_takes_nobody(api, service, project):
+    await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    began = time.monotonic()
+    waiters = [waiting(api, project, wait=1) for _ in range(3)]
+    await queued(service, 3)
+    refused = await acquire(api, project)
+    assert refused.json()["waiting"] == 3
+    answers = await asyncio.gather(*waiters)
+    assert 0.9 < time.monotonic() - began < 5
+    assert {slug(answer) for answer in answers} == {"pool-exhausted"}
+    assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+    await api.delete(f"/locks/{lock['id']}")
+    await asyncio.sleep(0.5)
+    assert (await api.get(f"/users/{lock['user']['id']}")).json()["state"] == "free"
+
+
+async def test_waiting_for_what_does_not_exist_is_refused_at_once(api, project):
+    await make_users(api, project)
+    began = time.monotonic()
+    assert slug(await acquire(api, str(uuid.uuid4()), wait=20)) == "no-matching-user"
+    assert slug(await acquire(api, project, wait=20, labels={"x": "y"})) == "no-matching-user"
+    assert slug(await api.put(f"/users/{uuid.uuid4()}/lock", json={"wait": 20})) == "user-not-found"
+    part = {"project_id": project}
+    assert slug(await set_of(api, part | {"count": 2}, wait=20)) == "no-matching-user"
+    assert time.monotonic() - began < 10
+
+
+def raw_waiter(url, project, key=None):
+    """A connection on which a waiting acquire was sent."""
+    body = json.dumps({"project_id": project, "wait": 20})
+    extra = f"Idempotency-Key: {key}\r\n" if key else ""
+    connection = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port))
+    head = f"POST /locks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    connection.sendall(f"{head}{extra}\r\n{body}".encode())
+    return connection
+
+
+async def test_a_waiter_that_went_away_is_never_given_a_user(api, service, project):
+    await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    connections = [raw_waiter(service.url, project, key) for key in (None, uuid.uuid4(), None)]
+    await queued(service, 3)
+    for connection in connections:
+        connection.close()
+    until(lambda: not service.farm.desk.queue, 5)
+    await api.delete(f"/locks/{lock['id']}")
+    await asyncio.sleep(0.4)
+    user = (await api.get(f"/users/{lock['user']['id']}/history")).json()["items"]
+    assert [item["fence"] for item in user] == [1]
+
+
+async def test_a_user_granted_to_one_that_goes_away_in_that_moment_comes_back_at_once(api, service, project):
+    (user,) = await make_users(api, project)
+    for round in range(60):
+        lock = (await acquire(api, project, wait=5)).json()
+        connection = raw_waiter(service.url, project)
+        await queued(service)
+        release = asyncio.create_task(api.delete(f"/locks/{lock['id']}"))
+        await asyncio.sleep(round % 20 * 0.0003)
+        connection.close()
+        await release
+        end = time.monotonic() + 1.5
+        while (await api.get(f"/users/{user['id']}")).json()["state"] != "free":
+            assert time.monotonic() < end, f"round {round}: the user is lost"
+            await asyncio.sleep(0.02)
+
+
+async def test_a_key_finds_the_lock_that_was_granted_while_its_caller_went_away(api, service, project):
+    await make_users(api, project)
+    for round in range(20):
+        lock = (await acquire(api, project, wait=5)).json()
+        key = uuid.uuid4()
+        connection = raw_waiter(service.url, project, key)
+        await queued(service)
+        release = asyncio.create_task(api.delete(f"/locks/{lock['id']}"))
+        await asyncio.sleep(round % 10 * 0.0004)
+        connection.close()
+        await release
+        again = await acquire(api, project, key=key, wait=5)
+        assert again.status_code == 201
+        assert (await api.delete(f"/locks/{again.json()['id']}")).status_code == 204
+
+
+async def test_one_key_waits_in_two_replicas_and_gets_one_lock(api, other, service, replica, project):
+    await make_users(api, project, 2)
+    locks = [(await acquire(api, project)).json() for _ in range(2)]
+    key = uuid.uuid4()
+    waiters = [waiting(here, project, key=key) for here in (api, other, api)]
+    await queued(service, 2)
+    await queued(replica, 1)
+    await asyncio.gather(*(api.delete(f"/locks/{lock['id']}") for lock in locks))
+    answers = [(await waiter).json() for waiter in waiters]
+    assert len({answer["id"] for answer in answers}) == 1
+    (pool,) = (await api.get("/pools", params={"project_id": project})).json()["items"]
+    assert (pool["locked"], pool["free"]) == (1, 1)
+
+
+async def test_a_release_at_another_replica_wakes_a_waiter(api, other, service, project):
+    await make_users(api, project)
+    lock = (await acquire(other, project)).json()
+    waiter = waiting(api, project)
+    await queued(service)
+    await other.delete(f"/locks/{lock['id']}")
+    assert (await waiter).status_code == 201
+
+
+async def test_no_waiter_starves_behind_another_replica_that_is_busier(api, other, service, replica, project):
+    """The bound of the README: nobody elsewhere who came two seconds later is served before it."""
+    await make_users(api, project, 2)
+    served: list[tuple[float, float, str]] = []
+    stop = time.monotonic() + 6
+
+    async def work(here, name):
+        while time.monotonic() < stop:
+            came = time.monotonic()
+            answer = await acquire(here, project, wait=20, holder=name)
+            served.append((came, time.monotonic(), name))
+            await asyncio.sleep(0.05)
+            await here.delete(f"/locks/{answer.json()['id']}")
+
+    busy = [work(other, "busy") for _ in range(40)] + [hammer(other, project, stop)]
+    await asyncio.gather(*busy, work(api, "lonely"), work(api, "lonely"))
+    assert len([name for _, _, name in served if name == "lonely"]) >= 3
+    for came, at, name in served:
+        overtakers = [1 for c, a, n in served if n != name and c > came + 2 and a < at]
+        assert not overtakers, f"{name} came at {came}, and {len(overtakers)} that came 2 s later went before it"
+
+
+async def hammer(here, project, stop):
+    """One who does not wait, and asks again and again."""
+    while time.monotonic() < stop:
+        answer = await acquire(here, project)
+        if answer.status_code == 201:
+            await here.delete(f"/locks/{answer.json()['id']}")
+
+
+async def test_a_set_is_granted_whole_in_the_order_asked(api, project):
+    await make_users(api, project, 3, labels={"role": "buyer"})
+    await make_users(api, project, 1, login="seller", labels={"role": "seller"})
+    buyer, seller = ({"project_id": project, "labels": {"role": role}} for role in ("buyer", "seller"))
+    answer = await set_of(api, buyer | {"count": 2}, seller, buyer, ttl=50, holder="trade")
+    assert answer.status_code == 201
+    locks = answer.json()["locks"]
+    assert [lock["user"]["labels"]["role"] for lock in locks] == ["buyer", "buyer", "seller", "buyer"]
+    assert len({lock["user"]["id"] for lock in locks}) == 4
+    assert {(lock["ttl"], lock["holder"]) for lock in locks} == {(50, "trade")}
+    assert locks[0]["user"]["password"].startswith("pw-")
+    refused = await set_of(api, buyer | {"count": 2}, seller)
+    assert slug(refused) == "pool-exhausted"
+    assert (refused.json()["matching"], refused.json()["locked"]) == (4, 4)
+
+
+async def test_a_set_that_is_not_complete_takes_nobody(api, project):
+    await make_users(api, project, 3)
+    await acquire(api, project)
+    assert slug(await set_of(api, {"project_id": project, "count": 3})) == "pool-exhausted"
+    assert (await set_of(api, {"project_id": project, "count": 2})).status_code == 201
+
+
+async def test_the_only_admin_is_kept_for_who_needs_an_admin(api, project):
+    await make_users(api, project, 1, login="admin", labels={"role": "admin"})
+    await make_users(api, project, 1, login="plain")
+    anybody, admin = {"project_id": project}, {"project_id": project, "labels": {"role": "admin"}}
+    for parts in ([anybody, admin], [admin, anybody]):
+        locks = (await set_of(api, *parts, holder="set")).json()["locks"]
+        assert [lock["user"]["login"] for lock in locks] == [
+            ("admin" if "labels" in part else "plain") for part in parts
+        ]
+        await api.delete("/locks", params={"holder": "set", "project_id": project})
+
+
+async def test_a_set_that_can_never_be_complete_is_not_found(api, project):
+    await make_users(api, project, 1, login="admin", labels={"role": "admin"})
+    anybody, admin = {"project_id": project}, {"project_id": project, "labels": {"role": "admin"}}
+    assert slug(await set_of(api, anybody | {"count": 2})) == "no-matching-user"
+    assert slug(await set_of(api, anybody, admin)) == "no-matching-user"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"users": []}, "users"), ({"users": [{}]}, "project_id"), ({}, "users"),
+        ({"users": [{"project_id": str(uuid.uuid4()), "count": 0}]}, "users[0].count"),
+        ({"users": [{"project_id": str(uuid.uuid4()), "count": 60}] * 2}, "users"),
+        ({"users": [{"project_id": str(uuid.uuid4()), "env": "x"}]}, "users[0].env"),
+        ({"users": [{"project_id": str(uuid.uuid4()), "role": "x"}]}, "role"),
+        ({"users": [{"project_id": str(uuid.uuid4())}], "ttl": 86401}, "ttl"),
+    ],
+)  # fmt: skip
+async def test_a_bad_set_is_refused_by_field(api, body, field):
+    answer = await api.post("/locks/sets", json=body)
+    assert slug(answer) == "invalid"
+    assert answer.json()["errors"][0]["field"] == field
+
+
+async def test_a_repeated_set_gets_the_same_locks_until_one_has_ended(api, other, project):
+    await make_users(api, project, 5)
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    asked = [set_of(here, {"project_id": project, "count": 3}, headers=headers) for here in (api, other) * 3]
+    answers = [answer.json()["locks"] for answer in await asyncio.gather(*asked)]
+    ids = [[lock["id"] for lock in locks] for locks in answers]
+    assert ids == [ids[0]] * 6
+    await api.delete(f"/locks/{ids[0][1]}")
+    assert slug(await set_of(api, {"project_id": project, "count": 3}, headers=headers)) == "lock-ended"
+
+
+async def test_a_waiting_set_leaves_users_to_singles_at_first(api, service, project):
+    await make_users(api, project, 2)
+    lock = (await acquire(api, project)).json()
+    waiter = asyncio.create_task(set_of(api, {"project_id": project, "count": 2}, wait=20))
+    await queued(service)
+    single = await acquire(api, project)
+    assert single.status_code == 201
+    await asyncio.gather(*(api.delete(f"/locks/{held['id']}") for held in (lock, single.json())))
+    assert (await waiter).status_code == 201
+
+
+async def test_a_waiting_set_does_not_starve_behind_singles(api, service, project):
+    """Its bound: once it has waited for PATIENCE, nobody who came later gets a user that it needs."""
+    await make_users(api, project, 4)
+    stop = time.monotonic() + 25
+    done = asyncio.Event()
+
+    async def single():
+        while not done.is_set() and time.monotonic() < stop:
+            answer = await acquire(api, project, wait=20)
+            await asyncio.sleep(0.1)
+            await api.delete(f"/locks/{answer.json()['id']}")
+
+    singles = [asyncio.create_task(single()) for _ in range(12)]
+    await asyncio.sleep(0.3)
+    began = time.monotonic()
+    answer = await set_of(api, {"project_id": project, "count": 4}, wait=20)
+    assert answer.status_code == 201
+    assert time.monotonic() - began < botfarm.PATIENCE + 3
+    await asyncio.gather(*(api.delete(f"/locks/{lock['id']}") for lock in answer.json()["locks"]))
+    done.set()
+    await asyncio.gather(*singles)
+
+
+async def test_sets_and_singles_under_load_never_share_a_user(api, other, database, project):
+    await make_users(api, project, 6, labels={"role": "admin"})
+    for number in range(6):
+        await make_users(api, project, login=f"plain-{number}")
+    held: set[str] = set()
+    stop = time.monotonic() + 3
+
+    async def work(here, *parts):
+        while time.monotonic() < stop:
+            answer = await set_of(here, *parts, wait=10)
+            locks = answer.json()["locks"]
+            users = {lock["user"]["id"] for lock in locks}
+            assert len(users) == len(locks)
+            assert not users & held
+            held.update(users)
+            await asyncio.sleep(0.005)
+            held.difference_update(users)
+            await asyncio.gather(*(here.delete(f"/locks/{lock['id']}") for lock in locks))
+
+    anybody, admin = {"project_id": project}, {"project_id": project, "labels": {"role": "admin"}}
+    await asyncio.gather(
+        *(work(here, anybody | {"count": 3}, admin) for here in (api, other) for _ in range(4)),
+        *(work(here, admin | {"count": 2}) for here in (api, other) for _ in range(4)),
+        *(work(here, anybody) for here in (api, other) for _ in range(4)),
+    )
+
+
+users_of = st.lists(st.integers(0, 7), max_size=5, unique=True)
+
+
+@hypothesis_settings(deadline=None)
+@given(st.lists(st.tuples(st.lists(users_of, min_size=1, max_size=3), st.booleans()), max_size=6))
+def test_match_serves_all_or_none_first_come_first_served(asked):
+    """Compared with an oracle that tries everything."""
+    now = time.monotonic()
+    ids = [uuid.UUID(int=number) for number in range(8)]
+    asks, fitting = [], {}
+    for number, (needs, patient) in enumerate(asked):
+        wishes = [botfarm.Wish(env=f"{number}.{unit}") for unit in range(len(needs))]
+        fitting |= {wish: [ids[user] for user in users] for wish, users in zip(wishes, needs, strict=True)}
+        asks.append(botfarm.Ask(wishes=wishes, arrived=now - (0 if patient else 100)))
+    served = botfarm.match(asks, fitting, now)
+    for ask, users in served.items():
+        assert all(user in fitting[wish] for wish, user in zip(ask.wishes, users, strict=True))
+    assert len({user for users in served.values() for user in users}) == sum(map(len, served.values()))
+    expected, kept = [], []
+    for ask, (needs, patient) in zip(asks, asked, strict=True):
+        if can_be_had([*kept, *needs]):
+            kept += needs
+            expected.append(ask)
+        elif not patient and len(needs) > 1:
+            for users in needs:  # what it has so far is kept for it
+                kept += [users] if can_be_had([*kept, users]) else []
+    assert list(served) == expected
+
+
+def can_be_had(needs, taken=frozenset()):
+    if not needs:
+        return True
+    return any(can_be_had(needs[1:], taken | {user}) for user in needs[0] if user not in taken)
+
+
+async def test_the_waiters_wake_when_nobody_tells_them(database, project):
+    """A connection for news that has died, or none: the poll stands behind it."""
+    url = database.replace("?", "?") + ("&" if "?" in database else "?") + "application_name=direct"
+    with serving(settings(database, listen_url=botfarm.Secret("postgresql://127.0.0.1:9/none"))) as deaf:
+        async with client(deaf.url) as api:
+            (user,) = await make_users(api, project)
+            await acquire(api, project)
+            waiter = waiting(api, project)
+            await queued(deaf)
+            end = "update locks set lock_id = null, ready_at = clock_timestamp() where user_id = $1"
+            await execute(url, end.replace("$1", f"'{user['id']}'"))
+            assert (await asyncio.wait_for(waiter, 5)).status_code == 201
+
+
+async def test_waiting_goes_on_while_the_database_restarts(api, service, database, project):
+    await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    waiter = waiting(api, project)
+    await queued(service)
+    name = urlsplit(database).path[1:]
+    cut = "select pg_terminate_backend(pid) from pg_stat_activity where datname = '{}' and pid <> pg_backend_pid()"
+    with contextlib.suppress(Exception):
+        await execute(database, cut.format(name))
+    for _ in range(50):
+        with contextlib.suppress(httpx.HTTPError):
+            if (await api.delete(f"/locks/{lock['id']}")).status_code in (204, 404):
+                break
+        await asyncio.sleep(0.1)
+    assert (await waiter).status_code == 201
