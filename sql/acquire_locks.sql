@@ -7,6 +7,8 @@
 -- Atomic because the candidates are locked with skip locked, which also checks them again in their
 -- newest version, and stay locked until the commit. A lock that has expired is taken over here, and its
 -- end recorded, so that no background task is needed.
+-- Labels are compared by a look-up for each user that is looked at, and not in an exists(), which the planner
+-- may turn into a hash of all users.
 -- The search starts where the last one ended and wraps around: while an old snapshot keeps dead
 -- versions alive, those lie behind it and are not walked over again.
 with filters as materialized (
@@ -43,7 +45,7 @@ free as materialized (
                 and locks.ready_at <= (select clock_timestamp())
                 and (
                     pool.labels is null
-                    or exists (select from users where id = locks.user_id and labels @> pool.labels)
+                    or (select labels @> pool.labels from users where id = locks.user_id)
                 )
             order by locks.ready_at
             limit pool.wanted
@@ -63,7 +65,7 @@ free as materialized (
                 and locks.ready_at <= (select clock_timestamp())
                 and (
                     pool.labels is null
-                    or exists (select from users where id = locks.user_id and labels @> pool.labels)
+                    or (select labels @> pool.labels from users where id = locks.user_id)
                 )
             order by locks.ready_at
             limit pool.wanted
@@ -76,13 +78,14 @@ free as materialized (
             select locks.ctid as place, locks.*
             from locks
             where locks.lock_id is not null
+                and locks.holder is not null
                 and locks.quarantine is null
                 and locks.ready_at <= (select clock_timestamp())
                 and locks.expires_at <= clock_timestamp()
                 and locks.pool_id in (select id from pools_in_turn as pool where pool.filter = filters.filter)
                 and (
                     filters.labels is null
-                    or exists (select from users where id = locks.user_id and labels @> filters.labels)
+                    or (select labels @> filters.labels from users where id = locks.user_id)
                 )
             order by locks.ready_at
             limit filters.wanted

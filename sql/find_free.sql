@@ -22,7 +22,7 @@ cross join lateral (
             and locks.ready_at <= (select clock_timestamp())
             and (
                 filters.labels is null
-                or exists (select from users where id = locks.user_id and labels @> filters.labels)
+                or (select labels @> filters.labels from users where id = locks.user_id)
             )
         order by locks.ready_at
         limit $6::int
@@ -36,6 +36,7 @@ cross join lateral (
         select locks.user_id, locks.ready_at
         from locks
         where locks.lock_id is not null
+            and locks.holder is not null
             and locks.quarantine is null
             and locks.ready_at <= (select clock_timestamp())
             and locks.expires_at <= clock_timestamp()
@@ -48,7 +49,7 @@ cross join lateral (
             )
             and (
                 filters.labels is null
-                or exists (select from users where id = locks.user_id and labels @> filters.labels)
+                or (select labels @> filters.labels from users where id = locks.user_id)
             )
         order by locks.ready_at
         limit $6::int

@@ -6,6 +6,7 @@ with due as materialized (
     select ctid as place, user_id, lock_id, expires_at <= clock_timestamp() as is_over
     from locks
     where lock_id is not null
+        and holder is not null
         and ready_at <= (select clock_timestamp())
     order by ready_at
     limit $1::int

@@ -294,9 +294,8 @@ async def test_old_history_and_keys_are_forgotten_in_the_end(empty_database, pro
                 f"case when lock_ids = array['{kept['id']}'::uuid] then lock_ids else array['{old}'::uuid] end",
             )
             farm = alone.farm
-            pool = await botfarm.open_pool(empty_database, 1, "auto", 10)
-            await botfarm.prune(botfarm.Farm(farm.settings, pool, pool, farm.passwords))
-            await pool.close()
+            async with botfarm.open_pool(empty_database, 1, "auto", 10) as pool:
+                await botfarm.prune(botfarm.Farm(farm.settings, pool, pool, farm.passwords))
             assert await execute(empty_database, "select from history") == []
             keys = await execute(empty_database, "select lock_ids from idempotency_keys")
             assert [str(key["lock_ids"][0]) for key in keys] == [kept["id"]]

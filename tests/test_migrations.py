@@ -32,7 +32,8 @@ PINNED = {
     "0001.users": "ca4699b5d3744f9c",
     "0002.locks": "6a30c653fdebed71",
     "0003.sealing_keys": "38d46f2e16a30db6",
-    "0004.waiting": "c82483f5f30da5d1",
+    "0004.due_locks": "0983d9475ca964e9",
+    "0005.waiting": "c82483f5f30da5d1",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +14,8 @@ import uuid
 import httpx
 import pytest
 from conftest import KEY, acquire, client, execute, free_port, make_users, process, serving, settings, slug, wait_ready
+
+import botfarm
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +220,35 @@ async def test_a_grant_whose_reply_was_lost_is_given_back(database, service, api
         await asyncio.sleep(0.05)
     rows = await execute(database, f"select ended_by from history where lock_id = '{lock['id']}'")
     assert [row["ended_by"] for row in rows] == ["released"]
+
+
+@pytest.mark.parametrize("held", [0, 900])
+async def test_every_statement_of_locks_reads_by_its_own_index_whatever_the_statistics_say(empty_database, held):
+    """A plan that reads another index from end to end is as fast at first, and falls over beside an old snapshot."""
+    with serving(settings(empty_database)) as alone:
+        async with client(alone.url) as api:
+            await make_users(api, str(uuid.uuid4()))
+            await execute(
+                empty_database,
+                "insert into users (id, project_id, env, domain, login, secret) "
+                "select gen_random_uuid(), gen_random_uuid(), "
+                "'stage', 'regular', number::text, '$argon2id$' from generate_series(1, 1000) number",
+                "insert into locks (user_id, pool_id) select id, 1 from users on conflict do nothing",
+                "update locks set lock_id = gen_random_uuid(), acquired_at = now(), expires_at = now(), ttl = 1, "
+                f"holder = '' where user_id in (select user_id from locks limit {held})",
+                "vacuum analyze",
+            )
+        readers = {}
+        async with botfarm.open_pool(empty_database, 1, "force_generic_plan", 10) as pool, pool.acquire() as connection:
+            for name, count in (
+                ("release_locks", 3), ("extend_locks", 2), ("sweep_locks", 1), ("find_free", 6), ("acquire_users", 6),
+                ("acquire_locks", 14),
+            ):  # fmt: skip
+                await connection.execute(f"prepare {name} as {botfarm.SQL[name]}")
+                plan = await connection.fetch(f"explain execute {name}({', '.join(['null'] * count)})")
+                assert "Seq Scan on" not in str(plan), name
+                readers[name] = set(re.findall(r"locks_(?:by_id|due|free)\b", str(plan)))
+    assert readers == {
+        "release_locks": {"locks_by_id"}, "extend_locks": {"locks_by_id"}, "sweep_locks": {"locks_due"},
+        "acquire_locks": {"locks_free", "locks_due"}, "find_free": {"locks_free", "locks_due"}, "acquire_users": set(),
+    }  # fmt: skip
