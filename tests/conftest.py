@@ -32,6 +32,16 @@ import embedded  # noqa: E402
 KEY = "k1:" + "A" * 43 + "="
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the fault tests in their long form: minutes, not seconds")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the fault tests take their time."""
+    return request.config.getoption("--long")
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """A PostgreSQL server: the one of DATABASE_URL, else an embedded one."""

@@ -1,0 +1,357 @@
+"""Faults: clients, replicas, connections and the database fail under load, and no promise of the lock is broken.
+
+What is checked is in grid.py: `Evidence.check`. Each test has a short form, and with `--long` a longer one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import itertools
+import random
+import signal
+import time
+import uuid
+from collections import Counter
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from conftest import execute
+from grid import (
+    UNSTEADY,
+    Client,
+    Grid,
+    Line,
+    Wire,
+    answers,
+    ask,
+    burst,
+    check_burst,
+    conclude,
+    drops_replies,
+    eventually,
+    moment,
+    postgres,
+    recovered,
+    replicas,
+)
+
+import botfarm
+
+
+@pytest.fixture
+def folder(tmp_path_factory) -> Path:
+    """Where replicas write their output."""
+    return tmp_path_factory.mktemp("faults")
+
+
+def ports(running) -> list[int]:
+    return [replica.port for replica in running]
+
+
+async def spare_users(running) -> str:
+    """A project of its own to see by whether replicas work."""
+    spare = Grid(ports(running))
+    await spare.create(10)
+    return spare.project
+
+
+# ---- Clients and replicas ----------------------------------------------------------------------------------
+
+
+async def test_clients_that_stall_and_vanish_break_no_promise(empty_database, folder, long):
+    """Where users are scarce a lock that ended is taken over at once, where they are not it lies about for a while."""
+    async with replicas(empty_database, folder, {}, {}, {}) as running:
+        scarce, plenty = (Grid(ports(running), habits=UNSTEADY) for _ in range(2))
+        await scarce.create(40)
+        await plenty.create(80)
+        async with scarce.clients(160), plenty.clients(40):
+            await asyncio.sleep(60 if long else 4)
+        for grid in (scarce, plenty):
+            evidence = await conclude(grid, empty_database, faults=False)
+            assert evidence.outcomes["acquire 201"] > 200
+            assert min(evidence.outcomes[f"{kind} 404 lock-not-held"] for kind in ("extend", "release")) > 10
+            assert Counter(record.ended_by for record in evidence.records.values())["expired"] > 10
+
+
+async def test_killed_replicas_break_no_promise(empty_database, folder, long):
+    async with replicas(empty_database, folder, {}, {}, {}) as running:
+        grid = Grid(ports(running), ttls=(20,))
+        await grid.create(60)
+        async with grid.clients(60):
+            for _ in range(25 if long else 4):
+                await asyncio.sleep(random.uniform(0.2, 0.8))
+                victim = random.choice(running)
+                victim.kill()
+                victim.start()
+                await victim.ready()
+        evidence = await conclude(grid, empty_database)
+    assert evidence.outcomes["acquire 0"] > 10
+    assert {record.ended_by for record in evidence.records.values()} == {"released"}
+
+
+async def test_replies_that_are_lost_after_the_commit_lose_no_user_and_give_no_second_one(empty_database, folder, long):
+    async with replicas(empty_database, folder, {}, {}, {}) as running, lossy(running, 0.3) as lossy_ports:
+        grid = Grid(lossy_ports, ttls=(60,))
+        await Grid(ports(running), grid.project).create(30)
+        keys = [str(uuid.uuid4()) for _ in range(3000 if long else 300)]
+        left = iter(keys)
+        await asyncio.gather(*(lock_by_each(grid, left) for _ in range(15)))
+        evidence = await conclude(Grid(ports(running), grid.project, events=grid.events), empty_database)
+        bound = await execute(empty_database, "select key, lock_ids from idempotency_keys")
+    assert evidence.outcomes["acquire 0"] > len(keys) / 2
+    assert {record.holder: record.ended_by for record in evidence.records.values()} == dict.fromkeys(keys, "released")
+    assert {str(row["key"]): [str(id) for id in row["lock_ids"]] for row in bound} == {
+        record.holder: [record.lock_id] for record in evidence.records.values()
+    }
+
+
+@asynccontextmanager
+async def lossy(running, share):
+    """The ports of proxies before the replicas that lose a share of the replies."""
+    one, two, three = (drops_replies(port, share) for port in ports(running))
+    async with one as first, two as second, three as third:
+        yield [first, second, third]
+
+
+async def lock_by_each(grid: Grid, keys) -> None:
+    """For each key: the same acquire at all replicas at once, each repeated until it is answered; one lock."""
+    lines = [Line(port) for port in grid.ports]
+    for key in keys:
+        clients = [Client(grid, [line], itertools.count(), key) for line in lines]
+        replies = await asyncio.gather(*(c.insist("acquire", "POST", "/locks", c.wish) for c in clients))
+        assert {reply.status for reply in replies} == {201}
+        assert all(reply.body == replies[0].body for reply in replies)
+        await clients[0].use(replies[0].body, random.choice(["release", "renew"]))
+    for line in lines:
+        line.close()
+
+
+# ---- The database ------------------------------------------------------------------------------------------
+
+
+async def test_a_database_that_crashes_loses_no_acknowledged_lock(folder, long):
+    async with postgres() as server, replicas(server.dsn, folder, {}, {}) as running:
+        grid, spare = Grid(ports(running), ttls=(20,)), await spare_users(running)
+        await grid.create(40)
+        async with grid.clients(60):
+            for _ in range(10 if long else 3):
+                await asyncio.sleep(random.uniform(0.3, 0.8))
+                server.stop(signal.SIGQUIT)
+                server.start()
+                await server.ready()
+                await recovered(ports(running), spare)
+        evidence = await conclude(grid, server.dsn)
+    assert evidence.outcomes["acquire 503 database-unavailable"] > 10
+    assert {record.ended_by for record in evidence.records.values()} == {"released"}
+
+
+async def test_a_frozen_database_goes_on_where_it_stood(folder, long):
+    """The clients give up before the thaw and ask elsewhere, so that it finds their calls several times over."""
+    async with postgres() as server, replicas(server.dsn, folder, {}, {}) as running:
+        grid, spare = Grid(ports(running), ttls=(20,), gives_up=1), await spare_users(running)
+        await grid.create(40)
+        async with grid.clients(60):
+            await asyncio.sleep(0.5)
+            async with server.frozen():
+                lists = [asyncio.create_task(burst(port, spare, 30)) for port in ports(running)]
+                await asyncio.sleep(5 if long else 3)
+            await recovered(ports(running), spare)
+        for events in await asyncio.gather(*lists):
+            check_burst(events)
+        evidence = await conclude(grid, server.dsn)
+    assert evidence.outcomes["acquire 0"] > 30
+
+
+async def test_a_database_that_stays_frozen_keeps_no_call_waiting(folder, long):
+    async with postgres() as server, replicas(server.dsn, folder, {}, {}) as running:
+        await piles_up_nothing(running, server.dsn, server.frozen(), 40 if long else 13)
+
+
+async def test_statements_that_hang_keep_no_call_waiting(empty_database, folder, long):
+    """Somebody holds the table of users, as a migration by hand may do: soon every connection is taken."""
+    async with replicas(empty_database, folder, {}, {}) as running:
+        await piles_up_nothing(running, empty_database, users_held(empty_database), 40 if long else 13)
+
+
+@asynccontextmanager
+async def users_held(url):
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("begin; lock table users in access exclusive mode")
+        yield
+    finally:
+        await connection.close()
+
+
+async def piles_up_nothing(running, url: str, fault, seconds: float) -> None:
+    """For longer than calls may wait there is no answer; they are told so in time, and then all is well again.
+
+    There are more clients than two statements serve, and more calls of each kind than there are connections.
+    """
+    grid, spare = Grid(ports(running), ttls=(60,), patience=seconds + 30), await spare_users(running)
+    careless = Grid(ports(running), ttls=(60,), patience=seconds + 30, keyed=False)
+    await grid.create(400)
+    await careless.create(60)
+    async with grid.clients(340), careless.clients(60):
+        await asyncio.sleep(1)
+        async with fault:
+            calls = [asyncio.create_task(burst(port, spare, 40)) for port in ports(running)]
+            await asyncio.sleep(seconds / 2)
+            async with asyncio.timeout(5):
+                assert [await answers(port, "/livez") for port in ports(running)] == [True, True]
+            await asyncio.sleep(seconds / 2)
+        await recovered(ports(running), spare)
+    for events in await asyncio.gather(*calls):
+        check_burst(events)
+    await conclude(grid, url)
+    await conclude(careless, url)
+
+
+async def test_connections_that_are_cut_lose_no_user(empty_database, folder, long):
+    wire = Wire(empty_database)
+    cut = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'botfarm' and datname = "
+    async with wire.open() as url, replicas(url, folder, {}, {}) as running:
+        grid, careless = Grid(ports(running)), Grid(ports(running), ttls=(60,), keyed=False)
+        spare = await spare_users(running)
+        for each in (grid, careless):
+            await each.create(40)
+        async with grid.clients(40), careless.clients(20):
+            for _ in range(30 if long else 5):
+                wire.share = 0.1  # what the database answers is lost: it did what it was asked
+                await asyncio.sleep(0.3)
+                wire.share = 0
+                await execute(empty_database, cut + "current_database()")
+                await recovered(ports(running), spare)
+        evidence = await conclude(grid, empty_database)
+        await conclude(careless, empty_database)
+    assert wire.cuts > 5
+    assert evidence.outcomes["acquire 503 database-unavailable"] > 5
+
+
+# ---- Clocks ------------------------------------------------------------------------------------------------
+
+FAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketime.so.1")), "")
+HOUR = 3600
+
+
+def an_hour_off(seconds: int) -> dict[str, str]:
+    """The environment of a replica whose clock is off; timers go on as they are."""
+    clock = {"FAKETIME": f"{seconds:+d}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    return {"LD_PRELOAD": FAKETIME, "BOTFARM_HISTORY_DAYS": "1"} | clock
+
+
+@pytest.fixture
+async def apart(empty_database, folder):
+    """Three replicas whose clocks are an hour ahead, an hour behind, and right."""
+    if not FAKETIME:
+        pytest.skip("libfaketime is not installed (Debian: apt-get install libfaketime)")
+    async with replicas(empty_database, folder, an_hour_off(HOUR), an_hour_off(-HOUR), {}) as running:
+        yield ports(running)
+
+
+async def test_clocks_of_replicas_decide_nothing(apart, empty_database, long):
+    await a_lock_lasts_its_ttl(apart)
+    grid = Grid(apart, habits=UNSTEADY)
+    await grid.create(20)
+    async with grid.clients(40):
+        await asyncio.sleep(30 if long else 3)
+    evidence = await conclude(grid, empty_database, faults=False)
+    made = [(uuid.UUID(record.lock_id).int >> 80) / 1000 - record.acquired_at for record in evidence.records.values()]
+    assert {round(ahead / HOUR) for ahead in made} == {1, -1, 0}, "the clocks were not off"
+    assert evidence.outcomes["release 404 lock-not-held"] > 5
+
+
+async def a_lock_lasts_its_ttl(apart) -> None:
+    """Each replica locks the one user, is repeated by the others, and they take it over at its end, not before."""
+    project = str(uuid.uuid4())
+    await Grid(apart, project).create(1)
+    for owner, other, third in (apart, [apart[1], apart[0], apart[2]]):
+        key, wish = str(uuid.uuid4()), {"project_id": project, "ttl": 2}
+        lock = (await ask(owner, "POST", "/locks", wish, key)).body
+        assert moment(lock["expires_at"]) - moment(lock["acquired_at"]) == 2
+        assert abs(moment(lock["acquired_at"]) - time.time()) < 5
+        assert [(await ask(port, "POST", "/locks", wish, key)).body for port in apart] == [lock] * 3
+        while time.time() < moment(lock["expires_at"]) - 0.2:
+            refused = [await ask(port, "POST", "/locks", wish) for port in (other, third)]
+            assert [reply.slug for reply in refused] == ["pool-exhausted"] * 2
+            await asyncio.sleep(0.1)
+        taken = await eventually(partial(granted, other, wish), 3, "the end of the lock")
+        assert moment(taken["acquired_at"]) >= moment(lock["expires_at"])
+        assert (await ask(third, "POST", "/locks", wish, key)).body["ended_at"] == lock["expires_at"]
+        assert (await ask(owner, "DELETE", f"/locks/{taken['id']}")).status == 204
+
+
+async def granted(port: int, wish: dict[str, Any]) -> dict[str, Any] | None:
+    reply = await ask(port, "POST", "/locks", wish)
+    return reply.body if reply.status == 201 else None
+
+
+AGE = """
+with aged as (
+    update history
+    set lock_id = overlay(lock_id::text placing $3::text from 1 for 13)::uuid,
+        acquired_at = acquired_at - $2::interval, ended_at = ended_at - $2::interval
+    where lock_id = $1
+    returning lock_id
+)
+update idempotency_keys
+set lock_ids = (select array_agg(lock_id) from aged), bound_at = bound_at - $2::interval
+where lock_ids = array[$1]
+"""
+
+
+async def test_history_and_keys_are_kept_for_their_days_of_the_database_whatever_the_clocks(
+    apart, empty_database, long
+):
+    project = str(uuid.uuid4())
+    await Grid(apart, project).create(1)
+    young = [await ended_lock(empty_database, port, project, hours=23.5) for port in apart]
+    old = [await ended_lock(empty_database, port, project, hours=25.5) for port in apart]
+    if long:  # the replicas do it by themselves once a minute
+        await eventually(lambda: forgotten(empty_database, len(young)), 120, "old locks that are forgotten")
+    else:
+        await prune(empty_database)
+    assert [(await ask(apart[2], "POST", "/locks", {"project_id": project}, key)).slug for key in young] == [
+        "lock-ended"
+    ] * 3
+    assert await forgotten(empty_database, len(young))
+    assert (await ask(apart[2], "POST", "/locks", {"project_id": project}, old[0])).status == 201
+
+
+async def ended_lock(url: str, port: int, project: str, hours: float) -> str:
+    """The key of a lock that a replica gave and got back so many hours ago by the database's clock."""
+    key = str(uuid.uuid4())
+    lock_id = (await ask(port, "POST", "/locks", {"project_id": project}, key)).body["id"]
+    assert (await ask(port, "DELETE", f"/locks/{lock_id}")).status == 204
+    milliseconds = (uuid.UUID(lock_id).int >> 80) - round(hours * HOUR * 1000)
+    text = f"{milliseconds:012x}"
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(AGE, uuid.UUID(lock_id), timedelta(hours=hours), f"{text[:8]}-{text[8:]}")
+    finally:
+        await connection.close()
+    return key
+
+
+async def forgotten(url: str, kept: int) -> bool:
+    """Whether only so many ended locks and keys are left."""
+    (row,) = await execute(
+        url, "select (select count(*) from history) as h, (select count(*) from idempotency_keys) as k"
+    )
+    return (row["h"], row["k"]) == (kept, kept)
+
+
+async def prune(url: str) -> None:
+    """What the replicas run once a minute, now."""
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in ("prune_history", "prune_keys"):
+            await connection.execute(botfarm.SQL[statement], 1, 1000)
+    finally:
+        await connection.close()
