@@ -43,6 +43,7 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -629,6 +630,9 @@ DATABASE_FAULTS = (
 )
 
 
+STATEMENT = 6  # seconds for a statement; with a connection to wait for and to give back, ten for a call
+
+
 class Busy(asyncpg.InterfaceError):
     """Too many calls wait for the database."""
 
@@ -660,7 +664,7 @@ class PooledConnection(asyncpg.Connection):
 class Connections:
     """A pool of connections whose callers are told within seconds when there is none for them."""
 
-    PATIENCE = 5.0  # seconds to wait for a connection
+    PATIENCE = 3  # seconds to wait for a connection
     CROWD = 500  # so many may wait for one
 
     def __init__(self, pool: asyncpg.Pool) -> None:
@@ -679,7 +683,7 @@ class Connections:
         try:
             yield cast("asyncpg.Connection", connection)
         finally:  # bounded, because it waits for a cancelled statement, which a frozen server never ends
-            await self._pool.release(connection, timeout=2)
+            await self._pool.release(connection, timeout=1)
 
     async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> list[asyncpg.Record]:  # noqa: ASYNC109
         async with self.acquire() as connection:
@@ -1413,7 +1417,7 @@ class Desk:
             await self._find_repeats([ask for ask in chosen if ask in self.queue])
         except DATABASE_FAULTS:
             lost = [ask for ask in chosen if ask.key is None and not ask.answer.done()]
-            self.farm.unanswered += [id for ask in lost for id in ask.lock_ids]
+            self.farm.lose([id for ask in lost for id in ask.lock_ids])
             raise
         finally:
             self._taking = set()
@@ -1542,8 +1546,9 @@ class Farm:
         # What was refused last, and refusals whose counts took long to gather, with the time they last.
         self.exhausted: dict[Wishes, None] = {}
         self._costly: dict[Wishes, tuple[float, Refusal]] = {}
-        # Locks that may have been granted by a statement whose reply was lost: given back by the sweep.
-        self.unanswered: list[uuid.UUID] = []
+        # Locks that may have been granted by a statement whose reply was lost, and until when the sweep tries to
+        # give them back: the statement may still be running.
+        self._unanswered: dict[uuid.UUID, float] = {}
         self._cursors: dict[Wish, dict[int, datetime]] = {}
         self.imports = asyncio.Semaphore(2)
         self.stopping = False
@@ -1562,7 +1567,18 @@ class Farm:
         try:
             await asyncio.gather(*(self.release(Release(row["lock_id"])) for row in rows))
         except DATABASE_FAULTS:
-            self.unanswered += [row["lock_id"] for row in rows]
+            self.lose([row["lock_id"] for row in rows])
+
+    def lose(self, lock_ids: Iterable[uuid.UUID]) -> None:
+        """Remember locks that nobody was told of, for the sweep."""
+        self._unanswered |= dict.fromkeys(lock_ids, time.monotonic() + 30)
+
+    async def find_lost(self) -> None:
+        """Give back the locks that nobody was told of."""
+        now = time.monotonic()
+        for lock_id, until in list(self._unanswered.items()):
+            if await self.release(Release(lock_id)) or until < now:
+                del self._unanswered[lock_id]
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something after the reply."""
@@ -1621,7 +1637,7 @@ class Farm:
                 [ask.key for ask in asks],
             )
         except DATABASE_FAULTS:
-            self.unanswered += [ask.lock_ids[0] for ask in asks if ask.key is None]
+            self.lose([ask.lock_ids[0] for ask in asks if ask.key is None])
             raise
         self._advance(rows, {ask.lock_ids[0]: ask.wishes[0] for ask in asks})
         return rows
@@ -2795,13 +2811,7 @@ async def sweep(farm: Farm) -> None:
             farm.desk.freed()
         if swept["due"] < 500:
             break
-    while farm.unanswered:
-        lock_id = farm.unanswered.pop()
-        try:
-            await farm.release(Release(lock_id))
-        except BaseException:
-            farm.unanswered.append(lock_id)
-            raise
+    await farm.find_lost()
 
 
 async def prune(farm: Farm) -> None:
@@ -3057,9 +3067,11 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         database = stack.enter_context(prepared(settings))
         lanes = UNBATCHED if settings.batch == 1 else 3
-        hot = await stack.enter_async_context(open_pool(database, lanes, "force_generic_plan", 10, settings.pooler))
+        hot = await stack.enter_async_context(
+            open_pool(database, lanes, "force_generic_plan", STATEMENT, settings.pooler)
+        )
         pool = await stack.enter_async_context(
-            open_pool(database, settings.pool_size, "force_custom_plan", 60, settings.pooler)
+            open_pool(database, settings.pool_size, "force_custom_plan", STATEMENT, settings.pooler)
         )
         keyring = keyring_of(load_keys(settings))
         await check_keys(pool, keyring)
@@ -3203,6 +3215,14 @@ class _Server(uvicorn.Server):
             print(banner(self.settings), flush=True)
 
 
+def _open_many_files() -> None:
+    """Each connection is a file, and thousands may wait."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 1 << 20
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 1 << 20), hard))
+
+
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
     options: dict[str, Any] = {
@@ -3217,6 +3237,7 @@ def serve(settings: Settings) -> int:
         "http": Protocol,
         "ws": "none",
     }
+    _open_many_files()
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
         signal.signal(stop, lambda *_: sys.exit(0))
     with prepared(settings) as url:
@@ -3240,12 +3261,24 @@ async def _check_keys(url: str, pooler: str, keyring: Keyring | None) -> None:
         await check_keys(pool, keyring)
 
 
-def migrate_command(settings: Settings, rollback: bool) -> int:
+def migrate_command(settings: Settings, rollback: bool, rest: int | None) -> int:
     with database(settings) as url:
         names = migrate(url, rollback)
-    verb = "taken back" if rollback else "applied"
-    print("\n".join(f"{verb}: {name}" for name in names) or "nothing to do")
+        verb = "taken back" if rollback else "applied"
+        print("\n".join(f"{verb}: {name}" for name in names) or "nothing to do")
+        if rest is not None:
+            users = asyncio.run(_rest(url, settings.pooler, rest))
+            print(f"{users} users rest for {rest} seconds; their fences moved ahead by {RESTORE_STEP}")
     return 0
+
+
+# More than a user can have been locked since any backup, and little enough for a million restores.
+RESTORE_STEP = 1_000_000_000
+
+
+async def _rest(url: str, pooler: str, seconds: int) -> int:
+    async with open_pool(url, 1, "force_custom_plan", 3600, pooler) as pool:
+        return await pool.fetchval(SQL["rest_after_restore"], RESTORE_STEP, seconds)
 
 
 def check_command(settings: Settings, url: str | None) -> int:
@@ -3332,6 +3365,11 @@ def _parser() -> argparse.ArgumentParser:
     serving = commands.add_parser("serve", help="serve (the default)")
     migrating = commands.add_parser("migrate", help="bring the database's schema up to date")
     migrating.add_argument("--rollback", action="store_true", help="take the last migration back instead")
+    migrating.add_argument(
+        "--after-restore", metavar="SECONDS", type=int, nargs="?", const=-1,
+        help="a backup was restored: let every user rest, because locks taken since are unknown (default: the longest "
+        "ttl), and move the fences ahead",
+    )  # fmt: skip
     checking = commands.add_parser("check", help="exit status 0 when the service is ready, else 1")
     importing = commands.add_parser("import", help="send a file of users to a service")
     importing.add_argument("file", metavar="FILE|-", help="NDJSON, or CSV when the name ends in .csv")
@@ -3345,7 +3383,7 @@ def _parser() -> argparse.ArgumentParser:
         sending.add_argument("--url", default="http://127.0.0.1:8000", help="the service (default: %(default)s)")
     for command, fields in (
         (serving, None),
-        (migrating, {"home"}),
+        (migrating, {"home", "max_ttl"}),
         (resealing, {"home"}),
         (checking, {"host", "port"}),
     ):
@@ -3362,6 +3400,13 @@ def _add_setting_flags(parser: argparse.ArgumentParser, fields: set[str] | None)
             parser.add_argument(f"--{field.replace('_', '-')}", dest=f"set_{variable}", help=f"{text} ({variable})")
 
 
+def _rest_of(settings: Settings, seconds: int | None) -> int | None:
+    """How long users rest after a restore; the longest ttl where no seconds were given."""
+    if seconds is not None and not -1 <= seconds <= 86400 * 365:
+        raise BadSettings(f"--after-restore: {seconds} is not 0 to {86400 * 365} seconds")
+    return settings.max_ttl if seconds == -1 else seconds
+
+
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "keygen":
@@ -3374,7 +3419,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = Settings.load()
     match arguments.command:
         case "migrate":
-            return migrate_command(settings, arguments.rollback)
+            return migrate_command(settings, arguments.rollback, _rest_of(settings, arguments.after_restore))
         case "check":
             return check_command(settings, arguments.url)
         case "reseal":

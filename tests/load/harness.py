@@ -278,7 +278,7 @@ def direct_script(url: str) -> str:
 
 async def hot_settings(url: str) -> str:
     """PGOPTIONS with the planner settings of the connections that the service uses for locks."""
-    async with await botfarm.open_pool(url, 1, "force_generic_plan", 10) as pool:
+    async with botfarm.open_pool(url, 1, "force_generic_plan", 10) as pool:
         rows = await pool.fetch("select name, setting from pg_settings where source = 'client'")
     skipped = ("application_name", "client_encoding")
     return " ".join(f"-c {row['name']}={row['setting']}" for row in rows if row["name"] not in skipped)

@@ -1,0 +1,28 @@
+-- After a backup was restored: the locks taken since then are unknown, so nobody is handed out until they
+-- must have ended, and no fence is given twice.
+--   $1  how far the fences move ahead    bigint
+--   $2  for how long every user rests    int  (seconds)
+-- Locks that the backup knew end as forced, unless they had expired.
+with moved as (
+    select user_id, fence, lock_id, holder, acquired_at, expires_at
+    from locks
+    for update
+),
+rested as (
+    update locks
+    set lock_id = null,
+        fence = locks.fence + $1::bigint,
+        ready_at = greatest(locks.ready_at, clock_timestamp() + $2::int * interval '1 second')
+    from moved
+    where locks.user_id = moved.user_id
+    returning locks.user_id
+),
+recorded as (
+    insert into history (lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, fence, holder, acquired_at, least(expires_at, greatest(clock_timestamp(), acquired_at)),
+        case when expires_at <= clock_timestamp() then 'expired' else 'forced' end
+    from moved
+    where lock_id is not null
+)
+select count(*) as users
+from rested
