@@ -7,8 +7,8 @@
 -- Atomic because the candidates are locked with skip locked, which also checks them again in their
 -- newest version, and stay locked until the commit. A lock that has expired is taken over here, and its
 -- end recorded, so that no background task is needed.
--- Labels are compared by a look-up for each user that is looked at, and not in an exists(), which the planner
--- may turn into a hash of all users.
+-- Labels and keys are compared by a look-up for each, and not in an exists(), which the planner may turn into a
+-- hash of the whole table.
 -- The search starts where the last one ended and wraps around: while an old snapshot keeps dead
 -- versions alive, those lie behind it and are not walked over again.
 with filters as materialized (
@@ -116,8 +116,7 @@ requests as materialized (
     select asked.*, row_number() over (partition by asked.filter order by asked.request) as turn
     from unnest($10::bigint[], $11::uuid[], $12::text[], $13::int[], $14::uuid[])
         with ordinality as asked (filter, lock_id, holder, ttl, key, request)
-    where asked.key is null
-        or not exists (select from idempotency_keys where idempotency_keys.key = asked.key)
+    where (select bound.key from idempotency_keys as bound where bound.key = asked.key) is null
 ),
 paired as materialized (
     select requests.request, requests.lock_id, requests.holder, requests.ttl, requests.key,

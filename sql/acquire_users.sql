@@ -28,8 +28,7 @@ candidates as materialized (
         limit 1
         for update skip locked
     ) as found
-    where chosen.key is null
-        or not exists (select from idempotency_keys where idempotency_keys.key = chosen.key)
+    where (select bound.key from idempotency_keys as bound where bound.key = chosen.key) is null
 ),
 complete as materialized (
     -- A row that changed after this statement's snapshot is locked in a version that the update below can't

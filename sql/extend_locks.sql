@@ -3,6 +3,7 @@
 --   $2  ttls      int[]   (seconds from now; null repeats the last one)
 -- Only a lock that is still held is extended. ready_at, which is indexed, moves only when the lock now
 -- ends before it, so a renewal is a HOT update.
+-- The ids are compared with the whole array too, see release_locks.sql.
 with asked as (
     select lock_id, ttl
     from unnest($1::uuid[], $2::int[]) as asked (lock_id, ttl)
@@ -17,6 +18,7 @@ extended as (
         )
     from asked
     where locks.lock_id = asked.lock_id
+        and locks.lock_id = any($1::uuid[])
         and locks.expires_at > clock_timestamp()
     returning locks.user_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at, locks.ttl,
         locks.holder

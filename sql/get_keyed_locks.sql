@@ -9,8 +9,12 @@ from (
     cross join lateral unnest(lock_ids) with ordinality as bound (bound_id, place)
     where key = any($1::uuid[])
 ) as keys
-left join locks
-    on locks.lock_id = keys.bound_id
-    and locks.expires_at > clock_timestamp()
+left join lateral (
+    select *
+    from locks
+    where lock_id = keys.bound_id
+        and expires_at > clock_timestamp()
+    offset 0  -- a look-up for each, see release_locks.sql
+) as locks on true
 left join users on users.id = locks.user_id
 order by keys.key, keys.place

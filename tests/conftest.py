@@ -90,9 +90,19 @@ def empty_database(server: str) -> Iterator[str]:
         yield url
 
 
+def pooled(env: dict[str, str]) -> dict[str, str]:
+    """The environment of a service, by way of the PgBouncer of BOTFARM_TEST_POOLER (host:port) where there is one."""
+    pooler, url = os.environ.get("BOTFARM_TEST_POOLER"), env.get("DATABASE_URL", "")
+    if not pooler or urlsplit(url).port != urlsplit(os.environ["DATABASE_URL"]).port:
+        return env
+    by_pooler = urlunsplit(urlsplit(url)._replace(netloc=f"botfarm@{pooler}"))
+    return env | {"DATABASE_URL": by_pooler, "BOTFARM_POOLER": "on"}
+
+
 def settings(url: str, **changes: Any) -> botfarm.Settings:
-    values: dict[str, Any] = {"database_url": botfarm.Secret(url), "keys": botfarm.Secret(KEY)}
-    return botfarm.Settings(**(values | changes))
+    env = pooled({"DATABASE_URL": url})
+    values: dict[str, Any] = {"database_url": botfarm.Secret(env["DATABASE_URL"]), "keys": botfarm.Secret(KEY)}
+    return botfarm.Settings(**(values | {"pooler": env.get("BOTFARM_POOLER", "off")} | changes))
 
 
 @contextmanager
@@ -176,7 +186,8 @@ def slug(answer: httpx.Response) -> str:
 @contextmanager
 def process(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """`python botfarm.py ...` as a process of its own, stopped by its own handle."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))} | (env or {})
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
+    environment = inherited | pooled(env or {})
     command = [sys.executable, str(ROOT / "botfarm.py"), *arguments]
     started = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
@@ -195,7 +206,8 @@ def process(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subp
 
 def command(*arguments: str, env: dict[str, str] | None = None, text: str | None = None) -> Any:
     """A command run to its end."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))} | (env or {})
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
+    environment = inherited | pooled(env or {})
     words = [sys.executable, str(ROOT / "botfarm.py"), *arguments]
     return subprocess.run(words, env=environment, input=text, capture_output=True, text=True, timeout=120, cwd=ROOT)
 

@@ -33,7 +33,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import asyncpg
 import psutil
-from conftest import KEY, ROOT
+from conftest import KEY, ROOT, pooled
 
 import embedded
 
@@ -65,7 +65,7 @@ class Replica:
 
     def start(self) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
-        own = {"DATABASE_URL": self.url, "BOTFARM_KEYS": KEY, "BOTFARM_PORT": str(self.port)}
+        own = pooled({"DATABASE_URL": self.url, "BOTFARM_KEYS": KEY, "BOTFARM_PORT": str(self.port)})
         command = [sys.executable, str(ROOT / "botfarm.py"), "serve"]
         with self.output.open("ab") as file:
             self.process = subprocess.Popen(
@@ -77,13 +77,15 @@ class Replica:
         self.process.kill()
         self.process.wait(10)
 
-    def stop(self) -> None:
+    def stop(self, seconds: float = 20) -> int | None:
+        """SIGTERM; the exit status, None where it had to be killed."""
         if self.process and self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(20)
+                return self.process.wait(seconds)
             except subprocess.TimeoutExpired:
                 self.kill()
+        return None
 
     async def ready(self, seconds: float = 40) -> None:
         """Wait until it answers; not by blocking, because its database may be behind a proxy of ours."""
@@ -290,12 +292,15 @@ async def answers(port: int, path: str) -> bool:
 # ---- Proxies -----------------------------------------------------------------------------------------------
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: Callable[[], bool]) -> None:
+async def _pump(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: Callable[[], bool], silence: float
+) -> None:
     """Hand bytes on until one side ends, or `passes` says that these get lost, and the connection with them."""
     with suppress(*LOST):
         while (part := await reader.read(1 << 16)) and passes():
-            writer.write(part)
-            await writer.drain()
+            if time.monotonic() < silence:
+                writer.write(part)
+                await writer.drain()
     writer.close()
 
 
@@ -349,6 +354,7 @@ class Wire:
 
     url: str
     share: float = 0.0
+    silent_after: float = float("inf")  # seconds after which a connection stays open, but nothing gets through
     cuts: int = 0
 
     def _passes(self) -> bool:
@@ -365,10 +371,11 @@ class Wire:
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await self._upstream()
+        silence = time.monotonic() + self.silent_after
         try:
             await asyncio.gather(
-                _pump(reader, up_writer, lambda: True),
-                _pump(up_reader, writer, self._passes),
+                _pump(reader, up_writer, lambda: True, silence),
+                _pump(up_reader, writer, self._passes, silence),
             )
         finally:
             up_writer.close()
@@ -417,6 +424,7 @@ class Grid:
     project: str = field(default_factory=lambda: str(uuid.uuid4()))
     habits: dict[str, int] = field(default_factory=lambda: USUAL)
     ttls: tuple[int, ...] = (1, 2)
+    wait: int = 0
     keyed: bool = True
     gives_up: float = 30.0  # seconds after which a client asks elsewhere
     patience: float = 30.0  # seconds after which it fails
@@ -474,7 +482,8 @@ class Client:
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def __post_init__(self) -> None:
-        self.wish = {"project_id": self.grid.project, "ttl": random.choice(self.grid.ttls), "holder": self.key}
+        ttl = random.choice(self.grid.ttls)
+        self.wish = {"project_id": self.grid.project, "ttl": ttl, "holder": self.key, "wait": self.grid.wait}
 
     def request(self, method: str, path: str, body: Any) -> bytes:
         return write_request(method, path, body, self.key if method == "POST" and self.grid.keyed else None)

@@ -68,11 +68,13 @@ async def test_clients_that_stall_and_vanish_break_no_promise(empty_database, fo
     """Where users are scarce a lock that ended is taken over at once, where they are not it lies about for a while."""
     async with replicas(empty_database, folder, {}, {}, {}) as running:
         scarce, plenty = (Grid(ports(running), habits=UNSTEADY) for _ in range(2))
-        await scarce.create(40)
+        patient = Grid(ports(running), habits=UNSTEADY, wait=10)
+        await scarce.create(20)
+        await patient.create(20)
         await plenty.create(80)
-        async with scarce.clients(160), plenty.clients(40):
+        async with scarce.clients(80), patient.clients(80), plenty.clients(40):
             await asyncio.sleep(60 if long else 4)
-        for grid in (scarce, plenty):
+        for grid in (scarce, patient, plenty):
             evidence = await conclude(grid, empty_database, faults=False)
             assert evidence.outcomes["acquire 201"] > 200
             assert min(evidence.outcomes[f"{kind} 404 lock-not-held"] for kind in ("extend", "release")) > 10
@@ -93,6 +95,68 @@ async def test_killed_replicas_break_no_promise(empty_database, folder, long):
         evidence = await conclude(grid, empty_database)
     assert evidence.outcomes["acquire 0"] > 10
     assert {record.ended_by for record in evidence.records.values()} == {"released"}
+
+
+async def test_a_rolling_restart_loses_no_lock_and_gives_no_error_that_a_retry_does_not_cure(
+    empty_database, folder, long
+):
+    async with replicas(empty_database, folder, {}, {}) as running:
+        hasty, patient = Grid(ports(running), ttls=(60,)), Grid(ports(running), ttls=(60,), wait=20)
+        await hasty.create(40)
+        await patient.create(3)
+        began = time.monotonic()
+        async with hasty.clients(10), patient.clients(20):
+            for _ in range(5 if long else 1):
+                for replica in running:
+                    await asyncio.sleep(0.5)
+                    assert await asyncio.to_thread(replica.stop, 10) == 0
+                    replica.start()
+                    await replica.ready()
+        seconds = time.monotonic() - began
+        for grid in (hasty, patient):
+            evidence = await conclude(grid, empty_database)
+            assert {record.ended_by for record in evidence.records.values()} == {"released"}
+        assert len([event for event in hasty.events if event.status == 201]) / seconds > 100
+
+
+async def test_a_replica_that_stops_answers_every_waiter(empty_database, folder, long):
+    async with replicas(empty_database, folder, {}) as (replica,):
+        grid = Grid([replica.port])
+        await grid.create(1)
+        held = await ask(replica.port, "POST", "/locks", {"project_id": grid.project})
+        wish = {"project_id": grid.project, "wait": 60}
+        waiters = [asyncio.create_task(ask(replica.port, "POST", "/locks", wish)) for _ in range(200)]
+        await asyncio.sleep(1)
+        began = time.monotonic()
+        assert await asyncio.to_thread(replica.stop, 10) == 0
+        assert time.monotonic() - began < 10
+        replies = await asyncio.gather(*waiters)
+        assert {(reply.status, reply.slug) for reply in replies} == {(503, "shutting-down")}
+        assert all(reply.headers["retry-after"] for reply in replies)
+        (lock,) = await execute(empty_database, "select lock_id from locks")
+        assert str(lock["lock_id"]) == held.body["id"]
+
+
+async def test_a_connection_for_news_that_is_dead_but_open_delays_a_waiter_by_a_poll_only(empty_database, folder, long):
+    """Half-open: its packets get nowhere, and nobody says so."""
+    async with (
+        Wire(empty_database, silent_after=1).open() as news,
+        replicas(empty_database, folder, {}, {"BOTFARM_LISTEN_URL": news}) as running,
+    ):
+        first, deaf = ports(running)
+        await asyncio.sleep(1)
+        grid = Grid([first])
+        await grid.create(1)
+        for _ in range(3):
+            held = await ask(first, "POST", "/locks", {"project_id": grid.project})
+            waiter = asyncio.create_task(ask(deaf, "POST", "/locks", {"project_id": grid.project, "wait": 20}))
+            await asyncio.sleep(0.7)
+            released = time.monotonic()
+            assert (await ask(first, "DELETE", f"/locks/{held.body['id']}")).status == 204
+            granted = await waiter
+            assert granted.status == 201
+            assert time.monotonic() - released < 2
+            await ask(deaf, "DELETE", f"/locks/{granted.body['id']}")
 
 
 async def test_replies_that_are_lost_after_the_commit_lose_no_user_and_give_no_second_one(empty_database, folder, long):

@@ -13,9 +13,11 @@ take ratios from it, never absolute figures.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import statistics
@@ -31,6 +33,7 @@ from typing import Any
 
 import harness
 import offered
+import waiting
 from harness import BenchError, Run, Service, alternate, cycle, direct, livez, ratio, say
 
 CONNECTIONS = 64
@@ -118,6 +121,14 @@ class Bench:
         service = Service(["botfarm.py", "serve", "--port", str(port)], port, env, self.folder)
         stack.callback(service.stop)
         return service
+
+    def start_beside(self, stack: ExitStack, other: Service) -> Service:
+        """Another replica on the database of a service."""
+        port = harness.conftest.free_port()
+        env = {"DATABASE_URL": other.database, "BOTFARM_KEYS": harness.conftest.KEY}
+        service = Service(["botfarm.py", "serve", "--port", str(port)], port, env, self.folder)
+        stack.callback(service.stop)
+        return service.wait()
 
     @cached_property
     def main(self) -> Service:
@@ -364,6 +375,54 @@ def importing(bench: Bench) -> Sequence[float]:
     file.unlink()
     say(f"  {users:,} users in {taken:.1f} s")
     return [users / taken, grown / 1e6]
+
+
+@row(13, Target("p99 from a release to the answer of who waits at the same replica", 20, None, " ms", at_most=True),
+     Target("and of who waits at another replica", 300, None, " ms", at_most=True))  # fmt: skip
+def handovers(bench: Bench) -> Sequence[float]:
+    wish, patient = ({"project_id": harness.project(1), "wait": seconds} for seconds in (0, 60))
+    figures = []
+    with ExitStack() as stack:
+        here = bench.fill(bench.start(stack), 1)
+        there = bench.start_beside(stack, here)
+        for name, ports in (("same replica", (here.port, here.port)), ("another replica", (here.port, there.port))):
+            count = bench.length(300, 20)
+            coming = waiting.handovers(ports, json.dumps(wish).encode(), json.dumps(patient).encode(), count)
+            taken = asyncio.run(coming)
+            p50, p99 = offered.at(taken, 0.5) * 1e3, offered.at(taken, 0.99) * 1e3
+            say(f"  {name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+            bench.raw[f"release to the waiter's answer, {name}"] = [Run(len(taken) / sum(taken), None, p50, p99)]
+            figures.append(p99)
+    return figures
+
+
+@row(14, Target("memory of 5,000 waiting calls", 150, None, " MB", at_most=True),
+     Target("CPU of the service while they wait and nothing changes", 5, None, "%", at_most=True),
+     Target("slowest GET /livez meanwhile", 50, None, " ms", at_most=True))  # fmt: skip
+def crowd(bench: Bench) -> Sequence[float]:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    patient = json.dumps({"project_id": harness.project(1), "wait": 120}).encode()
+    with ExitStack() as stack:
+        service = bench.fill(bench.start(stack), 1)
+        service.call("POST", "/locks", json.dumps({"project_id": harness.project(1), "ttl": 600}))
+        idle = service.memory()
+
+        async def measure() -> tuple[float, float, list[float]]:
+            look: asyncio.Queue[str] = asyncio.Queue()
+            count, seconds = bench.length(5000, 200), bench.length(20, 2)
+            coming = asyncio.create_task(waiting.crowd(service.port, patient, count, seconds, look))
+            done, _ = await asyncio.wait(
+                (coming, first := asyncio.create_task(look.get())), return_when="FIRST_COMPLETED"
+            )
+            if first not in done:
+                await coming
+            before, grown = service.cpu(), service.memory() - idle
+            await look.get()
+            return grown / 1e6, 100 * (service.cpu() - before) / seconds, await coming
+
+        memory, cpu, taken = asyncio.run(measure())
+    say(f"  {memory:.0f} MB, {cpu:.1f} % CPU, /livez p50 {offered.at(taken, 0.5) * 1e3:.1f} ms")
+    return [memory, cpu, taken[-1] * 1e3]
 
 
 # ---- Without a number --------------------------------------------------------------------------------------
