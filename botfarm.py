@@ -1149,6 +1149,9 @@ class Wish(Struct, frozen=True):
         return self.project_id == other.project_id and all(a is None or b is None or a == b for a, b in pairs)
 
 
+Wishes = tuple[Wish, ...]
+
+
 class Ask(Struct, eq=False, kw_only=True):
     """One acquiring call: a user for each of its wishes, all or none. A set has more than one."""
 
@@ -1244,11 +1247,12 @@ class Desk:
         self.queue: dict[Ask, None] = {}
         self.foreign: list[Ask] = []
         self._foreign_projects: set[uuid.UUID | None] = set()
+        self._kinds: Counter[Wishes] = Counter()  # how many wait for the same
         self._projects: Counter[uuid.UUID | None] = Counter()
         self._taking: set[Ask] = set()
         self._woken = asyncio.Event()
         self._news: asyncio.Queue[str] = asyncio.Queue(1)
-        self._told = False
+        self._others_wait_until = 0.0
         self._polls_at = self._exchanges_at = 0.0
         self._closed = False
 
@@ -1271,8 +1275,11 @@ class Desk:
             ask.answer.set_exception(ShuttingDown())
             return
         self.queue[ask] = None
+        self._kinds[tuple(ask.wishes)] += 1
         self._projects.update(pool.project_id for pool in ask.pools())
         self._woken.set()
+        if ask.wait and len(self.queue) == 1:
+            self._tell("waiting")
 
     async def leave(self, ask: Ask) -> list[asyncpg.Record]:
         """Give up the place. A grant that is on its way counts."""
@@ -1285,7 +1292,9 @@ class Desk:
     def _forget(self, ask: Ask) -> None:
         if ask in self.queue:
             del self.queue[ask]
-            self._projects -= Counter(pool.project_id for pool in ask.pools())
+            _take_out(self._kinds, tuple(ask.wishes))
+            for pool in ask.pools():
+                _take_out(self._projects, pool.project_id)
 
     def _answer(self, ask: Ask, rows: list[asyncpg.Record]) -> None:
         self._forget(ask)
@@ -1307,7 +1316,7 @@ class Desk:
         """Users may have come free: look after those who wait here, and tell it to those who wait elsewhere."""
         if self.queue:
             self._woken.set()
-        if self.foreign:
+        if self.foreign or time.monotonic() < self._others_wait_until:
             self._tell("freed")
 
     def _tell(self, what: str) -> None:
@@ -1317,9 +1326,13 @@ class Desk:
     def hear(self, news: str) -> None:
         """What another replica told."""
         what, _, replica = news.partition(" ")
-        if replica != str(self.replica):
-            self._exchanges_at = 0 if what == "waiting" else self._exchanges_at
-            self._woken.set()
+        if replica == str(self.replica):
+            return
+        if what == "waiting":
+            now = time.monotonic()
+            self._others_wait_until = now + 2
+            self._exchanges_at = min(self._exchanges_at, now + EXCHANGE)
+        self._woken.set()
 
     async def announce(self) -> None:
         """Send news, at most every 10 ms, in a statement of its own (for ever)."""
@@ -1355,37 +1368,37 @@ class Desk:
             await self._exchange(now)
         if not self.queue:
             return
-        asks = sorted(self.queue, key=lambda ask: ask.arrived)
+        newcomers = [ask for ask in self.queue if not ask.wait]
         if now >= self._polls_at:
             self._polls_at = now + _jittered(POLL)
-            await self._find_repeats(asks)
-        for page in self._pages(asks):
+            await self._find_repeats(list(self.queue))
+        for kinds in self._pages():
             for _ in range(20):
-                if not await self._serve(page):
+                if not await self._serve(kinds):
                     break
-        for ask in asks:
-            if not ask.wait and ask in self.queue:
+        for ask in newcomers:
+            if ask in self.queue:
                 self._answer(ask, [])
 
-    @staticmethod
-    def _pages(asks: list[Ask]) -> Iterator[list[Ask]]:
-        page: list[Ask] = []
-        wishes: set[Wish] = set()
-        for ask in asks:
-            page.append(ask)
-            wishes.update(ask.wishes)
-            if len(wishes) >= LOOK:
-                yield page
-                page, wishes = [], set()
-        yield page
+    def _pages(self) -> list[dict[Wishes, int]]:
+        """What is wished for and by how many, in parts that one look can serve."""
+        pages: list[dict[Wishes, int]] = [{}]
+        size = 0
+        for kind, count in self._kinds.items():
+            if size >= LOOK:
+                pages.append({})
+                size = 0
+            pages[-1][kind] = count
+            size += len(kind)
+        return pages
 
-    async def _serve(self, page: list[Ask]) -> bool:
-        """Hand out what is free. False when there was nothing to hand out."""
-        page = [ask for ask in page if ask in self.queue]
-        wishes = list(dict.fromkeys(wish for ask in page for wish in ask.wishes))
-        if not wishes:
-            return False
-        demand = sum(len(ask.wishes) for ask in (*page, *self.foreign))
+    async def _serve(self, kinds: dict[Wishes, int]) -> bool:
+        """Hand out what is free. False when there was nothing to hand out.
+
+        The calls themselves are looked at only when somebody is free: thousands may wait for the same.
+        """
+        wishes = list(dict.fromkeys(wish for kind in kinds for wish in kind))
+        demand = sum(len(kind) * count for kind, count in kinds.items()) + len(self.foreign)
         rows = await self.farm.hot.fetch(SQL["find_free"], *_columns(wishes, Wish), min(demand, BREADTH))
         if not rows:
             return False
@@ -1393,7 +1406,7 @@ class Desk:
         for row in rows:
             fitting[wishes[row["filter"] - 1]].append(row["id"])
         self._fit_foreign(fitting, rows)
-        present = [ask for ask in page if ask in self.queue]
+        present = [ask for ask in self.queue if tuple(ask.wishes) in kinds]
         everybody = sorted([*present, *self.foreign], key=lambda ask: ask.arrived)
         chosen = match(everybody, fitting, time.monotonic())
         if chosen:
@@ -1453,18 +1466,27 @@ class Desk:
             for told in msgspec.json.decode(row["queue"], type=list[Told])
         ]
         self._foreign_projects = {pool.project_id for ask in self.foreign for pool in ask.pools()}
-        if queue and not self._told:
+        if any(ask.wait for ask in self.queue):
             self._tell("waiting")
-        self._told = bool(queue)
         self._exchanges_at = now + _jittered(EXCHANGE if self.queue or rows else 2 * EXCHANGE)
 
     def _long_waiting(self, now: float) -> list[Told]:
         """The longest waiting for each distinct list of wishes, as the others need it."""
         heads: dict[tuple[Wish, ...], Ask] = {}
-        for ask in sorted(self.queue, key=lambda ask: ask.arrived):
-            if ask.wait and now - ask.arrived > HEAD_START / 2 and len(heads) < 100:
+        wanted = min(len(self._kinds), 100)
+        for ask in self.queue:
+            if ask.wait and now - ask.arrived > HEAD_START / 2:
                 heads.setdefault(tuple(ask.wishes), ask)
+            if len(heads) == wanted:
+                break
         return [Told(now - ask.arrived, ask.wishes) for ask in heads.values()]
+
+
+def _take_out(counter: Counter[Any], item: Any) -> None:
+    """One less of an item; the last one leaves no trace."""
+    counter[item] -= 1
+    if not counter[item]:
+        del counter[item]
 
 
 def _jittered(seconds: float) -> float:
@@ -1518,8 +1540,6 @@ class Refusal(Struct):
     free: int
     response: Response[bytes]
 
-
-Wishes = tuple[Wish, ...]
 
 # A release may commit a moment after a claim has passed its place; look back this far for such stragglers.
 STRAGGLERS = timedelta(milliseconds=20)

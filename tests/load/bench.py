@@ -153,7 +153,7 @@ class Bench:
         if locked:
             harness.lock_by_sql(service.database, locked)
         harness.sql(service.database, "vacuum analyze", "select")
-        if locked < users and not self.short:
+        if users - locked > CONNECTIONS and not self.short:
             cycle(service, CONNECTIONS, 2, pools)
         return service
 
