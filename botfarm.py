@@ -1537,13 +1537,14 @@ class Renewal(Struct):
 class Refusal(Struct):
     """Why a wish gets no user, and how many are free all the same (their rows are locked in this moment)."""
 
+    matching: int
     free: int
     response: Response[bytes]
 
 
 # A release may commit a moment after a claim has passed its place; look back this far for such stragglers.
 STRAGGLERS = timedelta(milliseconds=20)
-COSTLY = 0.02  # seconds from which counts are worth keeping
+COSTLY = 10_000  # users from which counts are worth keeping for a moment
 
 
 class Farm:
@@ -1706,8 +1707,9 @@ class Farm:
     async def _refusals(self, asked: list[Wishes]) -> list[Refusal]:
         """Why there is no user.
 
-        Those who are refused in one moment share the counts and the reply (0.18 -> 1.3 of the cycle rate), and
-        counts that took long are kept for four times as long, so a hammered pool of a million is not counted for ever.
+        Those who are refused in one moment share the counts and the reply (0.18 -> 1.2 of the cycle rate). Counts of
+        many users are kept for four times as long as they took, so a hammered pool of a million is not counted for
+        ever.
         """
         began = time.monotonic()
         kept = {wishes: self._costly[wishes] for wishes in asked if wishes in self._costly}
@@ -1718,7 +1720,7 @@ class Farm:
             took = time.monotonic() - began
             for row in rows:
                 wish = singles[row["filter"] - 1]
-                refusals[(wish,)] = Refusal(row["free"], _refused(self, wish, row).response())
+                refusals[(wish,)] = Refusal(row["matching"], row["free"], _refused(self, wish, row).response())
                 self._remember((wish,), refusals[(wish,)], took)
         for wishes in dict.fromkeys(asked):
             if wishes not in refusals:
@@ -1733,7 +1735,8 @@ class Farm:
             fitting[distinct[row["filter"] - 1]].append(row["id"])
         counts = await self.pool.fetchrow(SQL["count_set"], *_columns(distinct, Wish))
         enough = bool(match([Ask(wishes=list(wishes))], fitting, 0))
-        refusal = Refusal(0, _set_refused(self, wishes, cast("asyncpg.Record", counts), enough).response())
+        refused = _set_refused(self, wishes, cast("asyncpg.Record", counts), enough)
+        refusal = Refusal(cast("asyncpg.Record", counts)["matching"], 0, refused.response())
         self._remember(wishes, refusal, time.monotonic() - began)
         return refusal
 
@@ -1743,7 +1746,7 @@ class Farm:
             self._costly.clear()
         self._costly.pop(wishes, None)
         self.exhausted.pop(wishes, None)
-        if took > COSTLY:
+        if refusal.matching >= COSTLY:
             self._costly[wishes] = time.monotonic() + 4 * took, refusal
         elif not refusal.free:
             self.exhausted[wishes] = None
@@ -3254,6 +3257,7 @@ def serve(settings: Settings) -> int:
         "lifespan": "on",
         "backlog": 4096,
         "timeout_graceful_shutdown": 8,
+        "timeout_keep_alive": 75,  # longer than clients keep idle connections, or one is closed as they use it again
         "http": Protocol,
         "ws": "none",
     }

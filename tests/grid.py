@@ -561,6 +561,7 @@ FORESEEN = {
     "release 204", "release 404 lock-not-held",
 }  # fmt: skip
 FAULTS = {f"{kind} {end}" for kind in ("acquire", "extend", "release") for end in ("0", "503 database-unavailable")}
+FAULTS |= {"acquire 503 shutting-down"}
 
 RECORDS = """
 select lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by
