@@ -1167,8 +1167,9 @@ class Ask(Struct, eq=False, kw_only=True):
     answer: Any = None  # the future of its rows
     leaving: bool = False
 
-    def pools(self) -> list[Wish]:
-        return [self.home or wish for wish in self.wishes]
+    def pools(self) -> frozenset[Wish]:
+        """Where it looks for users."""
+        return frozenset(self.home or Wish(None, wish.project_id, wish.env, wish.domain) for wish in self.wishes)
 
 
 class Told(Struct):
@@ -1248,6 +1249,7 @@ class Desk:
         self.foreign: list[Ask] = []
         self._foreign_projects: set[uuid.UUID | None] = set()
         self._kinds: Counter[Wishes] = Counter()  # how many wait for the same
+        self._pools: Counter[frozenset[Wish]] = Counter()  # and where, without those who have no time to wait
         self._projects: Counter[uuid.UUID | None] = Counter()
         self._taking: set[Ask] = set()
         self._woken = asyncio.Event()
@@ -1266,7 +1268,7 @@ class Desk:
 
     def waiting(self, pool: Wish) -> int:
         """How many calls wait here for users of this pool."""
-        return sum(1 for ask in self.queue if ask.wait and any(pool.meets(other) for other in ask.pools()))
+        return sum(count for pools, count in self._pools.items() if any(pool.meets(other) for other in pools))
 
     def join(self, ask: Ask) -> None:
         """Take a place in the queue; `ask.answer` will be its rows, none for one that has no time to wait."""
@@ -1277,6 +1279,8 @@ class Desk:
         self.queue[ask] = None
         self._kinds[tuple(ask.wishes)] += 1
         self._projects.update(pool.project_id for pool in ask.pools())
+        if ask.wait:
+            self._pools[ask.pools()] += 1
         self._woken.set()
         if ask.wait and len(self.queue) == 1:
             self._tell("waiting")
@@ -1295,6 +1299,8 @@ class Desk:
             _take_out(self._kinds, tuple(ask.wishes))
             for pool in ask.pools():
                 _take_out(self._projects, pool.project_id)
+            if ask.wait:
+                _take_out(self._pools, ask.pools())
 
     def _answer(self, ask: Ask, rows: list[asyncpg.Record]) -> None:
         self._forget(ask)
@@ -1370,7 +1376,6 @@ class Desk:
             return
         newcomers = [ask for ask in self.queue if not ask.wait]
         if now >= self._polls_at:
-            self._polls_at = now + _jittered(POLL)
             await self._find_repeats(list(self.queue))
         for kinds in self._pages():
             for _ in range(20):
@@ -1379,6 +1384,9 @@ class Desk:
         for ask in newcomers:
             if ask in self.queue:
                 self._answer(ask, [])
+        if now >= self._polls_at:  # more seldom where a look takes long
+            ended = time.monotonic()
+            self._polls_at = ended + max(_jittered(POLL), 5 * (ended - now))
 
     def _pages(self) -> list[dict[Wishes, int]]:
         """What is wished for and by how many, in parts that one look can serve."""
@@ -1506,7 +1514,7 @@ def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
 async def listen(farm: Farm, url: str) -> None:
     """Hear what other replicas tell (for ever). A connection that died without a word is noticed by its heartbeat."""
     while True:
-        with contextlib.suppress(*DATABASE_FAULTS):
+        try:
             connection = await asyncpg.connect(url, timeout=5)
             try:
                 await connection.add_listener("botfarm", lambda *news: farm.desk.hear(news[-1]))
@@ -1515,7 +1523,9 @@ async def listen(farm: Farm, url: str) -> None:
                     await connection.fetchval("select 1", timeout=3)
             finally:
                 connection.terminate()
-        await asyncio.sleep(_jittered(1))
+        except DATABASE_FAULTS as fault:
+            log.warning("No news of other replicas, polls go on: %s: %s", type(fault).__name__, fault)
+        await asyncio.sleep(_jittered(5))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3089,7 +3099,7 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     async with contextlib.AsyncExitStack() as stack:
         database = stack.enter_context(prepared(settings))
-        lanes = UNBATCHED if settings.batch == 1 else 3
+        lanes = UNBATCHED if settings.batch == 1 else 4
         hot = await stack.enter_async_context(
             open_pool(database, lanes, "force_generic_plan", STATEMENT, settings.pooler)
         )

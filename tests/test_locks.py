@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from datetime import datetime
 
 import pytest
-from conftest import acquire, client, execute, make_users, serving, settings, slug
+from conftest import acquire, client, command, execute, make_users, serving, settings, slug
 
 import botfarm
 
@@ -299,3 +300,34 @@ async def test_old_history_and_keys_are_forgotten_in_the_end(empty_database, pro
             assert await execute(empty_database, "select from history") == []
             keys = await execute(empty_database, "select lock_ids from idempotency_keys")
             assert [str(key["lock_ids"][0]) for key in keys] == [kept["id"]]
+
+
+async def test_after_a_restore_every_user_rests_and_the_fences_are_ahead(empty_database, project):
+    """Who took a lock after the backup was made is unknown to it, so nobody is handed out until that lock has ended."""
+    with serving(settings(empty_database)) as alone:
+        async with client(alone.url) as api:
+            users = await make_users(api, project, 3)
+            held = (await acquire(api, project, ttl=600)).json()
+            expired = (await acquire(api, project, ttl=1)).json()
+            await asyncio.sleep(1.1)
+            restored = command("migrate", "--after-restore", "3", env={"DATABASE_URL": empty_database})
+            told = "3 users rest for 3 seconds; their fences moved ahead by 1000000000"
+            assert restored.stdout.splitlines()[-1] == told
+            began = time.monotonic()
+            refused = await acquire(api, project)
+            assert slug(refused) == "pool-exhausted"
+            assert refused.json()["resting"] == 3
+            for lock in (held, expired):
+                assert slug(await api.patch(f"/locks/{lock['id']}")) == "lock-not-held"
+            fences = [(await acquire(api, project, wait=10)).json()["fence"] for _ in users]
+            assert time.monotonic() - began > 2.5
+            assert min(fences) > 1_000_000_000
+            items = (await api.get(f"/users/{held['user']['id']}/history")).json()["items"]
+            assert [item["ended_by"] for item in items] == [None, "forced"]
+
+
+def test_a_restore_rests_for_the_longest_ttl_unless_told(empty_database):
+    env = {"DATABASE_URL": empty_database, "BOTFARM_MAX_TTL": "777"}
+    assert "0 users rest for 777 seconds" in command("migrate", "--after-restore", env=env).stdout
+    refused = command("migrate", "--after-restore", "-5", env=env)
+    assert (refused.returncode, "-5 is not 0 to" in refused.stderr) == (2, True)

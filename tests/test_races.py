@@ -265,3 +265,33 @@ async def test_every_statement_of_locks_reads_by_its_own_index_whatever_the_stat
 def nodes(plan):
     """A plan's node and all below it."""
     return [plan, *(node for child in plan.get("Plans", []) for node in nodes(child))]
+
+
+async def test_a_queue_that_is_full_refuses_at_once_and_serves_those_who_stand_in_it(monkeypatch):
+    monkeypatch.setattr(botfarm, "BACKLOG", 2)
+    over = asyncio.Event()
+
+    async def run(items):
+        await over.wait()
+        return items
+
+    shared = botfarm.Coalescer(run, 10)
+    first = shared(1)
+    await asyncio.sleep(0)
+    others = [shared(2), shared(3)]
+    with pytest.raises(botfarm.Busy, match="2 calls wait"):
+        shared(4)
+    over.set()
+    assert await asyncio.gather(first, *others) == [1, 2, 3]
+
+
+async def test_one_too_many_for_a_connection_is_refused_at_once(monkeypatch, empty_database):
+    monkeypatch.setattr(botfarm.Connections, "CROWD", 1)
+    monkeypatch.setattr(botfarm.Connections, "PATIENCE", 0.5)
+    async with botfarm.open_pool(empty_database, 1, "auto", 10) as pool, pool.acquire():
+        waits = asyncio.create_task(pool.fetch("select 1"))
+        await asyncio.sleep(0)
+        with pytest.raises(botfarm.Busy, match="1 calls wait"):
+            await pool.fetch("select 1")
+        with pytest.raises(TimeoutError):
+            await waits
