@@ -1177,6 +1177,7 @@ class Told(Struct):
 
     age: float
     wishes: list[Wish]
+    home: Wish | None = None
 
 
 Place = tuple[Ask, int]  # a call, and which of its wishes
@@ -1469,7 +1470,7 @@ class Desk:
         )
         now = time.monotonic()
         self.foreign = [
-            Ask(wishes=told.wishes, arrived=now - row["age"] - told.age + HEAD_START, foreign=True)
+            Ask(wishes=told.wishes, home=told.home, arrived=now - row["age"] - told.age + HEAD_START, foreign=True)
             for row in rows
             for told in msgspec.json.decode(row["queue"], type=list[Told])
         ]
@@ -1487,7 +1488,7 @@ class Desk:
                 heads.setdefault(tuple(ask.wishes), ask)
             if len(heads) == wanted:
                 break
-        return [Told(now - ask.arrived, ask.wishes) for ask in heads.values()]
+        return [Told(now - ask.arrived, ask.wishes, ask.home) for ask in heads.values()]
 
 
 def _take_out(counter: Counter[Any], item: Any) -> None:

@@ -2,7 +2,7 @@
 -- must have ended, and no fence is given twice.
 --   $1  how far the fences move ahead    bigint
 --   $2  for how long every user rests    int  (seconds)
--- Locks that the backup knew end as forced, unless they had expired.
+-- Locks that the backup knew end as forced, unless they had expired; their users rest until they would have ended.
 with moved as (
     select user_id, fence, lock_id, holder, acquired_at, expires_at
     from locks
@@ -12,7 +12,11 @@ rested as (
     update locks
     set lock_id = null,
         fence = locks.fence + $1::bigint,
-        ready_at = greatest(locks.ready_at, clock_timestamp() + $2::int * interval '1 second')
+        ready_at = greatest(
+            locks.ready_at,
+            case when moved.lock_id is not null then moved.expires_at end,
+            clock_timestamp() + $2::int * interval '1 second'
+        )
     from moved
     where locks.user_id = moved.user_id
     returning locks.user_id

@@ -428,6 +428,15 @@ def crowd(bench: Bench) -> Sequence[float]:
 # ---- Without a number --------------------------------------------------------------------------------------
 
 
+def database_cpu(bench: Bench) -> None:
+    before = harness.backend_cpu(bench.main.database)
+    run = cycle(bench.main, CONNECTIONS, bench.seconds)
+    used = harness.backend_cpu(bench.main.database) - before
+    bench.notes.append(
+        f"CPU of the database per request of a cycle: {1e6 * used / (run.requests * bench.seconds):.0f} us."
+    )
+
+
 def two_workers(bench: Bench) -> None:
     with ExitStack() as stack:
         service = bench.fill(bench.start(stack, workers=2))
@@ -534,6 +543,7 @@ def measure(arguments: argparse.Namespace, chosen: list[int]) -> dict[str, Any]:
         targets = [line for number in chosen for line in measure_row(bench, number)]
         if not arguments.rows:
             say("two workers")
+            database_cpu(bench)
             two_workers(bench)
         points = {}
         if not arguments.rows or arguments.plot:

@@ -59,6 +59,17 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
+def backend_cpu(url: str) -> float:
+    """Seconds of CPU that the connections of a database have used on this machine."""
+    query = "select pid from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    return sum(cpu_of(row["pid"]) for row in sql(url, query))
+
+
+def cpu_of(pid: int) -> float:
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / TICK
+
+
 def sql(url: str, *statements: str) -> list[Any]:
     return asyncio.run(conftest.execute(url, *statements))
 
@@ -146,8 +157,7 @@ class Service:
         """Seconds of CPU that the process has used."""
         if self.process.poll() is not None:
             raise BenchError(f"{self.process.args} has ended:\n{self._log.read_text()[-2000:]}")
-        words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / TICK
+        return cpu_of(self.process.pid)
 
     def memory(self, what: str = "VmRSS") -> int:
         """Bytes of memory: VmRSS now, VmHWM at its peak."""
