@@ -627,6 +627,7 @@ DATABASE_FAULTS = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
     asyncpg.ObjectNotInPrerequisiteStateError,
+    asyncpg.ReadOnlySQLTransactionError,
 )
 
 
@@ -634,7 +635,7 @@ STATEMENT = 6  # seconds for a statement; with a connection to wait for and to g
 
 
 class Busy(asyncpg.InterfaceError):
-    """Too many calls wait for the database."""
+    """Too many calls wait for the database, or none gets a connection: nothing was sent."""
 
 
 async def _keep(connection: asyncpg.Connection) -> None:
@@ -678,10 +679,15 @@ class Connections:
         self._waiting += 1
         try:
             connection = await self._pool.acquire(timeout=self.PATIENCE)
+        except DATABASE_FAULTS as fault:  # told apart, because nothing was sent
+            raise Busy(f"there is no database connection: {type(fault).__name__}: {fault}") from fault
         finally:
             self._waiting -= 1
         try:
             yield cast("asyncpg.Connection", connection)
+        except asyncpg.ReadOnlySQLTransactionError:  # a primary no more: look for the new one
+            connection.terminate()
+            raise
         finally:  # bounded, because it waits for a cancelled statement, which a frozen server never ends
             await self._pool.release(connection, timeout=1)
 
@@ -711,7 +717,7 @@ async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str
     tuning = {"plan_cache_mode": plans, "jit": "off", "application_name": "botfarm"}
     if plans == "force_generic_plan":  # a plan made while a table was small must not scan it when it has grown
         tuning |= {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
-    options: dict[str, Any] = {"server_settings": tuning}
+    options: dict[str, Any] = {"server_settings": tuning, "target_session_attrs": "read-write"}
     if pooler == "on":  # PgBouncer knows no prepared statements (before 1.21) and refuses unknown start-up parameters
         options = {"statement_cache_size": 0, "connection_class": PooledConnection}
     pool = await asyncpg.create_pool(
@@ -1090,7 +1096,7 @@ class Coalescer(Generic[T, R]):
                 for one in batch:
                     await self._serve([one])
             else:
-                if isinstance(error, TimeoutError):  # those behind have waited as long
+                if isinstance(error, (TimeoutError, Busy)):  # those behind have waited as long
                     batch += self._gathered
                     self._gathered.clear()
                 for _, future in batch:
@@ -1118,6 +1124,7 @@ EXCHANGE = 0.5  # seconds between two exchanges with the other replicas while so
 HEAD_START = 0.5  # seconds by which one who waits here may overtake one who waits at another replica
 PATIENCE = 3.0  # seconds after which a waiting set goes before those who came later
 LOOK = 500  # distinct wishes that one look serves
+GROUPS = 200  # calls that one statement serves: it compares each with each
 BREADTH = 200  # free users that one look lists for a wish; at least as many as a set may have
 
 
@@ -1134,14 +1141,12 @@ class Wish(Struct, frozen=True):
         parts = ((name, getattr(self, name)) for name in self.__struct_fields__)
         return ", ".join(f"{name}={value}" for name, value in parts if value is not None)
 
-    def fits(self, user: asyncpg.Record) -> bool:
+    def fits(self, user: asyncpg.Record, labels: dict[str, str]) -> bool:
         if self.user_id:
             return self.user_id == user["id"]
         where = self.project_id == user["project_id"]
         where = where and self.env in (None, user["env"]) and self.domain in (None, user["domain"])
-        if not where or self.labels is None:
-            return where
-        return msgspec.json.decode(self.labels).items() <= msgspec.json.decode(user["labels"]).items()
+        return where and (self.labels is None or msgspec.json.decode(self.labels).items() <= labels.items())
 
     def meets(self, other: Wish) -> bool:
         """Whether both may ask for users of one pool."""
@@ -1189,21 +1194,24 @@ class Seats:
     def __init__(self, fitting: Mapping[Wish, Sequence[uuid.UUID]]) -> None:
         self.fitting = fitting
         self.taken: dict[uuid.UUID, Place] = {}
+        self.full: set[uuid.UUID] = set()  # users from whom a search found no way to a free one: none will
 
-    def find(self, place: Place) -> bool:
+    def find(self, place: Place, keeps: bool = True) -> bool:
         """A user for a place; those who have one keep one, but maybe another one (augmenting paths, Kuhn 1955)."""
         came: dict[uuid.UUID, uuid.UUID | None] = {}
         frontier: deque[tuple[uuid.UUID | None, Place]] = deque([(None, place)])
         while frontier:
             previous, (ask, number) = frontier.popleft()
             for user in self.fitting[ask.wishes[number]]:
-                if user in came:
+                if user in came or user in self.full:
                     continue
                 came[user] = previous
                 if user not in self.taken:
                     self._move(user, came, place)
                     return True
                 frontier.append((user, self.taken[user]))
+        if keeps:
+            self.full |= came.keys()
         return False
 
     def _move(self, user: uuid.UUID, came: dict[uuid.UUID, uuid.UUID | None], place: Place) -> None:
@@ -1221,19 +1229,27 @@ def match(asks: Iterable[Ask], fitting: Mapping[Wish, Sequence[uuid.UUID]], now:
     """
     seats = Seats(fitting)
     hopeless: set[Wish] = set()  # a wish that found nothing once finds nothing later on
+    vain: set[Wishes] = set()  # and so it is with a set
     served: dict[Ask, list[Any]] = {}
     for ask in asks:
-        single = len(ask.wishes) == 1
-        if single and ask.wishes[0] in hopeless:
+        kind = tuple(ask.wishes)
+        keeps = len(kind) == 1 or now - ask.arrived >= PATIENCE
+        if not keeps and kind in vain:
             continue
-        before = {} if single else dict(seats.taken)
-        found = [seats.find((ask, number)) for number in range(len(ask.wishes))]
-        if all(found):
-            served[ask] = [None] * len(found)
-        elif single:
-            hopeless.add(ask.wishes[0])
-        elif now - ask.arrived < PATIENCE:
+        before = {} if keeps else dict(seats.taken)
+        complete = True
+        for number, wish in enumerate(kind):
+            if wish not in hopeless and seats.find((ask, number), keeps):
+                continue
+            complete = False
+            if not keeps:
+                break
+            hopeless.add(wish)
+        if complete:
+            served[ask] = [None] * len(kind)
+        elif not keeps:
             seats.taken = before
+            vain.add(kind)
     for user, (ask, number) in seats.taken.items():
         if ask in served:
             served[ask][number] = user
@@ -1303,6 +1319,16 @@ class Desk:
             if ask.wait:
                 _take_out(self._pools, ask.pools())
 
+    def abandon(self, ask: Ask) -> None:
+        """Take out a call whose handler has failed."""
+        if ask not in self._taking:
+            self._forget(ask)
+
+    async def farewell(self) -> None:
+        """Tell the others that nobody waits here any more, so that they keep no places."""
+        self.queue.clear()
+        await self._exchange(time.monotonic())
+
     def _answer(self, ask: Ask, rows: list[asyncpg.Record]) -> None:
         self._forget(ask)
         if not ask.answer.done():
@@ -1345,7 +1371,7 @@ class Desk:
         """Send news, at most every 10 ms, in a statement of its own (for ever)."""
         while True:
             news = await self._news.get()
-            with contextlib.suppress(*DATABASE_FAULTS):  # the others look by themselves
+            with contextlib.suppress(asyncpg.PostgresError, *DATABASE_FAULTS):  # the others look by themselves
                 await self.farm.pool.execute(SQL["notify"], news)
             await asyncio.sleep(0.01)
 
@@ -1372,16 +1398,17 @@ class Desk:
     async def _look(self) -> None:
         now = time.monotonic()
         if now >= self._exchanges_at:
-            await self._exchange(now)
+            self._exchanges_at = now + _jittered(EXCHANGE)
+            with contextlib.suppress(*DATABASE_FAULTS):  # what the others told last still counts
+                await self._exchange(now)
         if not self.queue:
             return
         newcomers = [ask for ask in self.queue if not ask.wait]
         if now >= self._polls_at:
             await self._find_repeats(list(self.queue))
-        for kinds in self._pages():
-            for _ in range(20):
-                if not await self._serve(kinds):
-                    break
+        for _ in range(20):
+            if not await self._serve():
+                break
         for ask in newcomers:
             if ask in self.queue:
                 self._answer(ask, [])
@@ -1389,43 +1416,38 @@ class Desk:
             ended = time.monotonic()
             self._polls_at = ended + max(_jittered(POLL), 5 * (ended - now))
 
-    def _pages(self) -> list[dict[Wishes, int]]:
-        """What is wished for and by how many, in parts that one look can serve."""
-        pages: list[dict[Wishes, int]] = [{}]
-        size = 0
-        for kind, count in self._kinds.items():
-            if size >= LOOK:
-                pages.append({})
-                size = 0
-            pages[-1][kind] = count
-            size += len(kind)
-        return pages
-
-    async def _serve(self, kinds: dict[Wishes, int]) -> bool:
+    async def _serve(self) -> bool:
         """Hand out what is free. False when there was nothing to hand out.
 
         The calls themselves are looked at only when somebody is free: thousands may wait for the same.
         """
+        kinds, present = dict(self._kinds), list(self.queue)
         wishes = list(dict.fromkeys(wish for kind in kinds for wish in kind))
-        demand = sum(len(kind) * count for kind, count in kinds.items()) + len(self.foreign)
-        rows = await self.farm.hot.fetch(SQL["find_free"], *_columns(wishes, Wish), min(demand, BREADTH))
+        elsewhere = sum(len(ask.wishes) for ask in self.foreign)
+        demand = sum(len(kind) * count for kind, count in kinds.items()) + elsewhere
+        # What sets and those who wait elsewhere keep must not hide the free users behind it.
+        kept = elsewhere + sum(len(kind) * count for kind, count in kinds.items() if len(kind) > 1)
+        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in wishes}
+        rows = []
+        for first in range(0, len(wishes), LOOK):
+            page = wishes[first : first + LOOK]
+            for row in await self.farm.hot.fetch(SQL["find_free"], *_columns(page, Wish), min(demand, BREADTH + kept)):
+                fitting[page[row["filter"] - 1]].append(row["id"])
+                rows.append(row)
         if not rows:
             return False
-        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in wishes}
-        for row in rows:
-            fitting[wishes[row["filter"] - 1]].append(row["id"])
         self._fit_foreign(fitting, rows)
-        present = [ask for ask in self.queue if tuple(ask.wishes) in kinds]
-        everybody = sorted([*present, *self.foreign], key=lambda ask: ask.arrived)
-        chosen = match(everybody, fitting, time.monotonic())
-        if chosen:
-            await self._take(chosen)
+        here = [ask for ask in present if ask in self.queue]
+        chosen = match(sorted([*here, *self.foreign], key=lambda ask: ask.arrived), fitting, time.monotonic())
+        groups = list(chosen.items())
+        for first in range(0, len(groups), GROUPS):
+            await self._take(dict(groups[first : first + GROUPS]))
         return bool(chosen)
 
     def _fit_foreign(self, fitting: dict[Wish, list[uuid.UUID]], rows: list[asyncpg.Record]) -> None:
-        users = {row["id"]: row for row in rows}
+        users = {row["id"]: (row, msgspec.json.decode(row["labels"])) for row in rows} if self.foreign else {}
         for wish in {wish for ask in self.foreign for wish in ask.wishes} - fitting.keys():
-            fitting[wish] = [id for id, user in users.items() if wish.fits(user)]
+            fitting[wish] = [id for id, (row, labels) in users.items() if wish.fits(row, labels)]
 
     async def _take(self, chosen: dict[Ask, list[uuid.UUID]]) -> None:
         for ask, users in chosen.items():
@@ -1437,6 +1459,8 @@ class Desk:
                 if ask.lock_ids[0] in rows:
                     self._answer(ask, [rows[id] for id in ask.lock_ids])
             await self._find_repeats([ask for ask in chosen if ask in self.queue])
+        except Busy:
+            raise
         except DATABASE_FAULTS:
             lost = [ask for ask in chosen if ask.key is None and not ask.answer.done()]
             self.farm.lose([id for ask in lost for id in ask.lock_ids])
@@ -1465,7 +1489,7 @@ class Desk:
     async def _exchange(self, now: float) -> None:
         """Tell the other replicas who has waited here for long, and learn it of them."""
         queue = self._long_waiting(now)
-        rows = await self.farm.pool.fetch(
+        rows = await self.farm.hot.fetch(
             SQL["exchange_waiting"], self.replica, msgspec.json.encode(queue).decode() if queue else None
         )
         now = time.monotonic()
@@ -1524,7 +1548,7 @@ async def listen(farm: Farm, url: str) -> None:
                     await connection.fetchval("select 1", timeout=3)
             finally:
                 connection.terminate()
-        except DATABASE_FAULTS as fault:
+        except (asyncpg.PostgresError, *DATABASE_FAULTS) as fault:
             log.warning("No news of other replicas, polls go on: %s: %s", type(fault).__name__, fault)
         await asyncio.sleep(_jittered(5))
 
@@ -1581,6 +1605,7 @@ class Farm:
         # Locks that may have been granted by a statement whose reply was lost, and until when the sweep tries to
         # give them back: the statement may still be running.
         self._unanswered: dict[uuid.UUID, float] = {}
+        self._found_later: dict[uuid.UUID, float] = {}
         self._cursors: dict[Wish, dict[int, datetime]] = {}
         self.imports = asyncio.Semaphore(2)
         self.stopping = False
@@ -1608,15 +1633,25 @@ class Farm:
     async def find_lost(self) -> None:
         """Give back the locks that nobody was told of."""
         now = time.monotonic()
-        for lock_id, until in list(self._unanswered.items()):
-            if await self.release(Release(lock_id)) or until < now:
-                del self._unanswered[lock_id]
+        while lost := list(itertools.islice(self._unanswered, 500)):
+            freed = await asyncio.gather(*(self.release(Release(lock_id)) for lock_id in lost))
+            kept = {id: self._unanswered.pop(id) for id in lost}
+            self._found_later |= {
+                id: kept[id] for id, found in zip(lost, freed, strict=True) if not found and kept[id] > now
+            }
+        self._unanswered, self._found_later = self._found_later, {}
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something after the reply."""
         task = asyncio.create_task(work)
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
+
+    async def settle(self) -> None:
+        """The last words: what is to be given back, and that nobody waits here any more; two seconds at most."""
+        with contextlib.suppress(*DATABASE_FAULTS):
+            async with asyncio.timeout(2):
+                await asyncio.gather(*self._spawned, self.find_lost(), self.desk.farewell())
 
     def stop(self) -> None:
         """The service ends: nobody is granted anything any more, and those who wait are told."""
@@ -1668,6 +1703,8 @@ class Farm:
                 [ask.ttl for ask in asks],
                 [ask.key for ask in asks],
             )
+        except Busy:
+            raise
         except DATABASE_FAULTS:
             self.lose([ask.lock_ids[0] for ask in asks if ask.key is None])
             raise
@@ -1759,7 +1796,7 @@ class Farm:
         self.exhausted.pop(wishes, None)
         if refusal.matching >= COSTLY:
             self._costly[wishes] = time.monotonic() + 4 * took, refusal
-        elif not refusal.free:
+        elif not refusal.free and len(wishes) == 1:  # a set is asked for at the desk, which costs no count
             self.exhausted[wishes] = None
 
 
@@ -1808,10 +1845,12 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
         declaration.no_query = declaration.query()
 
     def register(handler: Callable[..., Awaitable[Response]]) -> None:
-        async def attempt(request: Request) -> Response:
+        async def attempt(request: Request, read: dict[str, Any]) -> Response:
             try:
                 farm: Farm = request.app.state.farm
-                return await handler(farm, request, **await _arguments(farm, request, declaration))
+                if not read:  # a body can be read only once
+                    read["arguments"] = await _arguments(farm, request, declaration)
+                return await handler(farm, request, **read["arguments"])
             except Problem as problem:
                 return problem.response()
             except DATABASE_FAULTS as fault:
@@ -1822,9 +1861,10 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
                 return DatabaseUnavailable("A password is sealed with a key that this replica lacks.").response()
 
         async def endpoint(request: Request) -> Response:
-            for _ in range(5):
+            read: dict[str, Any] = {}
+            for _ in range(1 if declaration.upload else 5):
                 with contextlib.suppress(asyncpg.DeadlockDetectedError):  # rolled back whole, so safe to repeat
-                    return await attempt(request)
+                    return await attempt(request, read)
             return DatabaseUnavailable("Too many calls change the same users; try again.").response()
 
         endpoint.__doc__ = handler.__doc__
@@ -2590,6 +2630,9 @@ async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Resp
         rows = await farm.claim(ask)
         if rows is None:
             rows = await _in_turn(farm, request, ask)
+        if rows and not ask.key and request.scope["state"].get(GONE):
+            await farm.give_back(rows)
+            return LockEnded("The caller went away before the reply.").response()
         if rows:
             return await _grant(farm, ask, rows, grant)
         if ask.key and (repeated := await _repeat(farm, ask.key, grant)):
@@ -2608,12 +2651,17 @@ async def _in_turn(farm: Farm, request: Request, ask: Ask) -> list[asyncpg.Recor
     of a closed connection only when asked: https://asgi.readthedocs.io/en/latest/specs/www.html#disconnect
     """
     gone = asyncio.ensure_future(request.receive())
+    hopeless = asyncio.ensure_future(_is_hopeless(farm, ask)) if ask.wait else None
+    first = asyncio.FIRST_COMPLETED
     try:
-        if not ask.wait:
-            await asyncio.wait((ask.answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        elif not await _is_hopeless(farm, ask):
-            left = ask.arrived + ask.wait - time.monotonic()
-            await asyncio.wait((ask.answer, gone), timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
+        if hopeless is None:
+            await asyncio.wait((ask.answer, gone), return_when=first)
+        else:
+            end = ask.arrived + ask.wait
+            left = max(end - time.monotonic(), 0)
+            done, _ = await asyncio.wait((ask.answer, gone, hopeless), timeout=left, return_when=first)
+            if done == {hopeless} and not hopeless.result():
+                await asyncio.wait((ask.answer, gone), timeout=max(end - time.monotonic(), 0), return_when=first)
         rows = await farm.desk.leave(ask)
         for _ in range(2):  # let a closing that has arrived be noticed before the reply goes out
             await asyncio.sleep(0)
@@ -2625,9 +2673,13 @@ async def _in_turn(farm: Farm, request: Request, ask: Ask) -> list[asyncpg.Recor
         return rows
     finally:
         gone.cancel()
+        if hopeless:
+            hopeless.cancel()
+        farm.desk.abandon(ask)
 
 
-UNREAD = "botfarm-unread"
+GONE = "botfarm-gone"  # in the state of a request: its caller has closed the connection
+UNREAD = "botfarm-unread"  # and what to do when it turns out not to have read the reply
 
 
 def _unread(farm: Farm, rows: list[asyncpg.Record]) -> Callable[[], None]:
@@ -3061,6 +3113,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         was_reset = exc is not None or self._is_reset()
+        if self.cycle:
+            self.cycle.scope.setdefault("state", {})[GONE] = True
         super().connection_lost(exc)
         if was_reset and self.cycle and (unread := self.cycle.scope.get("state", {}).get(UNREAD)):
             unread()
@@ -3128,6 +3182,7 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await farm.settle()
 
 
 def create_app(settings: Settings) -> Litestar:
@@ -3303,17 +3358,13 @@ def migrate_command(settings: Settings, rollback: bool, rest: int | None) -> int
         print("\n".join(f"{verb}: {name}" for name in names) or "nothing to do")
         if rest is not None:
             users = asyncio.run(_rest(url, settings.pooler, rest))
-            print(f"{users} users rest for {rest} seconds; their fences moved ahead by {RESTORE_STEP}")
+            print(f"{users} users rest for {rest} seconds, and their fences have moved ahead")
     return 0
-
-
-# More than a user can have been locked since any backup, and little enough for a million restores.
-RESTORE_STEP = 1_000_000_000
 
 
 async def _rest(url: str, pooler: str, seconds: int) -> int:
     async with open_pool(url, 1, "force_custom_plan", 3600, pooler) as pool:
-        return await pool.fetchval(SQL["rest_after_restore"], RESTORE_STEP, seconds)
+        return await pool.fetchval(SQL["rest_after_restore"], seconds)
 
 
 def check_command(settings: Settings, url: str | None) -> int:

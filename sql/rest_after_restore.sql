@@ -1,7 +1,7 @@
 -- After a backup was restored: the locks taken since then are unknown, so nobody is handed out until they
 -- must have ended, and no fence is given twice.
---   $1  how far the fences move ahead    bigint
---   $2  for how long every user rests    int  (seconds)
+--   $1  for how long every user rests  int  (seconds)
+-- The fences move ahead by the milliseconds since 1970, so that those of two restores of one backup differ.
 -- Locks that the backup knew end as forced, unless they had expired; their users rest until they would have ended.
 with moved as (
     select user_id, fence, lock_id, holder, acquired_at, expires_at
@@ -11,11 +11,11 @@ with moved as (
 rested as (
     update locks
     set lock_id = null,
-        fence = locks.fence + $1::bigint,
+        fence = locks.fence + floor(extract(epoch from clock_timestamp()) * 1000)::bigint,
         ready_at = greatest(
             locks.ready_at,
             case when moved.lock_id is not null then moved.expires_at end,
-            clock_timestamp() + $2::int * interval '1 second'
+            clock_timestamp() + $1::int * interval '1 second'
         )
     from moved
     where locks.user_id = moved.user_id

@@ -293,5 +293,5 @@ async def test_one_too_many_for_a_connection_is_refused_at_once(monkeypatch, emp
         await asyncio.sleep(0)
         with pytest.raises(botfarm.Busy, match="1 calls wait"):
             await pool.fetch("select 1")
-        with pytest.raises(TimeoutError):
+        with pytest.raises(botfarm.Busy, match="no database connection: TimeoutError"):
             await waits
