@@ -11,6 +11,7 @@ import time
 import uuid
 from urllib.parse import urlsplit
 
+import asyncpg
 import httpx
 import pytest
 from conftest import acquire, client, execute, make_users, serving, settings, slug, until
@@ -515,3 +516,94 @@ async def test_waiting_goes_on_while_the_database_restarts(api, service, databas
                 break
         await asyncio.sleep(0.1)
     assert (await waiter).status_code == 201
+
+
+async def test_a_set_that_was_refused_is_granted_once_its_users_are_free(api, project):
+    await make_users(api, project, 2)
+    held = (await acquire(api, project)).json()
+    both = {"project_id": project, "count": 2}
+    assert slug(await set_of(api, both)) == "pool-exhausted"
+    await api.delete(f"/locks/{held['id']}")
+    assert (await set_of(api, both)).status_code == 201
+
+
+async def test_a_set_that_waits_at_another_replica_keeps_no_more_users_than_it_needs(api, other, replica, project):
+    await make_users(api, project, 1, login="admin", labels={"role": "admin"})
+    assert (await acquire(api, project, labels={"role": "admin"})).status_code == 201
+    await make_users(api, project, 6)
+    parts = {"project_id": project, "labels": {"role": "admin"}}, {"project_id": project, "count": 5}
+    patient = asyncio.create_task(set_of(other, *parts, wait=7))
+    await queued(replica)
+    await asyncio.sleep(botfarm.PATIENCE + 2)
+    assert (await acquire(api, project, wait=1)).status_code == 201
+    assert slug(await acquire(api, project)) == "pool-exhausted"  # the other five are kept for it
+    assert slug(await patient) == "pool-exhausted"
+
+
+async def test_a_replica_that_has_stopped_keeps_no_place_for_who_waited_there(api, database, project):
+    await make_users(api, project)
+    held = (await acquire(api, project)).json()
+    with serving(settings(database)) as leaving:
+        async with client(leaving.url) as elsewhere:
+            waiter = waiting(elsewhere, project, wait=2)
+            await queued(leaving)
+            await asyncio.sleep(1.5)
+            waiter.cancel()
+            await asyncio.gather(waiter, return_exceptions=True)
+    await asyncio.sleep(1.3)  # until what it told last has been replaced
+    await api.delete(f"/locks/{held['id']}")
+    assert (await acquire(api, project)).status_code == 201
+
+
+async def test_one_that_goes_away_while_the_database_is_slow_leaves_no_user_locked(api, database, project):
+    (user,) = await make_users(api, project)
+    blocker = await asyncpg.connect(database)
+    try:
+        async with blocker.transaction():
+            await blocker.execute("lock table locks in exclusive mode")
+            with pytest.raises(httpx.ReadTimeout):
+                await api.post("/locks", json={"project_id": project, "wait": 10, "ttl": 60}, timeout=0.5)
+        end = time.monotonic() + 3
+        while (await api.get(f"/users/{user['id']}/history")).json()["items"] == []:
+            assert time.monotonic() < end, "the call never reached the database"
+            await asyncio.sleep(0.02)
+        while (await api.get(f"/users/{user['id']}")).json()["state"] != "free":
+            assert time.monotonic() < end, "the user is lost"
+            await asyncio.sleep(0.02)
+    finally:
+        await blocker.close()
+
+
+async def test_a_call_that_met_a_deadlock_is_repeated_with_the_body_it_had(api, service, project, monkeypatch):
+    await make_users(api, project)
+    held = (await acquire(api, project)).json()
+    extend, met = service.farm.extend, []
+
+    async def deadlocked_once(renewal):
+        if not met:
+            met.append(renewal)
+            raise asyncpg.DeadlockDetectedError("deadlock detected")
+        return await extend(renewal)
+
+    monkeypatch.setattr(service.farm, "extend", deadlocked_once)
+    answer = await api.patch(f"/locks/{held['id']}", json={"ttl": 31}, timeout=5)
+    assert (answer.status_code, answer.json()["ttl"], len(met)) == (200, 31, 1)
+
+
+async def test_a_server_that_is_no_primary_any_more_is_left_for_the_new_one(server, empty_database, project):
+    """A failover: for a moment the address leads to a server that only reads."""
+    name = urlsplit(empty_database).path[1:]
+    cut = f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name}'"
+    with serving(settings(empty_database)) as alone:
+        async with client(alone.url) as api:
+            await make_users(api, project, 3)
+            await execute(server, f"alter database {name} set default_transaction_read_only = on", cut)
+            for _ in range(5):
+                assert slug(await acquire(api, project)) == "database-unavailable"
+            await execute(server, f"alter database {name} reset default_transaction_read_only")
+            for _ in range(30):
+                if (back := await acquire(api, project)).status_code == 201:
+                    break
+                assert slug(back) == "database-unavailable"
+                await asyncio.sleep(0.1)
+            assert back.status_code == 201
