@@ -1321,6 +1321,7 @@ class Desk:
 
     def abandon(self, ask: Ask) -> None:
         """Take out a call whose handler has failed."""
+        ask.leaving = True
         if ask not in self._taking:
             self._forget(ask)
 
@@ -1440,8 +1441,8 @@ class Desk:
         here = [ask for ask in present if ask in self.queue]
         chosen = match(sorted([*here, *self.foreign], key=lambda ask: ask.arrived), fitting, time.monotonic())
         groups = list(chosen.items())
-        for first in range(0, len(groups), GROUPS):
-            await self._take(dict(groups[first : first + GROUPS]))
+        for first in range(0, len(groups), GROUPS):  # some may have left while others were served
+            await self._take({ask: users for ask, users in groups[first : first + GROUPS] if ask in self.queue})
         return bool(chosen)
 
     def _fit_foreign(self, fitting: dict[Wish, list[uuid.UUID]], rows: list[asyncpg.Record]) -> None:
@@ -1450,6 +1451,8 @@ class Desk:
             fitting[wish] = [id for id, (row, labels) in users.items() if wish.fits(row, labels)]
 
     async def _take(self, chosen: dict[Ask, list[uuid.UUID]]) -> None:
+        if not chosen:
+            return
         for ask, users in chosen.items():
             ask.lock_ids = [new_id() for _ in users]
         self._taking = set(chosen)
