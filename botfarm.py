@@ -2385,6 +2385,7 @@ class Import:
     """One import: a temporary table in one transaction, filled chunk by chunk and applied at the end."""
 
     def __init__(self, farm: Farm, connection: asyncpg.Connection, file: ImportFile) -> None:
+        self.farm = farm
         self.passwords = farm.passwords
         self.connection = connection
         self.file = file
@@ -2433,7 +2434,8 @@ class Import:
             self.file.errors.append(LineError(row["line"], "login", message))
         if self.file.errors:
             raise Invalid(self.file.first_errors())
-        await connection.execute(SQL["import_pools"], timeout=600)
+        if pools := await connection.fetch(SQL["import_pools"], timeout=600):
+            await self.farm.hot.execute(SQL["make_pools"], *zip(*pools, strict=True))
         for attempt in range(10):
             try:
                 async with connection.transaction():
