@@ -1171,6 +1171,7 @@ class Ask(Struct, eq=False, kw_only=True):
     lock_ids: list[uuid.UUID] = []
     answer: Any = None  # the future of its rows
     leaving: bool = False
+    told: bool = False  # the other replicas know of it
 
     def pools(self) -> frozenset[Wish]:
         """Where it looks for users."""
@@ -1313,6 +1314,9 @@ class Desk:
     def _forget(self, ask: Ask) -> None:
         if ask in self.queue:
             del self.queue[ask]
+            if ask.told:  # they need not keep a place for it any more
+                self._exchanges_at = 0
+                self._woken.set()
             _take_out(self._kinds, tuple(ask.wishes))
             for pool in ask.pools():
                 _take_out(self._projects, pool.project_id)
@@ -1410,6 +1414,9 @@ class Desk:
         for _ in range(20):
             if not await self._serve():
                 break
+        if self.foreign and any(ask in self.queue for ask in newcomers):
+            await self._exchange(time.monotonic())  # who waited elsewhere may have been served meanwhile
+            await self._serve()
         for ask in newcomers:
             if ask in self.queue:
                 self._answer(ask, [])
@@ -1515,6 +1522,8 @@ class Desk:
                 heads.setdefault(tuple(ask.wishes), ask)
             if len(heads) == wanted:
                 break
+        for ask in heads.values():
+            ask.told = True
         return [Told(now - ask.arrived, ask.wishes, ask.home) for ask in heads.values()]
 
 

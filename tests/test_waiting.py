@@ -607,3 +607,20 @@ async def test_a_server_that_is_no_primary_any_more_is_left_for_the_new_one(serv
                 assert slug(back) == "database-unavailable"
                 await asyncio.sleep(0.1)
             assert back.status_code == 201
+
+
+async def test_a_place_is_kept_no_longer_than_somebody_waits(api, other, replica, project):
+    """Once a waiter at another replica is served, who comes next is not refused for its sake."""
+    await make_users(api, project)
+    for _ in range(4):
+        held = (await acquire(api, project)).json()
+        waiter = waiting(other, project)
+        await queued(replica)
+        await asyncio.sleep(1.3)  # until this replica knows of it
+        await api.delete(f"/locks/{held['id']}")
+        granted = await waiter
+        assert granted.status_code == 201
+        assert (await other.delete(f"/locks/{granted.json()['id']}")).status_code == 204
+        again = await acquire(api, project)
+        assert again.status_code == 201
+        await api.delete(f"/locks/{again.json()['id']}")
