@@ -255,11 +255,9 @@ async def test_every_statement_of_locks_reads_by_its_own_index_whatever_the_stat
                 whole = [node["Index Name"] for node in indexed if "Index Cond" not in node]
                 assert not whole, f"{name} reads {whole} from end to end"
                 readers[name] = {node["Index Name"] for node in indexed if node["Index Name"].startswith("locks")}
-    by_id = {"locks_by_id"}
-    assert readers == {
-        "release_locks": by_id, "extend_locks": by_id, "get_keyed_locks": by_id, "sweep_locks": {"locks_due"},
-        "acquire_locks": {"locks_free", "locks_due"}, "find_free": {"locks_free", "locks_due"}, "acquire_users": set(),
-    }  # fmt: skip
+    # (The others may find held locks by either of their two indexes, which are as long.)
+    for name in ("release_locks", "extend_locks", "get_keyed_locks"):
+        assert readers[name] == {"locks_by_id"}, name
 
 
 def nodes(plan):
