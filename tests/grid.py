@@ -428,6 +428,9 @@ class Grid:
     keyed: bool = True
     gives_up: float = 30.0  # seconds after which a client asks elsewhere
     patience: float = 30.0  # seconds after which it fails
+    rate: float = 0.0  # cycles a second of all clients together, each begun at its moment; 0: as many as they can
+    begun: Iterator[int] = field(default_factory=itertools.count)
+    began: float = 0.0
     events: list[Event] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -441,6 +444,7 @@ class Grid:
     @asynccontextmanager
     async def clients(self, count: int) -> AsyncIterator[None]:
         """So many clients work during the block and end what they do after it. What one raises is raised."""
+        self.began = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in range(count):
                 group.create_task(self._work(number))
@@ -454,10 +458,16 @@ class Grid:
         turn = itertools.count(number)
         try:
             while not self.over.is_set():
+                await self._due()
                 await self._cycle(Client(self, lines, turn))
         finally:
             for opened in lines:
                 opened.close()
+
+    async def _due(self) -> None:
+        """Wait for the moment of the next cycle, where there is a rate. One that is late begins at once."""
+        if self.rate:
+            await asyncio.sleep(max(self.began + next(self.begun) / self.rate - time.monotonic(), 0))
 
     async def _cycle(self, client: Client) -> None:
         habit = random.choices(list(self.habits), list(self.habits.values()))[0]
