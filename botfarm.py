@@ -685,9 +685,6 @@ class Connections:
             self._waiting -= 1
         try:
             yield cast("asyncpg.Connection", connection)
-        except asyncpg.ReadOnlySQLTransactionError:  # a primary no more: look for the new one
-            connection.terminate()
-            raise
         finally:  # bounded, because it waits for a cancelled statement, which a frozen server never ends
             await self._pool.release(connection, timeout=1)
 
@@ -1329,11 +1326,6 @@ class Desk:
         if ask not in self._taking:
             self._forget(ask)
 
-    async def farewell(self) -> None:
-        """Tell the others that nobody waits here any more, so that they keep no places."""
-        self.queue.clear()
-        await self._exchange(time.monotonic())
-
     def _answer(self, ask: Ask, rows: list[asyncpg.Record]) -> None:
         self._forget(ask)
         if not ask.answer.done():
@@ -1660,10 +1652,10 @@ class Farm:
         task.add_done_callback(self._spawned.discard)
 
     async def settle(self) -> None:
-        """The last words: what is to be given back, and that nobody waits here any more; two seconds at most."""
+        """Give back what is to be given back; two seconds at most."""
         with contextlib.suppress(*DATABASE_FAULTS):
             async with asyncio.timeout(2):
-                await asyncio.gather(*self._spawned, self.find_lost(), self.desk.farewell())
+                await asyncio.gather(*self._spawned, self.find_lost())
 
     def stop(self) -> None:
         """The service ends: nobody is granted anything any more, and those who wait are told."""

@@ -107,7 +107,7 @@ def settings(url: str, **changes: Any) -> botfarm.Settings:
 
 @contextmanager
 def serving(configured: botfarm.Settings) -> Iterator[Any]:
-    """A service in a thread of its own, on a free port: its `url`, its `farm` and its event `loop`."""
+    """A service in a thread of its own, on a free port: its `url`, its `app` and its `farm`."""
     app = botfarm.create_app(configured)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
