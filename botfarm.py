@@ -68,7 +68,7 @@ import uvicorn
 import yoyo
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from litestar import Litestar, Request, Response, delete, get, patch, post, put
+from litestar import HttpMethod, Litestar, Request, Response, delete, patch, post, put, route
 from litestar.datastructures import State
 from litestar.exceptions import ClientException, HTTPException
 from litestar.response import Stream
@@ -1822,6 +1822,11 @@ ROUTES: list[Any] = []
 Verb = Callable[..., Callable[[Callable[..., Any]], Any]]
 
 
+def get(path: str, **options: Any) -> Any:
+    """GET, and with it HEAD: the same without the body."""
+    return route(path, http_method=[HttpMethod.GET, HttpMethod.HEAD], **options)
+
+
 class Call(Struct):
     """What a handler declares of itself."""
 
@@ -1938,12 +1943,28 @@ def decode_body(settings: Settings, body: bytes, kind: type[T]) -> T:
     try:
         value = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise Invalid(field_errors(error, _raw_json(body))) from None
+        value = _whole_numbers(error, _raw_json(body), kind)
     except UNREADABLE as error:
         raise MalformedBody(f"The body is not JSON in UTF-8: {str(error) or 'nested too deep'}.") from None
     if faults := check_words(settings, value):
         raise Invalid(faults)
     return value
+
+
+def _whole_numbers(error: msgspec.ValidationError, raw: Any, kind: type[T]) -> T:
+    """What was refused because a whole number is written as 60.0, which is the same in JSON."""
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: whole(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [whole(item) for item in node]
+        return int(node) if isinstance(node, float) and node.is_integer() else node
+
+    try:
+        return msgspec.convert(whole(raw), kind)
+    except msgspec.ValidationError:
+        raise Invalid(field_errors(error, raw)) from None
 
 
 def _raw_json(body: bytes) -> Any:
@@ -2560,7 +2581,7 @@ async def _chunks(request: Request, file: ImportFile, limit: int) -> AsyncIterat
 async def export_users(farm: Farm, request: Request, query: UserFilter) -> Response:
     """All users that fit, one a line, without secrets."""
     rows = await farm.pool.fetch(SQL["list_users"], *query.columns(), *FIRST_CURSOR, 500)
-    return Stream(_exported(farm, query, rows), media_type=NDJSON)
+    return Stream(_exported(farm, query, [] if request.method == HttpMethod.HEAD else rows), media_type=NDJSON)
 
 
 async def _exported(farm: Farm, query: UserFilter, rows: list[asyncpg.Record]) -> AsyncIterator[bytes]:
@@ -2938,6 +2959,14 @@ DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm AP
 <script>SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})</script></html>"""
 
 
+@route(sorted({path for made in ROUTES for path in made.paths}), http_method=HttpMethod.OPTIONS, status_code=204)
+async def options(request: Request) -> Response[None]:
+    """What can be called here. (Litestar's own answer knows one method of a path that has several handlers.)"""
+    path = request.scope["path_template"].replace("{id}", "{id:str}")
+    methods = request.app.route_handler_method_map[path]
+    return Response(content=None, status_code=204, headers={"Allow": ", ".join(sorted(methods))})
+
+
 @get("/", media_type="text/html", include_in_schema=False)
 async def index() -> str:
     return PAGE
@@ -2955,17 +2984,17 @@ async def openapi_json(request: Request) -> Response:
 
 def openapi_document(settings: Settings) -> dict[str, Any]:
     """The OpenAPI 3.1 document of all calls."""
-    calls = [(route, route.opt["call"]) for route in ROUTES]
+    calls = [(handler, handler.opt["call"]) for handler in ROUTES]
     structs = {kind for _, declared in calls for kind in (declared.body, declared.answer) if kind}
     _, schemas = msgspec.json.schema_components(
         [*sorted(structs, key=lambda kind: kind.__name__), ImportedUser, ProblemDetails, FieldError, LineError],
         ref_template="#/components/schemas/{name}",
     )
     paths: dict[str, Any] = {}
-    for route, declared in calls:
-        for path in sorted(route.paths):
-            method = next(iter(route.http_methods)).lower()
-            paths.setdefault(path.replace(":str", ""), {})[method] = _operation(route, declared, path)
+    for handler, declared in calls:
+        for path in sorted(handler.paths):
+            method = min(handler.http_methods).lower()  # HEAD comes along with GET
+            paths.setdefault(path.replace(":str", ""), {})[method] = _operation(handler, declared, path)
     document = {
         "openapi": "3.1.0",
         "info": {"title": "BotFarm", "version": VERSION, "description": "A pool of test users that tests lock."},
@@ -2998,10 +3027,10 @@ def _problem_schema() -> dict[str, Any]:
     return schemas["ProblemDetails"] | {"title": "Problem", "additionalProperties": True}
 
 
-def _operation(route: Any, declared: Call, path: str) -> dict[str, Any]:
-    summary, _, text = (route.fn.__doc__ or "").strip().partition("\n")
+def _operation(handler: Any, declared: Call, path: str) -> dict[str, Any]:
+    summary, _, text = (handler.fn.__doc__ or "").strip().partition("\n")
     operation: dict[str, Any] = {
-        "operationId": route.opt["name"],
+        "operationId": handler.opt["name"],
         "tags": [declared.tag],
         "summary": summary.rstrip("."),
         "description": " ".join(text.split()) or summary,
@@ -3083,23 +3112,13 @@ def _http_problem(request: Request, error: HTTPException) -> Response:
     if error.status_code == 404:
         return NotFound(f"There is nothing at {_shown(path)}; see /docs.").response()
     if error.status_code == 405:
-        allowed = ", ".join(sorted(_methods(path)))
-        detail = f"{request.method} is not allowed at {path}; allowed: {allowed}."
+        allowed = ", ".join(sorted((error.headers or {})["allow"].split(", ")))
+        detail = f"{request.method} is not allowed at {_shown(path)}; allowed: {allowed}."
         return MethodNotAllowed(detail, headers={"Allow": allowed}).response()
     if error.status_code == 413:
         limit = request.app.state.settings.max_body
         return BodyTooLarge(f"The body is over BOTFARM_MAX_BODY, {limit} bytes.").response()
     return MalformedBody(f"The request is not readable: {error.detail}.").response()
-
-
-def _methods(path: str) -> set[str]:
-    """The methods of a path, for the Allow header."""
-    routes = [
-        (pattern, set(route.http_methods)) for route in (*ROUTES, index, docs, openapi_json) for pattern in route.paths
-    ]
-    exact = [methods for pattern, methods in routes if pattern == path]
-    like = [methods for pattern, methods in routes if re.fullmatch(pattern.replace("{id:str}", "[^/]+"), path)]
-    return set().union(*(exact or like))
 
 
 def _unforeseen(request: Request, error: Exception) -> Response:
@@ -3116,6 +3135,11 @@ class Protocol(HttpToolsProtocol):
 
     Such a one answers what it is sent with a reset, one that has read it ends the connection properly.
     """
+
+    def on_headers_complete(self) -> None:
+        if self.url.startswith(b"//"):  # else //users is read as the index page of a host named users
+            self.url = b"/%252F" + self.url[2:]
+        super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         was_reset = exc is not None or self._is_reset()
@@ -3196,6 +3220,7 @@ def create_app(settings: Settings) -> Litestar:
     assets = str(importlib.resources.files("swagger_ui") / "static")
     return Litestar(
         route_handlers=[
+            options,
             *ROUTES,
             index,
             docs,
