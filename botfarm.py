@@ -15,6 +15,7 @@ Sections, in reading order:
     Problems     everything that can be refused, as application/problem+json
     Database     the SQL files, the connection pools, migrations
     Passwords    sealed or hashed; opened only for the reply that grants a lock
+    Clients      who may call, and whose a lock is, with BOTFARM_AUTH=on
     Coalescing   calls that arrive while a statement runs share the next one
     Waiting      who gets whom when calls wait, alone or for a set
     Farm         what the handlers share
@@ -1041,6 +1042,34 @@ async def reseal(pool: Connections, keyring: Keyring, progress: Callable[[int], 
 
 
 # ------------------------------------------------------------------------------------------------------
+# Clients: who may call, and whose a lock is, when BOTFARM_AUTH is on.
+# ------------------------------------------------------------------------------------------------------
+
+SCOPES = {
+    "users:read": "read users, their history and pools",
+    "users:write": "create, change, delete, import, verify and quarantine users, and read them",
+    "locks": "acquire users, and extend and release locks of its own",
+    "admin": "everything, also with locks of other clients",
+}
+
+
+class Caller(Struct, frozen=True):
+    """Who calls; by default everybody, as it is without authentication."""
+
+    client: uuid.UUID | None = None
+    scopes: frozenset[str] = frozenset(SCOPES)
+    projects: tuple[uuid.UUID, ...] | None = None  # null: all
+
+    @property
+    def owner(self) -> uuid.UUID | None:
+        """The client whose locks it may touch; null: anybody's."""
+        return None if "admin" in self.scopes else self.client
+
+
+ANYBODY = Caller()
+
+
+# ------------------------------------------------------------------------------------------------------
 # Coalescing: while one statement runs, the calls that arrive meanwhile gather and share the next one.
 # Nothing is delayed when nothing else waits; under load one commit serves many calls.
 # ------------------------------------------------------------------------------------------------------
@@ -1162,6 +1191,7 @@ class Ask(Struct, eq=False, kw_only=True):
     ttl: int = 0
     wait: int = 0
     key: uuid.UUID | None = None
+    client: uuid.UUID | None = None  # whose the lock will be; null: authentication is off
     home: Wish | None = None  # the pool of the very user that is wished for, where that is known
     foreign: bool = False  # waits at another replica, and only holds its place here
     arrived: float = msgspec.field(default_factory=time.monotonic)
@@ -1533,7 +1563,7 @@ def _jittered(seconds: float) -> float:
 def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
     """As acquire_users.sql takes them."""
     rows = [
-        (number, user, lock_id, ask.holder, ask.ttl, ask.key)
+        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client)
         for number, (ask, users) in enumerate(chosen.items())
         for user, lock_id in zip(users, ask.lock_ids, strict=True)
     ]
@@ -1566,11 +1596,16 @@ class Release(Struct):
     lock_id: uuid.UUID
     cooldown: int = 0
     quarantine: str | None = None
+    client: uuid.UUID | None = None  # whose lock it has to be; null: anybody's
 
 
 class Renewal(Struct):
     lock_id: uuid.UUID
     ttl: int | None
+    client: uuid.UUID | None = None  # whose lock it has to be; null: anybody's
+
+
+L = TypeVar("L", Release, Renewal)
 
 
 class Refusal(Struct):
@@ -1706,6 +1741,7 @@ class Farm:
                 [ask.holder for ask in asks],
                 [ask.ttl for ask in asks],
                 [ask.key for ask in asks],
+                [ask.client for ask in asks],
             )
         except Busy:
             raise
@@ -1733,21 +1769,23 @@ class Farm:
 
     async def _release(self, releases: list[Release]) -> list[bool]:
         """Whether each was held. A lock that is released twice at once is held for the first one only."""
-        once: dict[uuid.UUID, Release] = {}
+        once: dict[tuple[uuid.UUID, uuid.UUID | None], Release] = {}
         for release in releases:
-            once.setdefault(release.lock_id, release)
-        rows = await self.hot.fetch(SQL["release_locks"], *_columns([once[id] for id in sorted(once)], Release))
-        freed = {row["lock_id"] for row in rows}
+            once.setdefault((release.lock_id, release.client), release)
+        rows = await self.hot.fetch(SQL["release_locks"], *_columns(_by_lock_id(once.values()), Release))
+        freed = {id(once[row["lock_id"], row["client"]]) for row in rows}
         if freed:
             self.desk.freed()
-        return [release.lock_id in freed and once[release.lock_id] is release for release in releases]
+        return [id(release) in freed for release in releases]
 
     async def _extend(self, renewals: list[Renewal]) -> list[asyncpg.Record | None]:
         """Rows of those that are held. Of several renewals of one lock at once, the last one counts."""
-        last = {renewal.lock_id: renewal for renewal in renewals}
-        rows = await self.hot.fetch(SQL["extend_locks"], *_columns([last[id] for id in sorted(last)], Renewal))
+        last = {(renewal.lock_id, renewal.client): renewal for renewal in renewals}
+        rows = await self.hot.fetch(SQL["extend_locks"], *_columns(_by_lock_id(last.values()), Renewal))
         extended = {row["lock_id"]: row for row in rows}
-        return [extended.get(renewal.lock_id) for renewal in renewals]
+        found = [extended.get(renewal.lock_id) for renewal in renewals]
+        pairs = zip(renewals, found, strict=True)
+        return [row if row and renewal.client in (None, row["client_id"]) else None for renewal, row in pairs]
 
     async def find_keyed(self, keys: list[uuid.UUID]) -> list[list[asyncpg.Record]]:
         """What each idempotency key has bound: nothing, or a row for each lock."""
@@ -1802,6 +1840,10 @@ class Farm:
             self._costly[wishes] = time.monotonic() + 4 * took, refusal
         elif not refusal.free and len(wishes) == 1:  # a set is asked for at the desk, which costs no count
             self.exhausted[wishes] = None
+
+
+def _by_lock_id(items: Iterable[L]) -> list[L]:
+    return sorted(items, key=lambda item: item.lock_id)
 
 
 def _columns(items: Iterable[Struct], kind: type[Struct]) -> list[list[Any]]:
@@ -1998,6 +2040,13 @@ def _read_query(farm: Farm, query: bytes, kind: type[T]) -> T:
     return parsed
 
 
+CALLER = "botfarm-caller"  # in the state of a request: who calls, where authentication is on
+
+
+def caller_of(request: Request) -> Caller:
+    return request.scope["state"].get(CALLER, ANYBODY)
+
+
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response[bytes]:
     return Response(
         content=msgspec.json.encode(value), status_code=status, media_type=JSON, headers=dict(headers or {})
@@ -2164,7 +2213,7 @@ async def delete_user(farm: Farm, request: Request, id: uuid.UUID, query: Delete
 
     One that is locked is deleted only with `force=true`; its lock then ends as `forced`.
     """
-    row = await farm.pool.fetchrow(SQL["delete_user"], id, query.force)
+    row = await farm.pool.fetchrow(SQL["delete_user"], id, query.force, caller_of(request).owner)
     if row is None:
         raise UserNotFound(f"There is no user {id}.")
     if not row["deleted"]:
@@ -2632,14 +2681,16 @@ def _granted_set(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
     return reply(LockSet([_with_password(farm, row) for row in rows]), 201)
 
 
-def _idempotency_key(request: Request) -> uuid.UUID | None:
+def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | None:
+    """The key as it is stored: that of a client is derived from both, so that two clients never share one."""
     text = header(request, b"idempotency-key")
     if text is None:
         return None
     try:
-        return msgspec.convert(text, uuid.UUID)
+        key = msgspec.convert(text, uuid.UUID)
     except msgspec.ValidationError:
         raise Invalid([FieldError("Idempotency-Key", f"{_shown(text)} is not a UUID")]) from None
+    return uuid.uuid5(client, str(key)) if client else key
 
 
 Grant = Callable[["Farm", list[asyncpg.Record]], Response[bytes]]
@@ -2649,7 +2700,8 @@ async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Resp
     """Claim users; where there are none, find out why, and try again if some are free after all."""
     if farm.stopping:
         raise ShuttingDown
-    ask.key = _idempotency_key(request)
+    ask.client = caller_of(request).client
+    ask.key = _idempotency_key(request, ask.client)
     wishes = tuple(ask.wishes)
     if wishes in farm.exhausted and not ask.wait and not ask.key and not (refusal := await farm.refusal(wishes)).free:
         return refusal.response
@@ -2662,7 +2714,7 @@ async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Resp
             return LockEnded("The caller went away before the reply.").response()
         if rows:
             return await _grant(farm, ask, rows, grant)
-        if ask.key and (repeated := await _repeat(farm, ask.key, grant)):
+        if ask.key and (repeated := await _repeat(farm, request, ask, grant)):
             return repeated
         refusal = await farm.refusal(wishes)
         if not refusal.free or attempt == 4 or ask.wait:
@@ -2736,15 +2788,16 @@ async def _grant(farm: Farm, ask: Ask, rows: list[asyncpg.Record], grant: Grant)
         raise
 
 
-async def _repeat(farm: Farm, key: uuid.UUID, grant: Grant) -> Response[bytes] | None:
+async def _repeat(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Response[bytes] | None:
     """The locks that the key has bound, or that one has ended; None for a key that is not bound."""
-    rows = await farm.keyed(key)
+    rows = await farm.keyed(cast("uuid.UUID", ask.key))
     if not rows:
         return None
     if all(row["lock_id"] is not None for row in rows):
         return grant(farm, rows)
-    ends = await farm.pool.fetch(SQL["get_lock_ends"], [row["bound_id"] for row in rows])
+    ends = await farm.pool.fetch(SQL["get_lock_ends"], [row["bound_id"] for row in rows], ask.client)
     ended_at = min((row["ended_at"] for row in ends), default=None)
+    key = _idempotency_key(request, None)
     detail = f"The lock of the idempotency key {key} has ended: use a new key for a new lock."
     return LockEnded(detail, ended_at=ended_at).response()
 
@@ -2836,8 +2889,8 @@ async def acquire_set(farm: Farm, request: Request, body: AcquireSet) -> Respons
     )
 
 
-async def _not_held(farm: Farm, id: uuid.UUID) -> LockNotHeld:
-    ends = await farm.pool.fetch(SQL["get_lock_ends"], [id])
+async def _not_held(farm: Farm, id: uuid.UUID, owner: uuid.UUID | None) -> LockNotHeld:
+    ends = await farm.pool.fetch(SQL["get_lock_ends"], [id], owner)
     if not ends:
         return LockNotHeld(f"No lock {id} is known.")
     end = ends[0]
@@ -2848,8 +2901,9 @@ async def _not_held(farm: Farm, id: uuid.UUID) -> LockNotHeld:
 @call(get, "/locks/{id:str}", tag="locks", status=200, answer=Lock, problems=(LockNotHeld,))
 async def get_lock(farm: Farm, request: Request, id: uuid.UUID) -> Response:
     """A lock that is held, without the password."""
-    row = await farm.pool.fetchrow(SQL["get_lock"], id)
-    return reply(_lock(row)) if row else (await _not_held(farm, id)).response()
+    owner = caller_of(request).owner
+    row = await farm.pool.fetchrow(SQL["get_lock"], id, owner)
+    return reply(_lock(row)) if row else (await _not_held(farm, id, owner)).response()
 
 
 @call(
@@ -2861,8 +2915,9 @@ async def extend_lock(farm: Farm, request: Request, id: uuid.UUID, body: ExtendL
 
     Without a ttl the last one is used again.
     """
-    row = await farm.extend(Renewal(id, body.ttl))
-    return reply(_lock(row)) if row else (await _not_held(farm, id)).response()
+    owner = caller_of(request).owner
+    row = await farm.extend(Renewal(id, body.ttl, owner))
+    return reply(_lock(row)) if row else (await _not_held(farm, id, owner)).response()
 
 
 @call(delete, "/locks/{id:str}", tag="locks", status=204, query=ReleaseQuery, problems=(LockNotHeld,))
@@ -2871,14 +2926,16 @@ async def release_lock(farm: Farm, request: Request, id: uuid.UUID, query: Relea
 
     `cooldown` lets it rest first; `quarantine` takes it out, with the reason, when the test found it broken.
     """
-    held = await farm.release(Release(id, query.cooldown, query.quarantine))
-    return no_content() if held else (await _not_held(farm, id)).response()
+    owner = caller_of(request).owner
+    held = await farm.release(Release(id, query.cooldown, query.quarantine, owner))
+    return no_content() if held else (await _not_held(farm, id, owner)).response()
 
 
 @call(delete, "/locks", tag="locks", status=200, query=HolderQuery, answer=Released)
 async def release_holder(farm: Farm, request: Request, query: HolderQuery) -> Response:
     """Give back everything that a holder holds: a CI job's last step."""
-    rows = await farm.pool.fetch(SQL["release_holder"], query.holder, query.project_id)
+    caller = caller_of(request)
+    rows = await farm.pool.fetch(SQL["release_holder"], query.holder, query.project_id, caller.owner, caller.projects)
     farm.desk.freed()
     return reply(Released(len(rows)))
 

@@ -2,7 +2,7 @@
 --   $1-$6   filters, one a distinct wish: the user itself, or project, env, domain, labels (null: any),
 --           and how many users are wanted
 --   $7-$9   where to look first: filter (its ordinal), pool, since when free
---   $10-$14 requests: filter (its ordinal), lock id, holder, ttl in seconds, idempotency key or null
+--   $10-$15 requests: filter (its ordinal), lock id, holder, ttl in seconds, idempotency key or null, client or null
 -- A row comes back for each request that got a user; its ordinal is `request`.
 -- Atomic because the candidates are locked with skip locked, which also checks them again in their
 -- newest version, and stay locked until the commit. A lock that has expired is taken over here, and its
@@ -114,14 +114,15 @@ candidates as materialized (
 ),
 requests as materialized (
     select asked.*, row_number() over (partition by asked.filter order by asked.request) as turn
-    from unnest($10::bigint[], $11::uuid[], $12::text[], $13::int[], $14::uuid[])
-        with ordinality as asked (filter, lock_id, holder, ttl, key, request)
+    from unnest($10::bigint[], $11::uuid[], $12::text[], $13::int[], $14::uuid[], $15::uuid[])
+        with ordinality as asked (filter, lock_id, holder, ttl, key, client_id, request)
     where (select bound.key from idempotency_keys as bound where bound.key = asked.key) is null
 ),
 paired as materialized (
     select requests.request, requests.lock_id, requests.holder, requests.ttl, requests.key,
-        clock_timestamp() as acquired_at, candidates.place, candidates.user_id, candidates.ready_at as since,
-        candidates.lock_id as old_lock_id, candidates.holder as old_holder,
+        requests.client_id, clock_timestamp() as acquired_at, candidates.place, candidates.user_id,
+        candidates.ready_at as since, candidates.lock_id as old_lock_id, candidates.holder as old_holder,
+        candidates.client_id as old_client_id,
         candidates.acquired_at as old_acquired_at, candidates.expires_at as old_expires_at,
         candidates.fence as old_fence
     from requests
@@ -145,6 +146,7 @@ taken as (
     update locks
     set fence = locks.fence + 1,
         lock_id = paired.lock_id,
+        client_id = paired.client_id,
         holder = paired.holder,
         ttl = paired.ttl,
         acquired_at = paired.acquired_at,
@@ -158,8 +160,8 @@ taken as (
         locks.ttl, locks.holder
 ),
 expired as (
-    insert into history (lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by)
-    select old_lock_id, user_id, old_fence, old_holder, old_acquired_at, old_expires_at, 'expired'
+    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
+    select old_lock_id, user_id, old_client_id, old_fence, old_holder, old_acquired_at, old_expires_at, 'expired'
     from paired
     where old_lock_id is not null
         and paired.lock_id in (select taken.lock_id from taken)

@@ -5,17 +5,18 @@
 --   $4  holders   text[]
 --   $5  ttls      int[]     (seconds)
 --   $6  keys      uuid[]    (the group's idempotency key, or null)
+--   $7  clients   uuid[]    (whose it will be, or null)
 -- Atomic as acquire_locks.sql is: the users are locked with skip locked, checked in their newest version, and
 -- stay locked until the commit; a group of which one is not free any more gets none. A row comes back for
 -- each user that was taken.
 with chosen as materialized (
     select *
-    from unnest($1::bigint[], $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::uuid[])
-        with ordinality as chosen (call, user_id, lock_id, holder, ttl, key, place)
+    from unnest($1::bigint[], $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::uuid[], $7::uuid[])
+        with ordinality as chosen (call, user_id, lock_id, holder, ttl, key, client_id, place)
 ),
 candidates as materialized (
     select chosen.call, chosen.lock_id as new_lock_id, chosen.holder as new_holder, chosen.ttl as new_ttl, chosen.key,
-        chosen.place, clock_timestamp() as taken_at, found.*
+        chosen.client_id as new_client_id, chosen.place, clock_timestamp() as taken_at, found.*
     from chosen
     cross join lateral (
         select locks.ctid as version, locks.*
@@ -54,6 +55,7 @@ taken as (
     update locks
     set fence = locks.fence + 1,
         lock_id = candidates.new_lock_id,
+        client_id = candidates.new_client_id,
         holder = candidates.new_holder,
         ttl = candidates.new_ttl,
         acquired_at = candidates.taken_at,
@@ -68,9 +70,9 @@ taken as (
         locks.ttl, locks.holder
 ),
 expired as (
-    insert into history (lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by)
-    select candidates.lock_id, candidates.user_id, candidates.fence, candidates.holder, candidates.acquired_at,
-        candidates.expires_at, 'expired'
+    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
+    select candidates.lock_id, candidates.user_id, candidates.client_id, candidates.fence, candidates.holder,
+        candidates.acquired_at, candidates.expires_at, 'expired'
     from candidates
     where candidates.lock_id is not null
         and candidates.new_lock_id in (select taken.lock_id from taken)

@@ -1,6 +1,7 @@
 -- Delete a user with its lock row, and by force also one that is locked.
 --   $1  user id  uuid
 --   $2  force    boolean
+--   $3  client   uuid: whose lock may be ended by force; null: anybody's
 -- The user is locked first, as by every statement that changes both, and then its lock row, so that one that is
 -- being acquired in this moment is seen as locked.
 with owner as materialized (
@@ -19,7 +20,7 @@ deleted as (
     delete from users
     using found
     where users.id = found.user_id
-        and ($2::boolean or not found.held)
+        and (not found.held or $2::boolean and ($3::uuid is null or found.client_id = $3::uuid))
     returning users.id
 ),
 unlocked as (
@@ -28,8 +29,8 @@ unlocked as (
     where locks.user_id = deleted.id
 ),
 recorded as (
-    insert into history (lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by)
-    select lock_id, user_id, fence, holder, acquired_at, least(clock_timestamp(), expires_at),
+    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, acquired_at, least(clock_timestamp(), expires_at),
         case when held then 'forced' else 'expired' end
     from found
     where lock_id is not null

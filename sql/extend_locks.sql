@@ -1,12 +1,13 @@
 -- Let locks end later (or sooner): the heartbeat.
 --   $1  lock ids  uuid[]  (sorted, so that two batches can't wait for each other)
 --   $2  ttls      int[]   (seconds from now; null repeats the last one)
+--   $3  clients   uuid[]  (whose lock it has to be; null: anybody's)
 -- Only a lock that is still held is extended. ready_at, which is indexed, moves only when the lock now
 -- ends before it, so a renewal is a HOT update.
 -- The ids are compared with the whole array too, see release_locks.sql.
 with asked as (
-    select lock_id, ttl
-    from unnest($1::uuid[], $2::int[]) as asked (lock_id, ttl)
+    select lock_id, ttl, client_id
+    from unnest($1::uuid[], $2::int[], $3::uuid[]) as asked (lock_id, ttl, client_id)
 ),
 extended as (
     update locks
@@ -19,9 +20,10 @@ extended as (
     from asked
     where locks.lock_id = asked.lock_id
         and locks.lock_id = any($1::uuid[])
+        and (asked.client_id is null or locks.client_id = asked.client_id)
         and locks.expires_at > clock_timestamp()
     returning locks.user_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at, locks.ttl,
-        locks.holder
+        locks.holder, locks.client_id
 )
 select extended.*, users.login, users.project_id, users.env, users.domain, users.labels
 from extended

@@ -2,14 +2,16 @@
 --   $1  lock ids      uuid[]  (sorted, so that two batches can't wait for each other)
 --   $2  cooldowns     int[]   (seconds that each user rests)
 --   $3  quarantines   text[]  (a reason takes the user out; null does not)
--- The lock id is compared inside the update, so a late release from a test that has already
--- lost its lock can never free the next holder. A lock without a row back was not held.
+--   $4  clients       uuid[]  (whose lock it has to be; null: anybody's)
+-- The lock id and its client are compared inside the update, so a late release from a test that has already
+-- lost its lock can never free the next holder. A lock without a row back was not held. Where two clients (one
+-- of them anybody) release a lock at once, it was held for one of them: `client` tells for which.
 -- The ids are compared with the whole array too, because the planner, where few locks were held at the last
 -- analyze, would else read all of the index first and compare after: slow beside an old snapshot, which keeps
 -- dead entries alive (10,000 -> 1,700 requests/s).
 with asked as (
-    select lock_id, cooldown * interval '1 second' as cooldown, quarantine
-    from unnest($1::uuid[], $2::int[], $3::text[]) as asked (lock_id, cooldown, quarantine)
+    select lock_id, cooldown * interval '1 second' as cooldown, quarantine, client_id
+    from unnest($1::uuid[], $2::int[], $3::text[], $4::uuid[]) as asked (lock_id, cooldown, quarantine, client_id)
 ),
 freed as (
     update locks
@@ -19,11 +21,15 @@ freed as (
     from asked
     where locks.lock_id = asked.lock_id
         and locks.lock_id = any($1::uuid[])
+        and (asked.client_id is null or locks.client_id = asked.client_id)
         and locks.expires_at > clock_timestamp()
-    returning asked.lock_id, locks.user_id, locks.fence, locks.holder, locks.acquired_at,
-        locks.ready_at - asked.cooldown as ended_at
+    returning asked.lock_id, asked.client_id as client, locks.user_id, locks.client_id, locks.fence,
+        locks.holder, locks.acquired_at, locks.ready_at - asked.cooldown as ended_at
+),
+recorded as (
+    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, 'released'
+    from freed
 )
-insert into history (lock_id, user_id, fence, holder, acquired_at, ended_at, ended_by)
-select lock_id, user_id, fence, holder, acquired_at, ended_at, 'released'
+select lock_id, client
 from freed
-returning lock_id

@@ -34,6 +34,7 @@ PINNED = {
     "0003.sealing_keys": "38d46f2e16a30db6",
     "0004.due_locks": "0983d9475ca964e9",
     "0005.waiting": "c82483f5f30da5d1",
+    "0006.clients": "ad455bd3c765e5d1",
 }
 
 

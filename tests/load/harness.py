@@ -281,8 +281,9 @@ def direct_script(url: str) -> str:
     wish = [none[0], f"array['{project(1)}']::uuid[]", *none[1:], "array[1]::int[]"]
     cursor = ["array[1]::bigint[]", f"array[{pool}]::int[]", f"array[{since}]::timestamptz[]"]
     claim = ["array[1]::bigint[]", f"array[{lock_id}]::uuid[]", f"array['{HOLDER}']::text[]", "array[3600]::int[]"]
-    acquire = filled_in("acquire_locks", [*wish, *cursor, *claim, "array[null]::uuid[]"])
-    release = filled_in("release_locks", ["array[:lock_id]::uuid[]", "array[0]::int[]", "array[null]::text[]"])
+    nobody = "array[null]::uuid[]"
+    acquire = filled_in("acquire_locks", [*wish, *cursor, *claim, nobody, nobody])
+    release = filled_in("release_locks", ["array[:lock_id]::uuid[]", "array[0]::int[]", "array[null]::text[]", nobody])
     return f"\\if :request\n\\set request 0\n{release};\n\\else\n{acquire}\n\\aset\n\\endif\n"
 
 
