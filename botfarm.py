@@ -17,6 +17,7 @@ Sections, in reading order:
     Passwords    sealed or hashed; opened only for the reply that grants a lock
     Clients      who may call, and whose a lock is, with BOTFARM_AUTH=on
     Coalescing   calls that arrive while a statement runs share the next one
+    Events       what happens to users and locks, counted for GET /metrics
     Waiting      who gets whom when calls wait, alone or for a set
     Farm         what the handlers share
     Calls        how a handler declares its path, query, body and refusals
@@ -35,6 +36,7 @@ import asyncio
 import base64
 import contextlib
 import csv
+import fcntl
 import gc
 import hmac
 import importlib.resources
@@ -42,21 +44,27 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import os
+import platform
 import re
 import resource
 import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
+from array import array
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast, get_args, get_type_hints
 from urllib.parse import parse_qsl
@@ -75,6 +83,9 @@ from litestar.exceptions import ClientException, HTTPException
 from litestar.response import Stream
 from litestar.static_files import create_static_files_router
 from msgspec import UNSET, Meta, Struct, UnsetType
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric as MetricFamily
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -456,7 +467,7 @@ class Problem(Exception):
     def title(self) -> str:
         return self.slug.replace("-", " ").capitalize()
 
-    def response(self) -> Response[bytes]:
+    def response(self) -> Refused:
         if self.retry_after is not None:
             self.headers.setdefault("Retry-After", str(self.retry_after))
         content = {
@@ -466,12 +477,20 @@ class Problem(Exception):
             "detail": self.detail,
             **self.members,
         }
-        return Response(
+        refused = Refused(
             content=msgspec.json.encode(content),
             status_code=self.status,
             media_type="application/problem+json",
             headers=self.headers,
         )
+        refused.slug = self.slug
+        return refused
+
+
+class Refused(Response[bytes]):
+    """The reply of a problem, which knows its slug, so that all refusals are counted in one place."""
+
+    slug: str
 
 
 class MalformedBody(Problem):
@@ -688,6 +707,11 @@ class Connections:
             yield cast("asyncpg.Connection", connection)
         finally:  # bounded, because it waits for a cancelled statement, which a frozen server never ends
             await self._pool.release(connection, timeout=1)
+
+    def gauges(self) -> tuple[int, int, int, int]:
+        """Connections that work, that are idle, that may be opened in all, and calls that wait for one."""
+        size, idle = self._pool.get_size(), self._pool.get_idle_size()
+        return size - idle, idle, self._pool.get_max_size(), self._waiting
 
     async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> list[asyncpg.Record]:  # noqa: ASYNC109
         async with self.acquire() as connection:
@@ -1086,9 +1110,12 @@ class Coalescer(Generic[T, R]):
     One statement runs at a time (two gave nothing), but for a limit of one, which is there to compare with.
     """
 
-    def __init__(self, run: Callable[[list[T]], Awaitable[Sequence[R]]], limit: int) -> None:
+    def __init__(
+        self, run: Callable[[list[T]], Awaitable[Sequence[R]]], limit: int, tell: Callable[[int], None] = lambda _: None
+    ) -> None:
         self._run = run
         self._limit = limit
+        self._tell = tell  # hears the size of each batch
         self._lanes = UNBATCHED if limit == 1 else 1
         self._gathered: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -1107,6 +1134,7 @@ class Coalescer(Generic[T, R]):
         try:
             while self._gathered:
                 count = min(len(self._gathered), self._limit)
+                self._tell(count)
                 await self._serve([self._gathered.popleft() for _ in range(count)])
         finally:
             self._tasks.discard(cast("asyncio.Task[None]", asyncio.current_task()))
@@ -1137,6 +1165,219 @@ def new_id() -> uuid.UUID:
     """
     bits = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
     return uuid.UUID(int=bits & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Events: what happens to users and locks is told here, once, by whoever did it: so that nothing that is
+# counted is forgotten.
+# ------------------------------------------------------------------------------------------------------
+
+
+class Metric(Struct, frozen=True):
+    """A counter; with bounds a histogram. It has a series for each of `values` where it has a label."""
+
+    name: str
+    help: str
+    label: str = ""
+    values: tuple[str, ...] = ("",)
+    bounds: tuple[float, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Cells of a series: the number, or one for each bucket, the last one endless, and then the sum."""
+        return len(self.bounds) + 2 if self.bounds else 1
+
+    def family(self, cells: Sequence[float]) -> MetricFamily:
+        """As prometheus_client shows it."""
+        labels = [self.label] if self.label else []
+        if not self.bounds:
+            counted = CounterMetricFamily(self.name, self.help, labels=labels)
+            for value, cell in zip(self.values, cells, strict=True):
+                counted.add_metric([value] if labels else [], cell)
+            return counted
+        observed = HistogramMetricFamily(self.name, self.help, labels=labels)
+        for number, value in enumerate(self.values):
+            *counts, total = cells[number * self.width : (number + 1) * self.width]
+            edges = [*map(str, self.bounds), "+Inf"]
+            buckets = list(zip(edges, itertools.accumulate(counts), strict=True))
+            observed.add_metric([value] if labels else [], buckets, total)
+        return observed
+
+
+MOMENTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+WAITS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+HOLDS = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 14400.0, 86400.0)
+SIZES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+STATEMENTS = ("acquire_locks", "acquire_users", "release_locks", "extend_locks", "get_keyed_locks", "count_matching")
+METRICS = (
+    Metric("botfarm_acquires", "Locks that were granted."),
+    Metric("botfarm_releases", "Locks that were given back."),
+    Metric("botfarm_extensions", "Locks that were extended, by heartbeats."),
+    Metric("botfarm_expirations", "Locks whose time ran out; counted when that is noticed, a second later at most."),
+    Metric("botfarm_forced_releases", "Locks that were ended by force."),
+    Metric("botfarm_password_reveals", "Passwords that left the service in the reply that grants a lock."),
+    Metric(
+        "botfarm_refusals", "Calls that were refused, by the slug of the problem.", "reason",
+        tuple(sorted(kind.slug for kind in Problem.__subclasses__())),
+    ),
+    Metric("botfarm_database_errors", "Calls and jobs that failed because the database did not answer."),
+    Metric(
+        "botfarm_acquire_duration_seconds", "From the call to the grant of a lock, for calls that did not wait.",
+        bounds=MOMENTS,
+    ),
+    Metric(
+        "botfarm_wait_duration_seconds", "How long calls waited for a user, by how that ended.", "outcome",
+        ("granted", "refused", "gone"), WAITS,
+    ),
+    Metric("botfarm_lock_held_duration_seconds", "From the grant of a lock to its end.", bounds=HOLDS),
+    Metric(
+        "botfarm_batch_size", "Calls that shared a statement.", "statement", STATEMENTS, SIZES,
+    ),
+)  # fmt: skip
+
+
+class Snapshot(Struct):
+    """What a worker has at this moment: who waits for which pools, and its database connections by name."""
+
+    waiting: list[tuple[list[Wish], int]] = []
+    connections: dict[str, tuple[int, int, int, int]] = {}  # see Connections.gauges
+
+
+SHARED = "BOTFARM_SHARED_FOLDER"  # no setting: `serve` makes the folder, and tells its workers so
+
+
+class Tally:
+    """The numbers of METRICS, of all workers of a start.
+
+    They stand in flat cells: of this process, or, with a folder that the workers share, in a file that is mapped
+    into its memory. A worker has a file of its own as long as it lives, and whoever is asked adds up those of all.
+    That of a killed worker stays, and the one that takes its place goes on adding to it: so no sum ever shrinks,
+    and nothing counts twice. (An increment takes 0.2 us; in prometheus_client's own multiprocess mode 1.5 us, an
+    observation 6 us, and files of dead workers gather.)
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self._places: dict[tuple[str, str], int] = {}
+        self._bounds = {metric.name: metric.bounds for metric in METRICS}
+        size = 0
+        for metric in METRICS:
+            for value in metric.values:
+                self._places[metric.name, value] = size
+                size += metric.width
+        self._size = size
+        self._folder = Path(folder) if folder else None
+        self._own = Path()
+        self._cells: Any = self._claim(self._folder) if self._folder else array("d", bytes(8 * size))
+
+    def _claim(self, folder: Path) -> Any:
+        """The cells of the first file that no living worker has."""
+        for number in itertools.count():
+            self._own = folder / f"{number}.cells"
+            file = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o600)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and so it stays until this process has ended
+                os.truncate(file, 8 * self._size)
+                return memoryview(mmap.mmap(file, 8 * self._size)).cast("d")
+            os.close(file)
+        raise AssertionError
+
+    def count(self, name: str, value: str = "", by: int = 1) -> None:
+        self._cells[self._places[name, value]] += by
+
+    def observe(self, name: str, measured: float, value: str = "") -> None:
+        bounds, place = self._bounds[name], self._places[name, value]
+        self._cells[place + bisect_left(bounds, measured)] += 1
+        self._cells[place + len(bounds) + 1] += measured
+
+    def families(self) -> Iterator[MetricFamily]:
+        """The sums over all workers."""
+        cells = [sum(column) for column in zip(*self._all(), strict=True)]
+        for metric in METRICS:
+            first = self._places[metric.name, metric.values[0]]
+            yield metric.family(cells[first : first + len(metric.values) * metric.width])
+
+    def _all(self) -> list[Sequence[float]]:
+        if self._folder is None:
+            return [self._cells]
+        files = [file.read_bytes() for file in self._folder.glob("*.cells")]
+        return [array("d", file) for file in files if len(file) == 8 * self._size]
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Tell the other workers what there is here at this moment."""
+        if self._folder:
+            new = self._own.with_suffix(".new")
+            new.write_bytes(msgspec.json.encode(snapshot))
+            new.replace(self._own.with_suffix(".json"))
+
+    def others(self) -> list[Snapshot]:
+        """What the other workers that live told last."""
+        files = self._folder.glob("*.json") if self._folder else ()
+        alive = [file for file in files if file.stem != self._own.stem and _is_locked(file.with_suffix(".cells"))]
+        return [msgspec.json.decode(file.read_bytes(), type=Snapshot) for file in alive]
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process has this file."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+Row = asyncpg.Record | Mapping[str, Any]
+
+
+class Events:
+    """What happened, told by whoever did it. Rows are those of the statement that did it."""
+
+    ENDS: ClassVar[dict[str, str]] = {
+        "released": "botfarm_releases",
+        "expired": "botfarm_expirations",
+        "forced": "botfarm_forced_releases",
+    }
+
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
+
+    def batched(self, statement: str, size: int) -> None:
+        """So many calls share a statement."""
+        self.tally.observe("botfarm_batch_size", size, statement)
+
+    def acquired(self, row: asyncpg.Record, seconds: float, waited: bool) -> None:
+        """A lock was granted. Where that ended one whose time had run out, this is told too."""
+        self.tally.count("botfarm_acquires")
+        if waited:
+            self.waited("granted", seconds)
+        else:
+            self.tally.observe("botfarm_acquire_duration_seconds", seconds)
+        if row["expired"]:
+            self.ended("expired", msgspec.json.decode(row["expired"]))
+
+    def waited(self, outcome: str, seconds: float) -> None:
+        """A call that waited ended: granted, refused, or its caller was gone."""
+        self.tally.observe("botfarm_wait_duration_seconds", seconds, outcome)
+
+    def revealed(self, row: asyncpg.Record) -> None:
+        """The password of a user goes out with the reply."""
+        self.tally.count("botfarm_password_reveals")
+
+    def extended(self, row: asyncpg.Record) -> None:
+        self.tally.count("botfarm_extensions")
+
+    def ended(self, how: str, lock: Row) -> None:
+        """A lock has ended: released, expired or forced."""
+        self.tally.count(self.ENDS[how])
+        self.tally.observe("botfarm_lock_held_duration_seconds", lock["held_seconds"])
+
+    def refused(self, reason: str) -> None:
+        """A call was refused. Nothing changed, so this is only counted."""
+        self.tally.count("botfarm_refusals", reason)
+
+    def database_failed(self, told: str, fault: BaseException) -> None:
+        self.tally.count("botfarm_database_errors")
+        log.warning("%s: %s: %s", told, type(fault).__name__, fault)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1315,6 +1556,10 @@ class Desk:
         """How many calls wait here for users of this pool."""
         return sum(count for pools, count in self._pools.items() if any(pool.meets(other) for other in pools))
 
+    def crowd(self) -> list[tuple[list[Wish], int]]:
+        """Who waits here: pools, and how many calls wait for users of any of them."""
+        return [(list(pools), count) for pools, count in self._pools.items()]
+
     def join(self, ask: Ask) -> None:
         """Take a place in the queue; `ask.answer` will be its rows, none for one that has no time to wait."""
         ask.answer = asyncio.get_running_loop().create_future()
@@ -1486,7 +1731,9 @@ class Desk:
             ask.lock_ids = [new_id() for _ in users]
         self._taking = set(chosen)
         try:
+            self.farm.events.batched("acquire_users", len(chosen))
             rows = {row["lock_id"]: row for row in await self.farm.hot.fetch(SQL["acquire_users"], *_groups(chosen))}
+            self.farm.granted(rows.values(), {id: ask for ask in chosen for id in ask.lock_ids}, by_desk=True)
             for ask in chosen:
                 if ask.lock_ids[0] in rows:
                     self._answer(ask, [rows[id] for id in ask.lock_ids])
@@ -1583,7 +1830,7 @@ async def listen(farm: Farm, url: str) -> None:
             finally:
                 connection.terminate()
         except (asyncpg.PostgresError, *DATABASE_FAULTS) as fault:
-            log.warning("No news of other replicas, polls go on: %s: %s", type(fault).__name__, fault)
+            farm.events.database_failed("No news of other replicas, polls go on", fault)
         await asyncio.sleep(_jittered(5))
 
 
@@ -1613,7 +1860,7 @@ class Refusal(Struct):
 
     matching: int
     free: int
-    response: Response[bytes]
+    response: Refused
 
 
 # A release may commit a moment after a claim has passed its place; look back this far for such stragglers.
@@ -1627,16 +1874,19 @@ class Farm:
     Locks have connections of their own (`hot`), so that no import, list or export stands before them.
     """
 
-    def __init__(self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords) -> None:
+    def __init__(
+        self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords, events: Events
+    ) -> None:
         self.settings = settings
         self.hot = hot
         self.pool = pool
         self.passwords = passwords
-        self.acquire = Coalescer(self._acquire, settings.batch)
-        self.release = Coalescer(self._release, settings.batch)
-        self.extend = Coalescer(self._extend, settings.batch)
-        self.keyed = Coalescer(self.find_keyed, settings.batch)
-        self.refusal = Coalescer(self._refusals, settings.batch)
+        self.events = events
+        self.acquire = Coalescer(self._acquire, settings.batch, partial(events.batched, "acquire_locks"))
+        self.release = Coalescer(self._release, settings.batch, partial(events.batched, "release_locks"))
+        self.extend = Coalescer(self._extend, settings.batch, partial(events.batched, "extend_locks"))
+        self.keyed = Coalescer(self.find_keyed, settings.batch, partial(events.batched, "get_keyed_locks"))
+        self.refusal = Coalescer(self._refusals, settings.batch, partial(events.batched, "count_matching"))
         self.desk = Desk(self)
         # What was refused last, and refusals whose counts took long to gather, with the time they last.
         self.exhausted: dict[Wishes, None] = {}
@@ -1646,6 +1896,7 @@ class Farm:
         self._unanswered: dict[uuid.UUID, float] = {}
         self._found_later: dict[uuid.UUID, float] = {}
         self._cursors: dict[Wish, dict[int, datetime]] = {}
+        self.census = Census(pool, events)
         self.imports = asyncio.Semaphore(2)
         self.stopping = False
         self._spawned: set[asyncio.Task[None]] = set()
@@ -1748,20 +1999,29 @@ class Farm:
         except DATABASE_FAULTS:
             self.lose([ask.lock_ids[0] for ask in asks if ask.key is None])
             raise
-        self._advance(rows, {ask.lock_ids[0]: ask.wishes[0] for ask in asks})
+        asked = {ask.lock_ids[0]: ask for ask in asks}
+        self.granted(rows, asked)
+        self._advance(rows, asked)
         return rows
+
+    def granted(self, rows: Iterable[asyncpg.Record], asks: Mapping[uuid.UUID, Ask], by_desk: bool = False) -> None:
+        """Tell of the locks that a statement has granted."""
+        now = time.monotonic()
+        for row in rows:
+            ask = asks[row["lock_id"]]
+            self.events.acquired(row, now - ask.arrived, waited=by_desk and ask.wait > 0)
 
     def _cursor_columns(self, wishes: dict[Wish, int]) -> tuple[list[int], list[int], list[datetime]]:
         known = [(o, p, since) for wish, o in wishes.items() for p, since in self._cursors.get(wish, {}).items()]
         return [row[0] for row in known], [row[1] for row in known], [row[2] for row in known]
 
-    def _advance(self, rows: list[asyncpg.Record], wishes: dict[uuid.UUID, Wish]) -> None:
+    def _advance(self, rows: list[asyncpg.Record], asks: Mapping[uuid.UUID, Ask]) -> None:
         """Begin the next search where this one ended: see acquire_locks.sql."""
         if len(self._cursors) > 10_000:
             self._cursors.clear()
         ends: dict[tuple[Wish, int], datetime] = {}
         for row in rows:
-            place = wishes[row["lock_id"]], row["pool_id"]
+            place = asks[row["lock_id"]].wishes[0], row["pool_id"]
             ends[place] = max(row["since"], ends.get(place, row["since"]))
         for (wish, pool_id), end in ends.items():
             if wish.user_id is None:
@@ -1774,6 +2034,8 @@ class Farm:
             once.setdefault((release.lock_id, release.client), release)
         rows = await self.hot.fetch(SQL["release_locks"], *_columns(_by_lock_id(once.values()), Release))
         freed = {id(once[row["lock_id"], row["client"]]) for row in rows}
+        for row in rows:
+            self.events.ended("released", row)
         if freed:
             self.desk.freed()
         return [id(release) in freed for release in releases]
@@ -1783,6 +2045,8 @@ class Farm:
         last = {(renewal.lock_id, renewal.client): renewal for renewal in renewals}
         rows = await self.hot.fetch(SQL["extend_locks"], *_columns(_by_lock_id(last.values()), Renewal))
         extended = {row["lock_id"]: row for row in rows}
+        for row in rows:
+            self.events.extended(row)
         found = [extended.get(renewal.lock_id) for renewal in renewals]
         pairs = zip(renewals, found, strict=True)
         return [row if row and renewal.client in (None, row["client_id"]) else None for renewal, row in pairs]
@@ -1860,6 +2124,7 @@ def _columns(items: Iterable[Struct], kind: type[Struct]) -> list[list[Any]]:
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 CSV = "text/csv"
+PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8"
 ROUTES: list[Any] = []
 Verb = Callable[..., Callable[[Callable[..., Any]], Any]]
 
@@ -1905,18 +2170,21 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
             except Problem as problem:
                 return problem.response()
             except DATABASE_FAULTS as fault:
-                log.warning("The database does not answer: %s: %s", type(fault).__name__, fault)
+                request.app.state.farm.events.database_failed("The database does not answer", fault)
                 return DatabaseUnavailable().response()
             except KeyFault as fault:
                 log.error("%s", fault)
                 return DatabaseUnavailable("A password is sealed with a key that this replica lacks.").response()
 
-        async def endpoint(request: Request) -> Response:
+        async def persist(request: Request) -> Response:
             read: dict[str, Any] = {}
             for _ in range(1 if declaration.upload else 5):
                 with contextlib.suppress(asyncpg.DeadlockDetectedError):  # rolled back whole, so safe to repeat
                     return await attempt(request, read)
             return DatabaseUnavailable("Too many calls change the same users; try again.").response()
+
+        async def endpoint(request: Request) -> Response:
+            return _counted(request, await persist(request))
 
         endpoint.__doc__ = handler.__doc__
         limits = {"request_max_body_size": None} if declaration.upload else {}
@@ -1924,6 +2192,12 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
         ROUTES.append(verb(path, status_code=200, opt=options, include_in_schema=False, **limits)(endpoint))
 
     return register
+
+
+def _counted(request: Request, answer: Response) -> Response:
+    if isinstance(answer, Refused):
+        request.app.state.farm.events.refused(answer.slug)
+    return answer
 
 
 async def _arguments(farm: Farm, request: Request, declared: Call) -> dict[str, Any]:
@@ -2218,6 +2492,8 @@ async def delete_user(farm: Farm, request: Request, id: uuid.UUID, query: Delete
         raise UserNotFound(f"There is no user {id}.")
     if not row["deleted"]:
         raise _user_locked(id, row)
+    if row["lock_id"]:
+        farm.events.ended("forced" if row["held"] else "expired", row)
     return no_content()
 
 
@@ -2670,7 +2946,10 @@ def _lock(row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock
 
 def _with_password(farm: Farm, row: asyncpg.Record) -> Lock:
     """The lock as only the reply that grants it tells it. KeyFault where the password does not open."""
-    return _lock(row, farm.passwords.reveal(row["user_id"], row["secret"]))
+    password = farm.passwords.reveal(row["user_id"], row["secret"])
+    if password is not None:
+        farm.events.revealed(row)
+    return _lock(row, password)
 
 
 def _granted(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
@@ -2744,6 +3023,8 @@ async def _in_turn(farm: Farm, request: Request, ask: Ask) -> list[asyncpg.Recor
         rows = await farm.desk.leave(ask)
         for _ in range(2):  # let a closing that has arrived be noticed before the reply goes out
             await asyncio.sleep(0)
+        if ask.wait and not rows:
+            farm.events.waited("gone" if gone.done() else "refused", time.monotonic() - ask.arrived)
         if gone.done() and rows and not ask.key:
             await farm.give_back(rows)
             return []
@@ -2936,6 +3217,8 @@ async def release_holder(farm: Farm, request: Request, query: HolderQuery) -> Re
     """Give back everything that a holder holds: a CI job's last step."""
     caller = caller_of(request)
     rows = await farm.pool.fetch(SQL["release_holder"], query.holder, query.project_id, caller.owner, caller.projects)
+    for row in rows:
+        farm.events.ended("released", row)
     farm.desk.freed()
     return reply(Released(len(rows)))
 
@@ -2943,8 +3226,11 @@ async def release_holder(farm: Farm, request: Request, query: HolderQuery) -> Re
 @call(delete, "/users/{id:str}/lock", tag="locks", status=204, problems=(UserNotFound,))
 async def force_release(farm: Farm, request: Request, id: uuid.UUID) -> Response:
     """End the lock of a user by force, whoever holds it. Also when nobody does."""
-    if await farm.hot.fetchrow(SQL["force_release"], id) is None:
+    row = await farm.hot.fetchrow(SQL["force_release"], id)
+    if row is None:
         raise UserNotFound(f"There is no user {id}.")
+    if row["lock_id"]:
+        farm.events.ended("forced", row)
     farm.desk.freed()
     return no_content()
 
@@ -2973,13 +3259,127 @@ async def readyz(farm: Farm, request: Request) -> Response:
     return reply({"status": "ok"})
 
 
+class Census:
+    """How many users of each pool are in which state: read when asked for, and kept for a second.
+
+    Where counting takes long it is kept for four times as long, so that no scraper keeps the database busy.
+    """
+
+    def __init__(self, pool: Connections, events: Events) -> None:
+        self._pool = pool
+        self._events = events
+        self._turn = asyncio.Lock()
+        self._until = 0.0
+        self._rows: list[asyncpg.Record] = []
+
+    async def rows(self) -> list[asyncpg.Record]:
+        """As list_pools.sql gives them; none where the database does not answer."""
+        async with self._turn:
+            began = time.monotonic()
+            if began >= self._until:
+                try:
+                    self._rows = await self._pool.fetch(SQL["list_pools"], None, timeout=5)
+                except (asyncpg.UndefinedTableError, *DATABASE_FAULTS) as fault:
+                    self._rows = []
+                    self._events.database_failed("No counts of users for a scrape", fault)
+                ended = time.monotonic()
+                self._until = ended + max(1, 4 * (ended - began))
+            return self._rows
+
+
+class Scrape:
+    """What GET /metrics shows, as prometheus_client collects it."""
+
+    def __init__(self, tally: Tally, pools: list[asyncpg.Record], workers: list[Snapshot]) -> None:
+        self.tally = tally
+        self.pools = pools
+        self.workers = workers
+
+    def collect(self) -> Iterator[MetricFamily]:
+        yield from self.tally.families()
+        yield self._users()
+        yield self._waiting()
+        yield from self._connections()
+        build = GaugeMetricFamily("botfarm_build_info", "Versions.", labels=["version", "python_version"])
+        build.add_metric([VERSION, platform.python_version()], 1)
+        yield build
+
+    def _users(self) -> MetricFamily:
+        users = GaugeMetricFamily(
+            "botfarm_users", "Users of a pool in a state.", labels=["project_id", "env", "domain", "state"]
+        )
+        for row in self.pools:
+            for state in get_args(State_):
+                users.add_metric([str(row["project_id"]), row["env"], row["domain"], state], row[state])
+        return users
+
+    def _waiting(self) -> MetricFamily:
+        waiting = GaugeMetricFamily(
+            "botfarm_waiting_calls", "Calls that wait for users of a pool; one that fits several counts in each.",
+            labels=["project_id", "env", "domain"],
+        )  # fmt: skip
+        crowds: dict[uuid.UUID | None, list[tuple[list[Wish], int]]] = {}
+        for wishes, count in (crowd for worker in self.workers for crowd in worker.waiting):
+            for project_id in {wish.project_id for wish in wishes}:
+                crowds.setdefault(project_id, []).append((wishes, count))
+        for row in self.pools:
+            pool = _pool_of(row)
+            here = crowds.get(pool.project_id, ())
+            count = sum(count for wishes, count in here if any(pool.meets(wish) for wish in wishes))
+            waiting.add_metric([str(pool.project_id), row["env"], row["domain"]], count)
+        return waiting
+
+    def _connections(self) -> Iterator[MetricFamily]:
+        found = GaugeMetricFamily("botfarm_database_connections", "Open connections.", labels=["pool", "state"])
+        limit = GaugeMetricFamily("botfarm_database_connections_limit", "Most connections.", labels=["pool"])
+        queue = GaugeMetricFamily(
+            "botfarm_database_connection_waiting_calls", "Calls that wait for a connection.", labels=["pool"]
+        )
+        for pool in ("locks", "other"):
+            every = [worker.connections[pool] for worker in self.workers]
+            busy, idle, most, waiting = (sum(column) for column in zip(*every, strict=True))
+            found.add_metric([pool, "busy"], busy)
+            found.add_metric([pool, "idle"], idle)
+            limit.add_metric([pool], most)
+            queue.add_metric([pool], waiting)
+        yield from (found, limit, queue)
+
+
+@call(get, "/metrics", tag="service", status=200, media=PROMETHEUS)
+async def metrics(farm: Farm, request: Request) -> Response:
+    """Numbers for Prometheus, over all workers of this start.
+
+    Without the counts of users and of waiting calls where the database does not answer.
+    """
+    pools = await farm.census.rows()
+    scrape = Scrape(farm.events.tally, pools, [snapshot(farm), *farm.events.tally.others()])
+    # In a thread, because ten thousand pools take their time.
+    text = await asyncio.to_thread(generate_latest, cast("CollectorRegistry", scrape))
+    return Response(content=text, media_type=PROMETHEUS)
+
+
+def snapshot(farm: Farm) -> Snapshot:
+    """What this worker has at this moment."""
+    return Snapshot(farm.desk.crowd(), {"locks": farm.hot.gauges(), "other": farm.pool.gauges()})
+
+
+async def publish(farm: Farm) -> None:
+    """Tell the other workers what there is here, every second (for ever)."""
+    while True:
+        farm.events.tally.publish(snapshot(farm))
+        await asyncio.sleep(1)
+
+
 async def sweep(farm: Farm) -> None:
     """Record expired locks, and give back those whose grant was never answered."""
     while True:
-        (swept,) = await farm.hot.fetch(SQL["sweep_locks"], 500)
-        if swept["expired"]:
+        due = await farm.hot.fetch(SQL["sweep_locks"], 500)
+        expired = [row for row in due if row["is_over"]]
+        for row in expired:
+            farm.events.ended("expired", row)
+        if expired:
             farm.desk.freed()
-        if swept["due"] < 500:
+        if len(due) < 500:
             break
     await farm.find_lost()
 
@@ -2998,7 +3398,7 @@ async def repeat(task: Callable[[Farm], Awaitable[None]], farm: Farm, seconds: f
         try:
             await task(farm)
         except DATABASE_FAULTS as fault:
-            log.warning("%s waits for the database: %s: %s", task.__name__, type(fault).__name__, fault)
+            farm.events.database_failed(f"{task.__name__} waits for the database", fault)
         except Exception:
             log.exception("%s failed; it goes on", task.__name__)
 
@@ -3140,6 +3540,8 @@ def _responses(declared: Call, path: str) -> dict[str, Any]:
     if declared.answer:
         schema = {"$ref": f"#/components/schemas/{declared.answer.__name__}"}
         answer["content"] = {declared.media: {"schema": schema if declared.media == JSON else {"type": "string"}}}
+    elif declared.media != JSON:
+        answer["content"] = {declared.media.partition(";")[0]: {"schema": {"type": "string"}}}
     problems: dict[str, list[type[Problem]]] = {}
     for problem in _problems(declared, path):
         problems.setdefault(str(problem.status), []).append(problem)
@@ -3165,26 +3567,29 @@ def _problems(declared: Call, path: str) -> list[type[Problem]]:
 
 def _http_problem(request: Request, error: HTTPException) -> Response:
     """What Litestar itself refuses, in our form."""
+    return _counted(request, _problem_of(request, error).response())
+
+
+def _problem_of(request: Request, error: HTTPException) -> Problem:
     path = request.url.path
     if error.status_code == 404:
-        return NotFound(f"There is nothing at {_shown(path)}; see /docs.").response()
+        return NotFound(f"There is nothing at {_shown(path)}; see /docs.")
     if error.status_code == 405:
         allowed = ", ".join(sorted((error.headers or {})["allow"].split(", ")))
         detail = f"{request.method} is not allowed at {_shown(path)}; allowed: {allowed}."
-        return MethodNotAllowed(detail, headers={"Allow": allowed}).response()
+        return MethodNotAllowed(detail, headers={"Allow": allowed})
     if error.status_code == 413:
         limit = request.app.state.settings.max_body
-        return BodyTooLarge(f"The body is over BOTFARM_MAX_BODY, {limit} bytes.").response()
-    return MalformedBody(f"The request is not readable: {error.detail}.").response()
+        return BodyTooLarge(f"The body is over BOTFARM_MAX_BODY, {limit} bytes.")
+    return MalformedBody(f"The request is not readable: {error.detail}.")
 
 
 def _unforeseen(request: Request, error: Exception) -> Response:
     """A 500: the log gets the traceback, the caller the id to find it by."""
     request_id = uuid.uuid4().hex
     log.error("request %s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
-    return InternalError(
-        f"An unforeseen error; the service's log has it as request {request_id}.", request_id=request_id
-    ).response()
+    detail = f"An unforeseen error; the service's log has it as request {request_id}."
+    return _counted(request, InternalError(detail, request_id=request_id).response())
 
 
 class Protocol(HttpToolsProtocol):
@@ -3252,8 +3657,10 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
         await check_keys(pool, keyring)
         passwords = Passwords(keyring)
         stack.callback(passwords.close)
-        app.state.farm = farm = Farm(settings, hot, pool, passwords)
+        events = Events(Tally(os.environ.get(SHARED)))
+        app.state.farm = farm = Farm(settings, hot, pool, passwords, events)
         jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), farm.desk.run(), farm.desk.announce()]
+        jobs.append(publish(farm))
         if settings.listen_url or settings.pooler == "off":
             jobs.append(listen(farm, settings.listen_url.reveal() if settings.listen_url else database))
         tasks = [asyncio.create_task(job) for job in jobs]
@@ -3430,7 +3837,9 @@ def serve(settings: Settings) -> int:
             os.environ.pop(f"{variable}_FILE", None)
             os.environ[variable] = value
         print(banner(settings), flush=True)
-        uvicorn.run("botfarm:app", workers=settings.workers, app_dir=str(HERE), **options)
+        with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
+            os.environ[SHARED] = folder
+            uvicorn.run("botfarm:app", workers=settings.workers, app_dir=str(HERE), **options)
     return 0
 
 

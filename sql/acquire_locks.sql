@@ -3,7 +3,7 @@
 --           and how many users are wanted
 --   $7-$9   where to look first: filter (its ordinal), pool, since when free
 --   $10-$15 requests: filter (its ordinal), lock id, holder, ttl in seconds, idempotency key or null, client or null
--- A row comes back for each request that got a user; its ordinal is `request`.
+-- A row comes back for each request that got a user; its ordinal is `request`, and `expired` the lock that this ended.
 -- Atomic because the candidates are locked with skip locked, which also checks them again in their
 -- newest version, and stay locked until the commit. A lock that has expired is taken over here, and its
 -- end recorded, so that no background task is needed.
@@ -167,7 +167,11 @@ expired as (
         and paired.lock_id in (select taken.lock_id from taken)
 )
 select paired.request, paired.since, taken.*, users.login, users.secret, users.project_id, users.env, users.domain,
-    users.labels
+    users.labels,
+    case when paired.old_lock_id is not null then jsonb_build_object(
+        'lock_id', paired.old_lock_id, 'user_id', taken.user_id, 'fence', paired.old_fence, 'holder', paired.old_holder,
+        'held_seconds', extract(epoch from paired.old_expires_at - paired.old_acquired_at)
+    ) end as expired
 from taken
 join paired using (lock_id)
 join users on users.id = taken.user_id

@@ -8,7 +8,7 @@
 --   $7  clients   uuid[]    (whose it will be, or null)
 -- Atomic as acquire_locks.sql is: the users are locked with skip locked, checked in their newest version, and
 -- stay locked until the commit; a group of which one is not free any more gets none. A row comes back for
--- each user that was taken.
+-- each user that was taken; `expired` is the lock that this ended.
 with chosen as materialized (
     select *
     from unnest($1::bigint[], $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::uuid[], $7::uuid[])
@@ -77,6 +77,11 @@ expired as (
     where candidates.lock_id is not null
         and candidates.new_lock_id in (select taken.lock_id from taken)
 )
-select taken.*, users.login, users.secret, users.project_id, users.env, users.domain, users.labels
+select taken.*, users.login, users.secret, users.project_id, users.env, users.domain, users.labels,
+    case when candidates.lock_id is not null then jsonb_build_object(
+        'lock_id', candidates.lock_id, 'user_id', taken.user_id, 'fence', candidates.fence,
+        'holder', candidates.holder, 'held_seconds', extract(epoch from candidates.expires_at - candidates.acquired_at)
+    ) end as expired
 from taken
+join candidates on candidates.new_lock_id = taken.lock_id
 join users on users.id = taken.user_id

@@ -11,7 +11,8 @@ with owner as materialized (
     for update
 ),
 found as materialized (
-    select locks.*, locks.lock_id is not null and locks.expires_at > clock_timestamp() as held
+    select locks.*, locks.lock_id is not null and locks.expires_at > clock_timestamp() as held,
+        least(clock_timestamp(), locks.expires_at) as ended_at
     from owner
     join locks on locks.user_id = owner.id
     for update of locks
@@ -30,11 +31,12 @@ unlocked as (
 ),
 recorded as (
     insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-    select lock_id, user_id, client_id, fence, holder, acquired_at, least(clock_timestamp(), expires_at),
+    select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at,
         case when held then 'forced' else 'expired' end
     from found
     where lock_id is not null
         and exists (select from deleted)
 )
-select exists (select from deleted) as deleted, holder, expires_at
+select exists (select from deleted) as deleted, holder, expires_at, held, lock_id, user_id, fence,
+    extract(epoch from ended_at - acquired_at)::float8 as held_seconds
 from found

@@ -1,6 +1,7 @@
 -- End the lock of a user, whoever holds it.
 --   $1  user id  uuid
--- Only a lock that is still held is ended; one that has expired is left to the sweep, which records it so.
+-- The lock comes back too, where one was ended. Only one that is still held is; one that has expired is left to
+-- the sweep, which records it so.
 with held as materialized (
     select lock_id
     from locks
@@ -23,6 +24,8 @@ recorded as (
     select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, 'forced'
     from freed
 )
-select users.id, (select lock_id from freed) as lock_id
+select users.id as user_id, freed.lock_id, freed.fence, freed.holder,
+    extract(epoch from freed.ended_at - freed.acquired_at)::float8 as held_seconds
 from users
+left join freed on freed.user_id = users.id
 where users.id = $1::uuid

@@ -29,4 +29,4 @@ freed as (
 insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
 select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, 'released'
 from freed
-returning lock_id, user_id
+returning lock_id, user_id, fence, holder, extract(epoch from ended_at - acquired_at)::float8 as held_seconds

@@ -31,5 +31,5 @@ recorded as (
     select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, 'released'
     from freed
 )
-select lock_id, client
+select lock_id, client, user_id, fence, holder, extract(epoch from ended_at - acquired_at)::float8 as held_seconds
 from freed

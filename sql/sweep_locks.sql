@@ -28,5 +28,5 @@ recorded as (
     from swept
     where is_over
 )
-select count(*) as due, count(*) filter (where is_over) as expired
+select is_over, lock_id, user_id, fence, holder, extract(epoch from expires_at - acquired_at)::float8 as held_seconds
 from swept

@@ -296,7 +296,7 @@ async def test_old_history_and_keys_are_forgotten_in_the_end(empty_database, pro
             )
             farm = alone.farm
             async with botfarm.open_pool(empty_database, 1, "auto", 10) as pool:
-                await botfarm.prune(botfarm.Farm(farm.settings, pool, pool, farm.passwords))
+                await botfarm.prune(botfarm.Farm(farm.settings, pool, pool, farm.passwords, farm.events))
             assert await execute(empty_database, "select from history") == []
             keys = await execute(empty_database, "select lock_ids from idempotency_keys")
             assert [str(key["lock_ids"][0]) for key in keys] == [kept["id"]]

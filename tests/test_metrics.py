@@ -1,0 +1,310 @@
+"""GET /metrics: each thing that happens to a lock is counted once, and a scrape of any worker tells of all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import subprocess
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+from conftest import (
+    KEY,
+    ROOT,
+    acquire,
+    client,
+    execute,
+    free_port,
+    make_users,
+    process,
+    serving,
+    settings,
+    until,
+    wait_ready,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+import botfarm
+from botfarm import SQL
+
+README = (ROOT / "README.md").read_text()
+
+
+def parsed(text: str) -> dict[str, float]:
+    """Every sample as Prometheus writes it, name{label="value"}, and its number."""
+    return {
+        sample.name + "".join(f"{{{k}={v}}}" for k, v in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def scraped(url: str) -> dict[str, float]:
+    """A scrape on a connection of its own, so that several workers take turns."""
+    answer = httpx.get(f"{url}/metrics", timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return parsed(answer.text)
+
+
+def of_pool(name: str, project: str, **labels: str) -> str:
+    """The sample of a pool as `parsed` names it."""
+    pool = {"project_id": project, "env": "stage", "domain": "regular"} | labels
+    return name + "".join(f"{{{k}={v}}}" for k, v in sorted(pool.items()))
+
+
+@pytest.fixture
+def own(empty_database):
+    """A service that no other test uses, so that its numbers are this test's alone."""
+    with serving(settings(empty_database)) as running:
+        yield running
+
+
+def grown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What was counted between two scrapes, without the shape of the histograms."""
+    names = ("_total", "_count")
+    return {k: v - before[k] for k, v in after.items() if v != before[k] and k.partition("{")[0].endswith(names)}
+
+
+async def test_each_thing_that_happens_to_a_lock_is_counted_once(own, project):
+    async with client(own.url) as api:
+        user = (await make_users(api, project))[0]["id"]
+        before = scraped(own.url)
+        first = (await acquire(api, project)).json()
+        await api.patch(f"/locks/{first['id']}")
+        assert (await acquire(api, project)).status_code == 409
+        await api.delete(f"/locks/{first['id']}")
+        assert (await api.delete(f"/locks/{first['id']}")).status_code == 404
+        await acquire(api, project)
+        await api.delete(f"/users/{user}/lock")
+        await api.delete(f"/users/{user}/lock")
+        assert (await api.get("/nowhere")).status_code == 404
+        assert (await api.post("/locks", content="{")).status_code == 400
+        counted = grown(before, scraped(own.url))
+    batches = {name: counted.pop(name) for name in list(counted) if name.startswith("botfarm_batch_size")}
+    assert counted == {
+        "botfarm_acquires_total": 2,
+        "botfarm_password_reveals_total": 2,
+        "botfarm_releases_total": 1,
+        "botfarm_extensions_total": 1,
+        "botfarm_forced_releases_total": 1,
+        "botfarm_refusals_total{reason=pool-exhausted}": 1,
+        "botfarm_refusals_total{reason=lock-not-held}": 1,
+        "botfarm_refusals_total{reason=not-found}": 1,
+        "botfarm_refusals_total{reason=malformed-body}": 1,
+        "botfarm_acquire_duration_seconds_count": 2,
+        "botfarm_lock_held_duration_seconds_count": 2,
+    }
+    assert set(batches) == {
+        f"botfarm_batch_size_count{{statement={name}}}"
+        for name in ("acquire_locks", "release_locks", "extend_locks", "count_matching")
+    }
+
+
+@pytest.mark.parametrize("taken_over_by", ["sweep", "acquire_locks", "acquire_users", "delete_user"])
+async def test_an_expiry_is_counted_once_whoever_notices_it(own, project, taken_over_by, monkeypatch):
+    if taken_over_by != "sweep":
+        monkeypatch.setitem(SQL, "sweep_locks", "select true as is_over where false and $1::int > 0")
+    async with client(own.url) as api:
+        user = (await make_users(api, project))[0]["id"]
+        before = scraped(own.url)
+        await acquire(api, project, ttl=1)
+        if taken_over_by == "acquire_users":
+            assert (await acquire(api, project, wait=10)).status_code == 201
+        elif taken_over_by != "sweep":
+            await asyncio.sleep(1.1)
+        if taken_over_by == "acquire_locks":
+            assert (await acquire(api, project)).status_code == 201
+        if taken_over_by == "delete_user":
+            assert (await api.delete(f"/users/{user}")).status_code == 204
+        for _ in range(500):
+            counted = grown(before, scraped(own.url))
+            if "botfarm_expirations_total" in counted:
+                break
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(1.3)  # a sweep later
+        counted = grown(before, scraped(own.url))
+    assert counted["botfarm_expirations_total"] == 1
+    assert counted["botfarm_lock_held_duration_seconds_count"] == 1
+    assert scraped(own.url)["botfarm_lock_held_duration_seconds_sum"] == pytest.approx(1, abs=0.01)
+
+
+async def test_users_and_waiting_calls_are_told_by_pool(own, project):
+    async with client(own.url) as api:
+        users = await make_users(api, project, 4)
+        for user in users[:2]:
+            await api.put(f"/users/{user['id']}/lock")
+        await api.post(f"/users/{users[2]['id']}/quarantine", json={"reason": "broken"})
+        last = (await api.put(f"/users/{users[3]['id']}/lock")).json()
+        await api.delete(f"/locks/{last['id']}?cooldown=600")
+        calls = [asyncio.create_task(acquire(api, project, wait=20)) for _ in range(3)]
+        calls.append(asyncio.create_task(acquire(api, project, env="stage", domain="regular", wait=20)))
+        while (own.farm.desk.queue.keys() and len(own.farm.desk.queue) < 4) or not own.farm.desk.queue:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.1)  # counts of users are kept for a second
+        shown = scraped(own.url)
+        states = {s: shown[of_pool("botfarm_users", project, state=s)] for s in ("free", "locked", "resting")}
+        assert states | {"quarantined": shown[of_pool("botfarm_users", project, state="quarantined")]} == {
+            "free": 0, "locked": 2, "resting": 1, "quarantined": 1,
+        }  # fmt: skip
+        assert shown[of_pool("botfarm_waiting_calls", project)] == 4
+        for user in users[:2]:
+            await api.delete(f"/users/{user['id']}/lock")
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        for _ in range(500):
+            shown = scraped(own.url)
+            ended = [
+                shown[f"botfarm_wait_duration_seconds_count{{outcome={o}}}"] for o in ("granted", "refused", "gone")
+            ]
+            if sum(ended) == 4:
+                break
+            await asyncio.sleep(0.01)
+        assert ended[0] in (1, 2)
+        assert ended == [ended[0], 0, 4 - ended[0]]
+        await asyncio.sleep(1.1)
+        assert scraped(own.url)[of_pool("botfarm_waiting_calls", project)] == 0
+
+
+async def test_scrapes_count_the_users_once_a_second_at_most(own, project, monkeypatch):
+    async with client(own.url) as api:
+        await make_users(api, project)
+        await asyncio.sleep(1.1)
+        asked = 0
+        fetch = own.farm.pool.fetch
+
+        async def counting(sql: str, *args: Any, **options: Any) -> Any:
+            nonlocal asked
+            asked += sql == SQL["list_pools"]
+            return await fetch(sql, *args, **options)
+
+        monkeypatch.setattr(own.farm.pool, "fetch", counting)
+        began = time.monotonic()
+        await asyncio.gather(*(api.get("/metrics") for _ in range(50)))
+        assert 1 <= asked <= 1 + (time.monotonic() - began)
+
+
+async def test_metrics_answer_while_the_database_is_away(own, project, server, empty_database):
+    name = urlsplit(empty_database).path[1:]
+    free = of_pool("botfarm_users", project, state="free")
+    async with client(own.url) as api:
+        await make_users(api, project)
+        await execute(
+            server,
+            f"alter database {name} with allow_connections false",
+            f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name}'",
+        )
+        try:
+            await asyncio.sleep(1.1)
+            before = scraped(own.url)
+            assert free not in before
+            assert (await acquire(api, project)).status_code == 503
+            shown = scraped(own.url)
+            assert shown["botfarm_database_errors_total"] > before["botfarm_database_errors_total"] > 0
+            assert shown["botfarm_refusals_total{reason=database-unavailable}"] == 1
+        finally:
+            await execute(server, f"alter database {name} with allow_connections true")
+        for _ in range(500):
+            if (shown := scraped(own.url)).get(free) == 1:
+                break
+            await asyncio.sleep(0.02)
+        assert shown[free] == 1
+
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed; CI installs it"
+)
+
+
+@needs_promtool
+async def test_promtool_finds_nothing_to_say(own, project):
+    async with client(own.url) as api:
+        await make_users(api, project)
+        await acquire(api, project)
+        await acquire(api, project)
+        await asyncio.sleep(1.1)
+        text = (await api.get("/metrics")).text
+    assert "botfarm_users{" in text
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def workers_of(parent: int) -> list[psutil.Process]:
+    """The processes that serve, which uvicorn has spawned."""
+    alive = [child for child in psutil.Process(parent).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
+
+
+async def test_a_scrape_of_any_worker_tells_of_all_also_after_one_was_killed(empty_database, project, tmp_path):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": KEY, "BOTFARM_WORKERS": "2", "TMPDIR": str(tmp_path)}
+    with process("serve", "--port", str(port), env=env) as started:
+        wait_ready(url)
+        until(lambda: len(workers_of(started.pid)) == 2, 30)
+        httpx.post(f"{url}/users", json={"login": "a", "password": "b", "project_id": project, "env": "stage"})
+
+        def cycles(count: int) -> None:
+            for _ in range(count):  # a connection each, so that both workers serve
+                lock = httpx.post(f"{url}/locks", json={"project_id": project}, timeout=30).json()
+                assert httpx.delete(f"{url}/locks/{lock['id']}", timeout=30).status_code == 204
+
+        def counts() -> set[float]:
+            return {scraped(url)["botfarm_releases_total"] for _ in range(10)}
+
+        cycles(40)
+        assert counts() == {40}
+        cells = [botfarm.array("d", file.read_bytes()) for file in tmp_path.glob("botfarm-*/*.cells")]
+        assert len([cell for cell in cells if cell[0]]) == 2, "both workers have served"
+        killed = workers_of(started.pid)[0]
+        killed.send_signal(signal.SIGKILL)
+        until(lambda: killed.pid not in [w.pid for w in workers_of(started.pid)], 30)
+        until(lambda: len(workers_of(started.pid)) == 2, 30)
+        for _ in range(500):
+            with contextlib.suppress(httpx.HTTPError):
+                if counts() == {40}:
+                    break
+            time.sleep(0.02)
+        assert counts() == {40}
+        cycles(20)
+        assert counts() == {60}
+        # Gauges are those of the two that live.
+        until(lambda: scraped(url)["botfarm_database_connections_limit{pool=other}"] == 16, 10)
+    assert list(tmp_path.glob("botfarm-*")) == []
+
+
+async def test_those_who_wait_are_told_over_all_workers(empty_database, project):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": KEY, "BOTFARM_WORKERS": "2"}
+    with process("serve", "--port", str(port), env=env) as started:
+        wait_ready(url)
+        until(lambda: len(workers_of(started.pid)) == 2, 30)
+        body = {"project_id": project, "wait": 30}
+        httpx.post(f"{url}/users", json={"login": "a", "password": "b", "project_id": project, "env": "stage"})
+        assert httpx.post(f"{url}/locks", json={"project_id": project}).status_code == 201
+
+        async def wait() -> None:
+            async with client(url) as one:
+                await one.post("/locks", json=body)
+
+        calls = [asyncio.create_task(wait()) for _ in range(12)]
+        name = of_pool("botfarm_waiting_calls", project)
+        seen: set[float] = set()
+        for _ in range(100):
+            seen = {(await asyncio.to_thread(scraped, url)).get(name, -1) for _ in range(6)}
+            if seen == {12}:
+                break
+            await asyncio.sleep(0.1)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    assert seen == {12}
