@@ -535,6 +535,12 @@ class BodyTooLarge(Problem):
     status, slug = 413, "body-too-large"
 
 
+class HeadTooLarge(Problem):
+    """The head of the request is over 64 KiB."""
+
+    status, slug = 431, "head-too-large"
+
+
 class UnsupportedMediaType(Problem):
     """The content type is not supported."""
 
@@ -2125,6 +2131,7 @@ JSON = "application/json"
 NDJSON = "application/x-ndjson"
 CSV = "text/csv"
 PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8"
+PAUSE = 30  # seconds that a body may take, and an import pause
 ROUTES: list[Any] = []
 Verb = Callable[..., Callable[[Callable[..., Any]], Any]]
 
@@ -2227,16 +2234,33 @@ def header(request: Request, name: bytes) -> str | None:
 
 async def _read_all(request: Request, limit: int) -> bytes:
     """The whole body. (request.body() took 8 of the 80 us that a call of a cycle costs.)"""
-    body = b""
+    event = await _body_part(request)
+    if not event.get("more_body", False) and len(event["body"]) <= limit:
+        return event["body"]
+    try:
+        async with asyncio.timeout(PAUSE):
+            return await _read_rest(request, event, limit)
+    except TimeoutError:
+        close = {"Connection": "close"}
+        raise MalformedBody(f"The body did not come to its end within {PAUSE} seconds.", headers=close) from None
+
+
+async def _read_rest(request: Request, event: dict[str, Any], limit: int) -> bytes:
+    body = bytearray()
     while True:
-        event = cast("dict[str, Any]", await request.receive())
-        if event["type"] == "http.disconnect":
-            raise ClientException("the client went away before the end of the body")
         body += event["body"]
         if len(body) > limit:
             raise BodyTooLarge(f"The body is over BOTFARM_MAX_BODY, {limit} bytes.")
         if not event.get("more_body", False):
-            return body
+            return bytes(body)
+        event = await _body_part(request)
+
+
+async def _body_part(request: Request) -> dict[str, Any]:
+    event = cast("dict[str, Any]", await request.receive())
+    if event["type"] == "http.disconnect":
+        raise ClientException("the client went away before the end of the body")
+    return event
 
 
 async def _read_body(farm: Farm, request: Request, declared: Call) -> Struct:
@@ -2571,7 +2595,7 @@ def _pool_of(row: asyncpg.Record) -> Wish:
 # ------------------------------------------------------------------------------------------------------
 
 LONGEST_LINE = 64 * 1024
-PAUSE = 30  # seconds that an upload may pause
+SLOWEST = 16 * 1024  # bytes a second that an import has to bring, after its first PAUSE
 CHUNK = 500
 FIELDS = ("login", "password", "project_id", "env", "domain")
 Numbered = tuple[int, ImportedUser]
@@ -2869,16 +2893,20 @@ async def _turn(imports: asyncio.Semaphore) -> AsyncIterator[None]:
 
 
 async def _parts(request: Request) -> AsyncIterator[bytes]:
-    """The body as it arrives. One that pauses holds a transaction open, and is given up."""
-    stream = request.stream()
+    """The body as it arrives. One that pauses or drips holds a transaction and a turn, and is given up."""
+    stream, waited, size = request.stream(), 0.0, 0
     while True:
+        begin = time.monotonic()
         try:
-            async with asyncio.timeout(PAUSE):
+            async with asyncio.timeout(min(PAUSE, PAUSE + size / SLOWEST - waited)):
                 part = await anext(stream, None)
         except TimeoutError:
-            raise MalformedBody(f"The import paused for {PAUSE} seconds; nothing was stored.") from None
+            text = f"The import paused for {PAUSE} seconds, or brought under {SLOWEST} bytes a second"
+            raise MalformedBody(f"{text}; nothing was stored.", headers={"Connection": "close"}) from None
         if part is None:
             return
+        waited += time.monotonic() - begin
+        size += len(part)
         yield part
 
 
@@ -3593,10 +3621,76 @@ def _unforeseen(request: Request, error: Exception) -> Response:
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, which also tells of a caller that closed its connection without reading the reply.
+    """uvicorn's HTTP, which bounds what slow and endless senders hold, and tells of callers that did not read.
 
-    Such a one answers what it is sent with a reset, one that has read it ends the connection properly.
+    uvicorn itself would keep for ever a connection that sends nothing or half a request, a reply that nobody reads,
+    and headers and trailers of any size. What comes in one piece, as nearly every request does, starts no timer.
     """
+
+    LATE = 40  # seconds for the head of a request; a body brings SLOW bytes in them, a reply is read
+    SLOW = 40 * 1024
+    HEAD = 64 * 1024  # bytes of a head, of trailers, or of what else is no body
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._received = self._bodiless = 0
+        self._unread: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        self._bodiless += len(data)
+        super().data_received(data)
+        if self._is_partial():
+            self._received += len(data)
+            if self._bodiless > self.HEAD and not self.transport.is_closing():
+                self._refuse(HeadTooLarge())
+            elif self._late is None:
+                self._watch()
+        else:
+            self._bodiless = 0
+
+    def on_body(self, body: bytes) -> None:
+        self._bodiless = 0
+        super().on_body(body)
+
+    def _is_partial(self) -> bool:
+        """Whether the end of a request is still to come."""
+        return self.cycle is None or self.cycle.scope is not self.scope or self.cycle.more_body
+
+    def _watch(self) -> None:
+        """Look again when it is late: whether this very request is still there, and has brought enough."""
+        self._late = self.loop.call_later(self.LATE, self._look, self.scope, self._received)
+
+    def _look(self, scope: Any, received: int) -> None:
+        self._late = None
+        if not self._is_partial() or self.transport.is_closing():
+            return
+        has_body = self.cycle is not None and self.cycle.scope is scope and not self.cycle.response_complete
+        is_enough = self._received - received >= self.SLOW or self.flow.read_paused
+        if self.scope is not scope or (has_body and is_enough):
+            self._watch()
+        else:
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.LATE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread:
+            self._unread.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(MalformedBody("The request is not HTTP."))
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer without the application, and end the connection."""
+        body = problem.response().content
+        head = f"HTTP/1.1 {problem.status} \r\ncontent-type: application/problem+json\r\ncontent-length: {len(body)}"
+        self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def on_headers_complete(self) -> None:
         if self.url.startswith(b"//"):  # else //users is read as the index page of a host named users
@@ -3604,6 +3698,10 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Who closed without reading the reply answers it with a reset; who has read it ends the connection."""
+        for timer in (self._late, self._unread):
+            if timer:
+                timer.cancel()
         was_reset = exc is not None or self._is_reset()
         if self.cycle:
             self.cycle.scope.setdefault("state", {})[GONE] = True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
+import resource
+import select
 import socket
 import subprocess
 import sys
@@ -13,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import ROOT, client, make_users, serving, settings
+
+import botfarm
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 EXAMPLE = "11111111-1111-4111-8111-111111111111"  # the project of tests/schemathesis.toml
@@ -88,13 +93,133 @@ async def test_a_whole_number_may_be_written_with_a_point(api, project):
 
 def raw(url: str, *parts: bytes, pause: float = 0, seconds: float = 10) -> bytes:
     """What comes back over a connection of its own, until the service closes it; b"" where it is reset."""
+    answer = b""
+    with connect(url) as connection, contextlib.suppress(ConnectionError):
+        connection.settimeout(seconds)
+        for part in parts:
+            connection.sendall(part)
+            while select.select([connection], [], [], pause)[0]:
+                if not (chunk := connection.recv(65536)):
+                    return answer
+                answer += chunk
+        while chunk := connection.recv(65536):
+            answer += chunk
+    return answer
+
+
+def connect(url: str) -> socket.socket:
     host, _, port = url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
-        answer = b""
-        with contextlib.suppress(ConnectionError):
-            for part in parts:
-                connection.sendall(part)
-                time.sleep(pause)
-            while part := connection.recv(65536):
-                answer += part
-        return answer
+    return socket.create_connection((host, int(port)))
+
+
+JSON = b"POST /locks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Senders that are late are so after a moment."""
+    monkeypatch.setattr(botfarm.Protocol, "LATE", 0.4)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],
+        [b"GET /livez HTTP/1.1\r\n"],
+        [b"GET /livez HTTP/1.1\r\nHost: x\r\n"] + [b"X-Slow: 1\r\n"] * 100,
+        [b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /li"],
+        [JSON + b"Content-Length: 100\r\n\r\n"],
+        [JSON + b"Content-Length: 100\r\n\r\n"] + [b" "] * 99,
+        [JSON + b"Transfer-Encoding: chunked\r\n\r\n"] + [b"1\r\n \r\n"] * 100,
+        [JSON.replace(b"application/json", b"text/csv").replace(b"/locks", b"/users/import")]
+        + [b"Transfer-Encoding: chunked\r\n\r\n"] + [b"1\r\na\r\n"] * 100,
+        [JSON.replace(b"POST", b"PATCH") + b"Content-Length: 100\r\n\r\n"] + [b" "] * 99,
+    ],
+    ids=["silence", "request line", "slow head", "second head", "no body", "slow body", "slow chunks", "import", "405"],
+)  # fmt: skip
+def test_half_a_request_is_given_up(service, hasty, parts):
+    begin = time.monotonic()
+    answer = raw(service.url, *parts, pause=0.05, seconds=20)
+    assert time.monotonic() - begin < 4  # the slow ones would take five seconds
+    assert answer[9:12] in (b"", b"200", b"405")
+
+
+def test_a_body_that_takes_long_is_given_up(service, monkeypatch):
+    monkeypatch.setattr(botfarm, "PAUSE", 0.4)
+    answer = raw(service.url, JSON + b"Content-Length: 100\r\n\r\n", *[b" "] * 20, pause=0.1)
+    assert answer[9:12] == b"400"
+    assert b"did not come to its end within 0.4 seconds" in answer
+    assert b"connection: close" in answer
+
+
+async def test_an_import_that_drips_is_given_up(service, api, project, monkeypatch):
+    monkeypatch.setattr(botfarm, "PAUSE", 0.4)
+    head = b"POST /users/import HTTP/1.1\r\nContent-Type: application/x-ndjson\r\nContent-Length: 9999\r\n\r\n"
+    line = f'{{"login": "a", "password": "p", "project_id": "{project}", "env": "stage"}}\n'.encode()
+    answer = await asyncio.to_thread(raw, service.url, head, line, *[b"\n"] * 30, pause=0.1)
+    assert b"nothing was stored" in answer
+    assert (await api.get("/users", params={"project_id": project})).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b"GET /" + b"x" * 65536] * 16,
+        [b"GET /livez HTTP/1.1\r\nX: "] + [b"x" * 65536] * 16,
+        [b"GET /livez HTTP/1.1\r\n"] + [b"X: y\r\n" * 8192] * 16,
+        [JSON + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"] + [b"X: y\r\n" * 8192] * 16,
+        [JSON + b"Transfer-Encoding: chunked\r\n\r\n1;"] + [b"x" * 65536] * 16,
+    ],
+    ids=["url", "header", "headers", "trailers", "chunk extension"],
+)
+def test_a_head_without_end_is_refused(service, parts):
+    assert raw(service.url, *parts, pause=0.01)[9:12] in (b"431", b"")  # b"": reset, because more was on its way
+
+
+def test_a_long_head_is_fine_and_a_longer_one_is_told(service):
+    long = [b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX: ", b"x" * 30_000, b"x" * 30_000, b"\r\n\r\n"]
+    assert raw(service.url, *long, pause=0.05)[9:12] == b"200"
+    answer = raw(service.url, *long[:3], b"x" * 10_000, pause=0.05)
+    assert answer[9:12] == b"431"
+    assert b"urn:botfarm:head-too-large" in answer
+
+
+def test_a_large_body_in_large_pieces_is_read_whole(service):
+    head = JSON + b"Content-Length: 1048576\r\nConnection: close\r\n\r\n"
+    answer = raw(service.url, head, *[b" " * 262144] * 4)
+    assert b"urn:botfarm:malformed-body" in answer
+
+
+def test_a_reply_that_nobody_reads_is_given_up(service, hasty):
+    page = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
+    whole = len(raw(service.url, page.replace(b"Host: x", b"Connection: close")))
+    with connect(service.url) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(page * 20)
+        time.sleep(2)
+        read = 0
+        while part := connection.recv(1 << 20):
+            read += len(part)
+    assert read < 20 * whole
+
+
+def test_what_is_no_http_is_a_problem_too(service):
+    for nonsense in (b"\x16\x03\x01", b"GET\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"GET http://[ HTTP/1.1\r\n\r\n"):
+        answer = raw(service.url, nonsense)
+        assert answer[9:12] == b"400"
+        assert b"urn:botfarm:malformed-body" in answer
+
+
+async def test_thousands_of_idle_and_slow_callers_stop_nobody(service, api, project):
+    """2,000 connections that are silent, and 300 each that send half a head, half a body and half an import."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    await make_users(api, project)
+    upload = JSON.replace(b"application/json", b"text/csv").replace(b"/locks", b"/users/import")
+    begun = [b"GET /livez HTTP/1.1\r\n", JSON + b"Content-Length: 9\r\n\r\n{", upload + b"Content-Length: 9\r\n\r\na"]
+    with contextlib.ExitStack() as stack:
+        for part in [b""] * 2000 + begun * 300:
+            stack.enter_context(connect(service.url)).sendall(part)
+        for _ in range(20):
+            begin = time.monotonic()
+            lock = await api.post("/locks", json={"project_id": project})
+            assert (await api.delete(f"/locks/{lock.json()['id']}")).status_code == 204
+            assert time.monotonic() - begin < 2
