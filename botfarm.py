@@ -668,26 +668,6 @@ async def _keep(connection: asyncpg.Connection) -> None:
     """No reset on the return of a connection: we keep no session state (87 -> 59 us a query)."""
 
 
-class PooledConnection(asyncpg.Connection):
-    """A connection through PgBouncer in transaction mode.
-
-    A statement with parameters goes over the wire in two steps, and PgBouncer may hand each one to another
-    server; within a transaction both reach the same.
-    """
-
-    async def fetch(self, query: str, *args: Any, **options: Any) -> list[asyncpg.Record]:
-        if self.is_in_transaction():
-            return await super().fetch(query, *args, **options)
-        async with self.transaction():
-            return await super().fetch(query, *args, **options)
-
-    async def execute(self, query: str, *args: Any, **options: Any) -> str:
-        if not args or self.is_in_transaction():
-            return await super().execute(query, *args, **options)
-        async with self.transaction():
-            return await super().execute(query, *args, **options)
-
-
 class Connections:
     """A pool of connections whose callers are told within seconds when there is none for them."""
 
@@ -747,7 +727,7 @@ async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str
         tuning |= {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
     options: dict[str, Any] = {"server_settings": tuning, "target_session_attrs": "read-write"}
     if pooler == "on":  # PgBouncer knows no prepared statements (before 1.21) and refuses unknown start-up parameters
-        options = {"statement_cache_size": 0, "connection_class": PooledConnection}
+        options = {"statement_cache_size": 0}
     pool = await asyncpg.create_pool(
         url, min_size=1, max_size=size, command_timeout=seconds, timeout=5, reset=_keep, **options
     )

@@ -293,10 +293,10 @@ async def test_a_release_at_another_replica_wakes_a_waiter(api, other, service, 
 
 
 async def test_no_waiter_starves_behind_another_replica_that_is_busier(api, other, service, replica, project):
-    """The bound of the README: nobody elsewhere who came two seconds later is served before it."""
+    """The bound of the README: nobody elsewhere who came three seconds later is served before it."""
     await make_users(api, project, 2)
     served: list[tuple[float, float, str]] = []
-    stop = time.monotonic() + 6
+    stop = time.monotonic() + 8
 
     async def work(here, name):
         while time.monotonic() < stop:
@@ -310,8 +310,8 @@ async def test_no_waiter_starves_behind_another_replica_that_is_busier(api, othe
     await asyncio.gather(*busy, work(api, "lonely"), work(api, "lonely"))
     assert len([name for _, _, name in served if name == "lonely"]) >= 3
     for came, at, name in served:
-        overtakers = [1 for c, a, n in served if n != name and c > came + 2 and a < at]
-        assert not overtakers, f"{name} came at {came}, and {len(overtakers)} that came 2 s later went before it"
+        overtakers = [1 for c, a, n in served if n != name and c > came + 3 and a < at]
+        assert not overtakers, f"{name} came at {came}, and {len(overtakers)} that came 3 s later went before it"
 
 
 async def hammer(here, project, stop):
