@@ -78,6 +78,7 @@ import yoyo
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from litestar import HttpMethod, Litestar, Request, Response, delete, patch, post, put, route
+from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 from litestar.exceptions import ClientException, HTTPException
 from litestar.response import Stream
@@ -121,6 +122,7 @@ class BadSettings(Exception):
 
 
 Names = Annotated[tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,63}(?!\n)$")], ...], Meta(min_length=1)]
+Origin = Annotated[str, Meta(pattern=r"^(https?://[A-Za-z0-9.:\[\]-]+|\*)(?!\n)$")]
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -142,6 +144,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     pool_size: Annotated[int, Meta(ge=1, le=1000), "database connections for all but locks, per worker"] = 8
     batch: Annotated[int, Meta(ge=1, le=1000), "most acquires or releases that share one statement"] = 100
     pooler: Annotated[Literal["off", "on"], "on: DATABASE_URL is a PgBouncer in transaction mode"] = "off"
+    cors_origins: Annotated[tuple[Origin, ...], "origins whose pages may call (`*`: all), comma-separated"] = ()
     listen_url: Annotated[Secret | None, "address to hear of other replicas' releases; DATABASE_URL if unset"] = None
 
     @classmethod
@@ -166,6 +169,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         return cls(**values)
 
 
+LIST_SETTINGS = frozenset({"envs", "domains", "cors_origins"})
 SECRET_SETTINGS = frozenset({"database_url", "keys", "listen_url"})
 _SETTING_TYPES = get_type_hints(Settings, include_extras=True)
 
@@ -189,7 +193,7 @@ def _typed_setting(field: str, text: str) -> Any:
     kind = _SETTING_TYPES[field]
     if get_args(kind)[0] is Path:
         return Path(text)
-    value: Any = tuple(part.strip() for part in text.split(",")) if field in ("envs", "domains") else text
+    value: Any = tuple(part.strip() for part in text.split(",")) if field in LIST_SETTINGS else text
     try:
         return msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError as error:
@@ -2960,12 +2964,15 @@ def _with_password(farm: Farm, row: asyncpg.Record) -> Lock:
     return _lock(row, password)
 
 
+NO_STORE = {"Cache-Control": "no-store"}
+
+
 def _granted(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
-    return reply(_with_password(farm, rows[0]), 201)
+    return reply(_with_password(farm, rows[0]), 201, NO_STORE)
 
 
 def _granted_set(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
-    return reply(LockSet([_with_password(farm, row) for row in rows]), 201)
+    return reply(LockSet([_with_password(farm, row) for row in rows]), 201, NO_STORE)
 
 
 def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | None:
@@ -3420,8 +3427,17 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm</t
 
 DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm API</title>
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css"><div id="ui"></div>
-<script src="/docs/assets/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})</script></html>"""
+<script src="/docs/assets/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script></html>"""
+
+START = 'SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})'
+
+# What the pages may load and where they may stand: their own files, and in no frame. Swagger UI styles by attributes.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 @route(sorted({path for made in ROUTES for path in made.paths}), http_method=HttpMethod.OPTIONS, status_code=204)
@@ -3432,14 +3448,20 @@ async def options(request: Request) -> Response[None]:
     return Response(content=None, status_code=204, headers={"Allow": ", ".join(sorted(methods))})
 
 
-@get("/", media_type="text/html", include_in_schema=False)
+@get("/", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False)
 async def index() -> str:
     return PAGE
 
 
-@get("/docs", media_type="text/html", include_in_schema=False)
+@get("/docs", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False)
 async def docs() -> str:
     return DOCS
+
+
+@get("/docs/start.js", media_type="text/javascript", include_in_schema=False)
+async def docs_start() -> str:
+    """A file of its own, because the pages' policy lets no script stand in them."""
+    return START
 
 
 @get("/docs/openapi.json", include_in_schema=False)
@@ -3600,6 +3622,9 @@ def _unforeseen(request: Request, error: Exception) -> Response:
     return _counted(request, InternalError(detail, request_id=request_id).response())
 
 
+HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, which bounds what slow and endless senders hold, and tells of callers that did not read.
 
@@ -3757,6 +3782,17 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
             await farm.settle()
 
 
+def _cors(settings: Settings) -> CORSConfig | None:
+    """Which pages of other origins may call: none, unless set."""
+    if not settings.cors_origins:
+        return None
+    return CORSConfig(
+        allow_origins=list(settings.cors_origins),
+        allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
+        expose_headers=["Location", "Retry-After", "WWW-Authenticate"],
+    )
+
+
 def create_app(settings: Settings) -> Litestar:
     """The service as an ASGI application."""
     assets = str(importlib.resources.files("swagger_ui") / "static")
@@ -3766,6 +3802,7 @@ def create_app(settings: Settings) -> Litestar:
             *ROUTES,
             index,
             docs,
+            docs_start,
             openapi_json,
             create_static_files_router(path="/docs/assets", directories=[assets], include_in_schema=False),
         ],
@@ -3775,6 +3812,7 @@ def create_app(settings: Settings) -> Litestar:
         openapi_config=None,
         logging_config=None,
         request_max_body_size=settings.max_body,
+        cors_config=_cors(settings),
     )
 
 
@@ -3893,6 +3931,7 @@ def serve(settings: Settings) -> int:
         "access_log": False,  # halves the rate
         "log_config": None,
         "server_header": False,
+        "headers": HEADERS,
         "lifespan": "on",
         "backlog": 4096,
         "timeout_graceful_shutdown": 8,

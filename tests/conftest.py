@@ -112,6 +112,7 @@ def serving(configured: botfarm.Settings) -> Iterator[Any]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     options: dict[str, Any] = {"access_log": False, "log_config": None, "ws": "none", "lifespan": "on"}
+    options["headers"] = botfarm.HEADERS
     config = uvicorn.Config(app, backlog=2048, http=botfarm.Protocol, **options)
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})

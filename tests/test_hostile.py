@@ -23,12 +23,12 @@ SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 EXAMPLE = "11111111-1111-4111-8111-111111111111"  # the project of tests/schemathesis.toml
 
 
-def schemathesis(url: str, examples: int, *options: str) -> int:
+def schemathesis(folder: Path, url: str, examples: int, *options: str) -> int:
     """Run all checks over the whole document; the number of requests that were made."""
     config = ["--no-color", "--config-file", str(ROOT / "tests" / "schemathesis.toml")]
     run = ["run", f"{url}/docs/openapi.json", "--generation-database", "none", "--max-examples", str(examples)]
     done = subprocess.run(
-        [str(SCHEMATHESIS), *config, *run, *options], capture_output=True, text=True, timeout=300, cwd=ROOT
+        [str(SCHEMATHESIS), *config, *run, *options], capture_output=True, text=True, timeout=300, cwd=folder
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     found = re.search(r"(\d+) generated, \1 passed", done.stdout)
@@ -36,15 +36,15 @@ def schemathesis(url: str, examples: int, *options: str) -> int:
     return int(found[1])
 
 
-async def test_every_reply_is_as_the_openapi_document_says(empty_database, long, caplog):
+async def test_every_reply_is_as_the_openapi_document_says(empty_database, long, tmp_path, caplog):
     """schemathesis, with all its checks: 1,000 requests and more, and thousands with --long."""
     with serving(settings(empty_database, max_wait=1)) as alone:
         async with client(alone.url) as api:
             await make_users(api, EXAMPLE, 50)
         if long:
-            assert schemathesis(alone.url, 250, "--seed", "2") > 4000
+            assert schemathesis(tmp_path, alone.url, 250, "--seed", "2") > 4000
         else:
-            assert schemathesis(alone.url, 20, "--seed", "1") > 1000
+            assert schemathesis(tmp_path, alone.url, 20, "--seed", "1") > 1000
         assert httpx.get(f"{alone.url}/livez").status_code == 200
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
@@ -223,3 +223,55 @@ async def test_thousands_of_idle_and_slow_callers_stop_nobody(service, api, proj
             lock = await api.post("/locks", json={"project_id": project})
             assert (await api.delete(f"/locks/{lock.json()['id']}")).status_code == 204
             assert time.monotonic() - begin < 2
+
+
+# -- pages and other origins ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+async def test_pages_run_only_scripts_of_their_own_origin(api, path):
+    page = await api.get(path)
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self';" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert page.headers["referrer-policy"] == "no-referrer"
+    assert not re.search(r"<script(?![^>]*\bsrc=)|\son\w+=|javascript:", page.text)
+    for source in re.findall(r'(?:src|href)="([^"]*)"', page.text):
+        assert source.startswith("/")
+        assert (await api.get(source)).status_code == 200
+
+
+async def test_no_reply_is_read_as_another_type_and_no_password_is_kept_by_a_cache(api, project):
+    await make_users(api, project, 2)
+    wish = {"project_id": project}
+    alone, together = await api.post("/locks", json=wish), await api.post("/locks/sets", json={"users": [wish]})
+    assert {r.headers["cache-control"] for r in (alone, together)} == {"no-store"}
+    others = [await api.get(path) for path in ("/", "/docs", "/docs/start.js", "/livez", "/users", "/nowhere")]
+    refused, none = await api.put("/users"), await api.delete(f"/locks/{alone.json()['id']}")
+    for reply in [alone, together, *others, refused, none]:
+        assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+FOREIGN = {"Origin": "https://grid.example", "Access-Control-Request-Method": "POST"}
+
+
+async def test_pages_of_other_origins_may_call_only_where_that_is_set(api, empty_database):
+    for answer in (await api.options("/locks", headers=FOREIGN), await api.get("/livez", headers=FOREIGN)):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    with serving(settings(empty_database, cors_origins=("https://grid.example",))) as alone:
+        async with client(alone.url) as opened:
+            preflight = await opened.options("/locks", headers=FOREIGN)
+            assert preflight.headers["access-control-allow-origin"] == "https://grid.example"
+            assert "access-control-allow-credentials" not in preflight.headers
+            for path in ("/livez", "/nowhere", "/users?x=1"):  # a page may read a refusal too
+                answer = await opened.get(path, headers=FOREIGN)
+                assert answer.headers["access-control-allow-origin"] == "https://grid.example"
+            other = await opened.get("/livez", headers={"Origin": "https://other.example"})
+            assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize("origins", ["grid.example", "https://a,ftp://b", "https://a/path", "https://a b"])
+def test_an_origin_that_is_none_is_refused_at_the_start(origins):
+    with pytest.raises(botfarm.BadSettings, match="BOTFARM_CORS_ORIGINS"):
+        botfarm.Settings.load({"BOTFARM_CORS_ORIGINS": origins})
