@@ -21,6 +21,7 @@ Sections, in reading order:
     Waiting      who gets whom when calls wait, alone or for a set
     Farm         what the handlers share
     Calls        how a handler declares its path, query, body and refusals
+    Tokens       POST /token
     Users        create, list, change, verify, quarantine, history, pools
     Import       NDJSON and CSV, all or nothing; export
     Locks        acquire, extend, release
@@ -38,9 +39,11 @@ import contextlib
 import csv
 import fcntl
 import gc
+import hashlib
 import hmac
 import importlib.resources
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -67,11 +70,12 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast, get_args, get_type_hints
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote_plus
 
 import argon2
 import asyncpg
 import httpx
+import jwt
 import msgspec
 import uvicorn
 import yoyo
@@ -146,6 +150,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     pooler: Annotated[Literal["off", "on"], "on: DATABASE_URL is a PgBouncer in transaction mode"] = "off"
     cors_origins: Annotated[tuple[Origin, ...], "origins whose pages may call (`*`: all), comma-separated"] = ()
     listen_url: Annotated[Secret | None, "address to hear of other replicas' releases; DATABASE_URL if unset"] = None
+    auth: Annotated[Literal["off", "on"], "on: calls need an OAuth2 token"] = "off"
+    signing_keys: Annotated[Secret | None, "id:key,...: the first signs tokens, all verify; needed with auth"] = None
 
     @classmethod
     def variables(cls) -> dict[str, str]:
@@ -164,13 +170,16 @@ class Settings(Struct, frozen=True, kw_only=True):
                     values[field] = _typed_setting(field, text)
             except (ValueError, OSError) as error:
                 faults.append(f"{variable}: {error}")
+        if values.get("auth") == "on" and not {"BOTFARM_SIGNING_KEYS", "BOTFARM_SIGNING_KEYS_FILE"} & environ.keys():
+            faults.append(f"BOTFARM_SIGNING_KEYS: {NO_SIGNING_KEY}")
         if faults:
             raise BadSettings("\n".join(["Bad settings:", *faults]))
         return cls(**values)
 
 
 LIST_SETTINGS = frozenset({"envs", "domains", "cors_origins"})
-SECRET_SETTINGS = frozenset({"database_url", "keys", "listen_url"})
+SECRET_SETTINGS = frozenset({"database_url", "keys", "listen_url", "signing_keys"})
+NO_SIGNING_KEY = "needed when BOTFARM_AUTH=on; `python botfarm.py keygen` prints a key"
 _SETTING_TYPES = get_type_hints(Settings, include_extras=True)
 
 
@@ -184,8 +193,8 @@ def _from_environment(environ: Mapping[str, str], variable: str, is_secret: bool
 
 
 def _typed_setting(field: str, text: str) -> Any:
-    if field == "keys":
-        Keyring.parse(text)
+    if field in ("keys", "signing_keys"):
+        parse_keys(text)
     if field in ("database_url", "listen_url") and not re.match(r"postgres(ql)?://", text):
         raise ValueError("must begin with postgresql://")
     if field in SECRET_SETTINGS:
@@ -501,6 +510,36 @@ class MalformedBody(Problem):
     """The body is not JSON in UTF-8."""
 
     status, slug = 400, "malformed-body"
+
+
+class Unauthenticated(Problem):
+    """A token is needed: get one at POST /token, and send it as `Authorization: Bearer ...`."""
+
+    status, slug = 401, "unauthenticated"
+
+    def __init__(self, fault: str | None = None) -> None:
+        """With what is wrong with the token that was sent (RFC 6750 section 3.1)."""
+        wrong = f', error="invalid_token", error_description="{fault}"' if fault else ""
+        super().__init__(fault, headers={"WWW-Authenticate": f'Bearer realm="botfarm"{wrong}'})
+
+
+class Forbidden(Problem):
+    """The token lacks the scope or the project."""
+
+    status, slug = 403, "forbidden"
+
+    def __init__(self, detail: str, scope: str | None = None) -> None:
+        needed = f', scope="{scope}"' if scope else ""
+        challenge = f'Bearer realm="botfarm", error="insufficient_scope"{needed}'
+        super().__init__(detail, headers={"WWW-Authenticate": challenge})
+
+    @classmethod
+    def scope(cls, scope: str) -> Forbidden:
+        return cls(f"The token lacks the scope {scope!r}: ask for it at /token, as far as the client has it.", scope)
+
+    @classmethod
+    def project(cls, project_id: uuid.UUID, where: str = "") -> Forbidden:
+        return cls(f"{where}The client is limited to projects, and {project_id} is none of them.")
 
 
 class UserNotFound(Problem):
@@ -920,6 +959,19 @@ class KeyFault(Exception):
     """A sealing key is missing or wrong."""
 
 
+def parse_keys(text: str) -> dict[str, bytes]:
+    """Keys by id, from `id:key,...`, each 32 bytes in standard base64. ValueError names the id, never the key."""
+    keys: dict[str, bytes] = {}
+    for number, part in enumerate(text.split(","), 1):
+        found = KEY_PATTERN.fullmatch(part.strip())
+        if not found:
+            raise ValueError(f"key {number} is not id:key with a key of 32 bytes in base64; `keygen` makes one")
+        if found[1] in keys:
+            raise ValueError(f"the key id {found[1]!r} is there twice")
+        keys[found[1]] = base64.b64decode(found[2], validate=True)
+    return keys
+
+
 class Keyring:
     """The sealing keys: the first seals, all unseal.
 
@@ -933,16 +985,7 @@ class Keyring:
 
     @classmethod
     def parse(cls, text: str) -> Keyring:
-        """From `id:key,...`, each key 32 bytes in standard base64. ValueError names the id, never the key."""
-        keys: dict[str, bytes] = {}
-        for number, part in enumerate(text.split(","), 1):
-            found = KEY_PATTERN.fullmatch(part.strip())
-            if not found:
-                raise ValueError(f"key {number} is not id:key with a key of 32 bytes in base64; `keygen` makes one")
-            if found[1] in keys:
-                raise ValueError(f"the key id {found[1]!r} is there twice")
-            keys[found[1]] = base64.b64decode(found[2], validate=True)
-        return cls(keys)
+        return cls(parse_keys(text))
 
     @property
     def ids(self) -> list[str]:
@@ -967,8 +1010,21 @@ class Keyring:
 
 
 def generate_key() -> str:
-    """A new sealing key as BOTFARM_KEYS takes it."""
+    """A new key as BOTFARM_KEYS and BOTFARM_SIGNING_KEYS take it."""
     return f"k{secrets.token_hex(3)}:{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
+# OWASP's minimum (19 MiB, t=2, p=1; 15 ms): always in a thread of a small pool, so that hashing never stalls an
+# acquire and never takes more than 38 MiB.
+HASHER = argon2.PasswordHasher(time_cost=2, memory_cost=19456, parallelism=1)
+
+
+def matches(stored: str, clear: str) -> bool:
+    """Whether an Argon2id hash is that of a text. Takes 15 ms."""
+    try:
+        return HASHER.verify(stored, clear)
+    except argon2.exceptions.VerifyMismatchError:
+        return False
 
 
 class Passwords:
@@ -976,20 +1032,17 @@ class Passwords:
 
     def __init__(self, keyring: Keyring | None) -> None:
         self.keyring = keyring
-        # OWASP's minimum (19 MiB, t=2, p=1; 15 ms). Two at a time, in threads, so that hashing never stalls an
-        # acquire and never takes more than 38 MiB.
-        self._hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19456, parallelism=1)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="argon2")
 
     async def store(self, owner: uuid.UUID, clear: str) -> str:
         if self.keyring:
             return self.keyring.seal(owner, clear)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._hasher.hash, clear)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, HASHER.hash, clear)
 
     async def verify(self, owner: uuid.UUID, secret: str, clear: str) -> bool:
         if secret.startswith(SEALED):
             return hmac.compare_digest(self._open(owner, secret).encode(), clear.encode())
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._matches, secret, clear)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, matches, secret, clear)
 
     def reveal(self, owner: uuid.UUID, secret: str) -> str | None:
         """The clear password for the reply that grants a lock; None where only a hash is stored."""
@@ -1008,12 +1061,6 @@ class Passwords:
         if not self.keyring:
             raise KeyFault("Passwords are sealed, but BOTFARM_KEYS is not set.")
         return self.keyring.open(owner, secret)
-
-    def _matches(self, secret: str, clear: str) -> bool:
-        try:
-            return self._hasher.verify(secret, clear)
-        except argon2.exceptions.VerifyMismatchError:
-            return False
 
 
 PROOF_OWNER = uuid.UUID(int=0)
@@ -1081,6 +1128,197 @@ class Caller(Struct, frozen=True):
 
 
 ANYBODY = Caller()
+
+
+class Client(Struct, frozen=True):
+    """What a replica knows of a client: its scopes with those that they imply, and its projects (null: all)."""
+
+    scopes: frozenset[str]
+    projects: tuple[uuid.UUID, ...] | None
+
+
+class Claims(Struct):
+    """What is read of a token whose signature is right."""
+
+    sub: uuid.UUID
+    scope: str
+    exp: float
+
+
+class TokenRefusal(Exception):
+    """A token is refused (RFC 6749 section 5.2)."""
+
+    def __init__(self, error: str, description: str, status: int = 400, **headers: str) -> None:
+        super().__init__(re.sub(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]", "'", description))  # what section 5.2 allows
+        self.error = error
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def with_implied(scopes: Iterable[str]) -> frozenset[str]:
+    implied = {"admin": tuple(SCOPES), "users:write": ("users:read",)}
+    return frozenset(each for scope in scopes for each in (scope, *implied.get(scope, ())))
+
+
+class Gate:
+    """Checks tokens, and gives them to those who know a client's secret.
+
+    Each replica has all clients in memory, and what it read last counts for STALE seconds: so the tokens of a
+    removed client stop working within a minute, whether the database can be reached or not.
+    """
+
+    ISSUER = "botfarm"
+    LIFE = 600  # seconds for which a token is valid
+    LEEWAY = 5  # seconds by which the clocks of two replicas may differ
+    REFRESH = 20  # seconds between two looks at the clients
+    STALE = 50
+    CHECKED = 30  # seconds for which the claims of a checked token are kept
+    MOST = 10_000  # tokens whose claims are kept
+    FAILURES, REQUESTS = 10, 120  # a minute, of one client from one address
+    CROWD = 100  # secrets that may wait for their check
+
+    def __init__(self, pool: Connections, keys: dict[str, bytes]) -> None:
+        self._pool = pool
+        self._keys = keys
+        self._clients: dict[uuid.UUID, Client] = {}
+        self._read_at = -self.STALE
+        self._checked: dict[str, tuple[Caller | None, float]] = {}  # None: the client is gone
+        self.refresh = Coalescer(self._read, 10_000)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="secrets")
+        self._waiting = 0
+        self._nobody = HASHER.hash(secrets.token_urlsafe(32))  # what the secret of an unknown client is compared with
+
+    async def admit(self, sent: str | None, scope: str) -> Caller:
+        """Who sent this Authorization header. Unauthenticated, or Forbidden where the scope is lacking."""
+        now = time.monotonic()
+        caller, until = self._checked.get(sent or "", (None, 0))
+        if now >= until or now >= self._read_at + self.STALE:
+            caller = await self._check(sent)
+        if caller is None:
+            raise Unauthenticated("The client of the token is gone")
+        if scope not in caller.scopes:
+            raise Forbidden.scope(scope)
+        return caller
+
+    async def _check(self, sent: str | None) -> Caller | None:
+        """Who sent a token that is not known or was checked long ago; None where its client is gone.
+
+        One who is not known yet may have been added a moment ago: look, but once for each token.
+        """
+        kind, _, token = (sent or "").partition(" ")
+        if sent is None or kind.lower() != "bearer":
+            raise Unauthenticated
+        claims = self._claims(token.strip())
+        if claims.sub not in self._clients or time.monotonic() >= self._read_at + self.STALE:
+            await self.refresh(None)
+        client = self._clients.get(claims.sub)
+        scopes = with_implied(claims.scope.split())
+        caller = Caller(claims.sub, scopes & client.scopes, client.projects) if client else None
+        if len(self._checked) >= self.MOST:
+            self._checked.clear()
+        self._checked[sent] = caller, time.monotonic() + min(self.CHECKED, claims.exp - time.time())
+        return caller
+
+    def _claims(self, token: str) -> Claims:
+        try:
+            key = self._keys[jwt.get_unverified_header(token)["kid"]]
+            claims = jwt.decode(
+                token, key, algorithms=["HS256"], issuer=self.ISSUER, audience=self.ISSUER, leeway=self.LEEWAY,
+                options={"require": ["iss", "aud", "sub", "exp", "iat", "jti"]},
+            )  # fmt: skip
+            return msgspec.convert(claims, Claims)
+        except jwt.ExpiredSignatureError:
+            raise Unauthenticated("The token has expired") from None
+        except (jwt.InvalidTokenError, msgspec.ValidationError, KeyError):
+            raise Unauthenticated("The token is not valid here") from None
+
+    async def _read(self, asked: list[None]) -> list[None]:
+        """Read the clients. Where one has changed, what was checked does not count any more."""
+        began = time.monotonic()
+        rows = await self._pool.fetch(SQL["list_clients"])
+        projects = {row["id"]: None if row["projects"] is None else tuple(row["projects"]) for row in rows}
+        clients = {row["id"]: Client(with_implied(row["scopes"]), projects[row["id"]]) for row in rows}
+        if clients != self._clients:
+            self._checked.clear()
+        self._clients, self._read_at = clients, began
+        return asked
+
+    async def keep_fresh(self) -> None:
+        """Read the clients again and again (for ever)."""
+        while True:
+            pause = _jittered(self.REFRESH)
+            try:
+                await self.refresh(None)
+            except (asyncpg.PostgresError, *DATABASE_FAULTS) as fault:
+                log.warning("The clients cannot be read: %s: %s", type(fault).__name__, fault)
+                pause = min(pause, 2)
+            await asyncio.sleep(pause)
+
+    async def authenticate(self, client_id: str, secret: str, address: str) -> asyncpg.Record:
+        """The client with this secret. TokenRefusal for a wrong one, and for one who asks too often.
+
+        Failures are counted after the check and before the answer, so those who guess at the same time learn no
+        more than those who guess one after the other.
+        """
+        id = _uuid_or_none(client_id)
+        caller = hashlib.sha256(f"{id or client_id}\n{address}".encode()).digest()
+        counted = await self._count(caller, requests=1)
+        self._limit(counted, counted["requests"] > self.REQUESTS or counted["failures"] >= self.FAILURES)
+        row = await self._pool.fetchrow(SQL["get_client"], id)
+        known = (row["secret_hash"], row["previous_hash"]) if row else (None, None)
+        valid = await self._verify([stored or self._nobody for stored in known], secret)
+        counted = await self._count(caller, failures=0 if valid else 1)
+        self._limit(counted, counted["failures"] - (not valid) >= self.FAILURES)
+        if row is None or not valid:
+            log.warning("A token was refused to the client %s at %s", id, address)
+            challenge = 'Basic realm="botfarm"'
+            raise TokenRefusal("invalid_client", "Unknown client or wrong secret.", 401, WWW_Authenticate=challenge)
+        return row
+
+    async def _count(self, caller: bytes, requests: int = 0, failures: int = 0) -> asyncpg.Record:
+        row = await self._pool.fetchrow(SQL["count_token_request"], caller, requests, failures)
+        return cast("asyncpg.Record", row)
+
+    def _limit(self, counted: asyncpg.Record, exceeded: bool) -> None:
+        if exceeded:
+            wait = counted["retry_after"]
+            text = f"Too many requests or failures of this client at this address; try again in {wait} seconds."
+            raise TokenRefusal("temporarily_unavailable", text, 429, Retry_After=str(wait))
+
+    async def _verify(self, stored: list[str], secret: str) -> bool:
+        """Whether the secret is that of one of the hashes: as slow for an unknown client as for a known one."""
+        if self._waiting >= self.CROWD:
+            raise TokenRefusal("temporarily_unavailable", "Too many ask for tokens; try again.", 503, Retry_After="1")
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, lambda: any(matches(each, secret) for each in stored))
+        finally:
+            self._waiting -= 1
+
+    def issue(self, client_id: uuid.UUID, scope: str) -> str:
+        """A signed token."""
+        now = int(time.time())
+        claims = {
+            "iss": self.ISSUER,
+            "aud": self.ISSUER,
+            "sub": str(client_id),
+            "iat": now,
+            "exp": now + self.LIFE,
+            "jti": uuid.uuid4().hex,
+            "scope": scope,
+        }
+        first = next(iter(self._keys))
+        return jwt.encode(claims, self._keys[first], "HS256", headers={"kid": first})
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _uuid_or_none(text: str) -> uuid.UUID | None:
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(text, uuid.UUID)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1865,9 +2103,16 @@ class Farm:
     """
 
     def __init__(
-        self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords, events: Events
+        self,
+        settings: Settings,
+        hot: Connections,
+        pool: Connections,
+        passwords: Passwords,
+        events: Events,
+        gate: Gate | None = None,
     ) -> None:
         self.settings = settings
+        self.gate = gate
         self.hot = hot
         self.pool = pool
         self.passwords = passwords
@@ -2129,6 +2374,7 @@ class Call(Struct):
     """What a handler declares of itself."""
 
     tag: str
+    scope: Literal["open", "users:read", "users:write", "locks", "admin"]  # what a token needs for it
     status: int
     body: type[Struct] | None = None
     body_optional: bool = False
@@ -2156,7 +2402,7 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
             try:
                 farm: Farm = request.app.state.farm
                 if not read:  # a body can be read only once
-                    read["arguments"] = await _arguments(farm, request, declaration)
+                    read["arguments"] = await _admitted(farm, request, path, declaration)
                 return await handler(farm, request, **read["arguments"])
             except Problem as problem:
                 return problem.response()
@@ -2189,6 +2435,44 @@ def _counted(request: Request, answer: Response) -> Response:
     if isinstance(answer, Refused):
         request.app.state.farm.events.refused(answer.slug)
     return answer
+
+
+CALLER = "botfarm-caller"  # in the state of a request: who calls, where authentication is on
+
+
+def caller_of(request: Request) -> Caller:
+    return request.scope["state"].get(CALLER, ANYBODY)
+
+
+async def _admitted(farm: Farm, request: Request, path: str, declared: Call) -> dict[str, Any]:
+    """What the handler gets, read after a look at who calls."""
+    if farm.gate is None or declared.scope == "open":
+        return await _arguments(farm, request, declared)
+    caller = await farm.gate.admit(header(request, b"authorization"), declared.scope)
+    request.scope["state"][CALLER] = caller
+    arguments = await _arguments(farm, request, declared)
+    if caller.projects is not None:
+        await _keep_inside(farm, caller, caller.projects, path, arguments)
+    return arguments
+
+
+async def _keep_inside(
+    farm: Farm, caller: Caller, projects: Sequence[uuid.UUID], path: str, arguments: dict[str, Any]
+) -> None:
+    """A client that is limited to projects names no others, and users of others do not exist for it.
+
+    A lock of its own is in them anyway; one of another client is only an admin's to touch.
+    """
+    for value in (arguments.get("query"), arguments.get("body")):
+        for named in (value, *getattr(value, "users", ())):
+            if (project_id := getattr(named, "project_id", None)) and project_id not in projects:
+                raise Forbidden.project(project_id)
+    id = arguments.get("id")
+    is_user = path.startswith("/users/")
+    if id is None or not (is_user or caller.owner is None):
+        return
+    if await farm.pool.fetchval(SQL["get_project"], *((id, None) if is_user else (None, id))) not in projects:
+        raise _no_user(id) if is_user else _no_lock(id)
 
 
 async def _arguments(farm: Farm, request: Request, declared: Call) -> dict[str, Any]:
@@ -2322,13 +2606,6 @@ def _read_query(farm: Farm, query: bytes, kind: type[T]) -> T:
     return parsed
 
 
-CALLER = "botfarm-caller"  # in the state of a request: who calls, where authentication is on
-
-
-def caller_of(request: Request) -> Caller:
-    return request.scope["state"].get(CALLER, ANYBODY)
-
-
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response[bytes]:
     return Response(
         content=msgspec.json.encode(value), status_code=status, media_type=JSON, headers=dict(headers or {})
@@ -2337,6 +2614,108 @@ def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 def no_content() -> Response[None]:
     return Response(content=None, status_code=204)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Tokens: the client credentials grant, RFC 6749 section 4.4. The password grant is left out on purpose, see
+# RFC 9700 section 2.4. Its answers have the form of that RFC and not of the problems above.
+# ------------------------------------------------------------------------------------------------------
+
+FORM = "application/x-www-form-urlencoded"
+LONGEST_FORM = 16 * 1024
+NOT_STORED = {"Cache-Control": "no-store", "Pragma": "no-cache"}
+
+
+class Token(Struct):
+    """RFC 6749 section 5.1."""
+
+    access_token: str
+    token_type: str
+    expires_in: int
+    scope: str
+
+
+class TokenError(Struct):
+    """RFC 6749 section 5.2."""
+
+    error: str
+    error_description: str
+
+
+@post("/token", status_code=200, include_in_schema=False)
+async def issue_token(request: Request) -> Response:
+    """Get a token.
+
+    The client by HTTP Basic, or by `client_id` and `client_secret` in the form.
+    """
+    try:
+        return await _issue(request, request.app.state.farm.gate)
+    except TokenRefusal as refusal:
+        refused = refusal
+    except Problem as problem:
+        refused = TokenRefusal("invalid_request", problem.detail)
+    except DATABASE_FAULTS as fault:
+        request.app.state.farm.events.database_failed("The database does not answer", fault)
+        text = "The database does not answer; try again in a moment."
+        refused = TokenRefusal("temporarily_unavailable", text, 503, Retry_After="1")
+    return reply(TokenError(refused.error, str(refused)), refused.status, NOT_STORED | refused.headers)
+
+
+async def _issue(request: Request, gate: Gate) -> Response:
+    form = await _token_form(request)
+    client_id, secret = _credentials(header(request, b"authorization"), form)
+    grant = form.get("grant_type")
+    if grant is None:
+        raise TokenRefusal("invalid_request", "grant_type is missing: it is client_credentials.")
+    if grant != "client_credentials":
+        raise TokenRefusal("unsupported_grant_type", f"{_shown(grant)} is not the one grant here, client_credentials.")
+    client = await gate.authenticate(client_id, secret, request.client.host if request.client else "")
+    scope = _granted_scope(form.get("scope", ""), client["scopes"])
+    return reply(Token(gate.issue(client["id"], scope), "Bearer", gate.LIFE, scope), 200, NOT_STORED)
+
+
+async def _token_form(request: Request) -> dict[str, str]:
+    """The parameters that have a value; those without count as left out, unknown ones are passed over."""
+    if request.scope["query_string"]:
+        raise TokenRefusal("invalid_request", "Parameters belong into the body, not into the query string.")
+    if (header(request, b"content-type") or "").partition(";")[0].strip().lower() != FORM:
+        raise TokenRefusal("invalid_request", f"The content type has to be {FORM}.")
+    body = await _read_all(request, LONGEST_FORM)
+    try:
+        pairs = parse_qsl(body.decode("ascii"), errors="strict", max_num_fields=100)
+    except ValueError:
+        raise TokenRefusal("invalid_request", f"The body is not {FORM} in UTF-8.") from None
+    if len(dict(pairs)) < len(pairs):
+        raise TokenRefusal("invalid_request", "A parameter is there twice.")
+    return dict(pairs)
+
+
+def _credentials(authorization: str | None, form: dict[str, str]) -> tuple[str, str]:
+    """Id and secret of the client; RFC 6749 section 2.3.1 allows one way at a time."""
+    if authorization is None:
+        if "client_id" in form and "client_secret" in form:
+            return form["client_id"], form["client_secret"]
+        text = "Send the client's id and secret by HTTP Basic, or as client_id and client_secret."
+        raise TokenRefusal("invalid_client", text, 401, WWW_Authenticate='Basic realm="botfarm"')
+    kind, _, encoded = authorization.partition(" ")
+    try:
+        client_id, colon, secret = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
+    except ValueError:
+        kind = client_id = colon = secret = ""
+    if kind.lower() != "basic" or not colon:
+        text = "The Authorization header is not HTTP Basic with the client's id and secret."
+        raise TokenRefusal("invalid_client", text, 401, WWW_Authenticate='Basic realm="botfarm"')
+    client_id, secret = unquote_plus(client_id), unquote_plus(secret)
+    if "client_secret" in form or form.get("client_id", client_id) != client_id:
+        raise TokenRefusal("invalid_request", "The client is there twice: by HTTP Basic and in the form.")
+    return client_id, secret
+
+
+def _granted_scope(asked: str, scopes: Sequence[str]) -> str:
+    """The scopes that were asked for, or all of the client."""
+    if excess := sorted(set(asked.split()) - with_implied(scopes)):
+        raise TokenRefusal("invalid_scope", f"{_shown(excess[0])} is none of the client's scopes, {' '.join(scopes)}.")
+    return " ".join(dict.fromkeys(asked.split())) or " ".join(scopes)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2361,10 +2740,13 @@ class UserFilter(Body):
     login: Annotated[str, Meta(max_length=254, pattern=PLAIN)] | None = None
     label: list[Label] = []
 
-    def columns(self) -> list[Any]:
-        """As list_users.sql takes them."""
+    def columns(self, page: Sequence[Any], caller: Caller) -> list[Any]:
+        """As list_users.sql takes them, for one page."""
         labels = [json.dumps(dict([label.split(":", 1)])) for label in self.label]
-        return [self.project_id, self.env, self.domain, self.state, self.holder, self.login, labels]
+        project_id, projects = self.project_id, caller.projects
+        if projects and len(projects) == 1:  # which an index leads to
+            project_id, projects = projects[0], None
+        return [project_id, self.env, self.domain, self.state, self.holder, self.login, labels, *page, projects]
 
 
 class UserQuery(UserFilter):
@@ -2418,10 +2800,14 @@ def _user(row: asyncpg.Record) -> User:
     )
 
 
+def _no_user(id: uuid.UUID) -> UserNotFound:
+    return UserNotFound(f"There is no user {id}.")
+
+
 async def _get_user(farm: Farm, id: uuid.UUID) -> User:
     row = await farm.pool.fetchrow(SQL["get_user"], id)
     if row is None:
-        raise UserNotFound(f"There is no user {id}.")
+        raise _no_user(id)
     return _user(row)
 
 
@@ -2429,7 +2815,7 @@ def _login_taken(login: Any) -> LoginTaken:
     return LoginTaken(f"The login {_shown(login)} exists already in that project and env: choose another one.")
 
 
-@call(post, "/users", tag="users", status=201, body=NewUser, answer=User, problems=(LoginTaken,))
+@call(post, "/users", tag="users", scope="users:write", status=201, body=NewUser, answer=User, problems=(LoginTaken,))
 async def create_user(farm: Farm, request: Request, body: NewUser) -> Response:
     """Create a user.
 
@@ -2447,27 +2833,27 @@ async def create_user(farm: Farm, request: Request, body: NewUser) -> Response:
     return reply(await _get_user(farm, id), 201, {"Location": f"/users/{id}"})
 
 
-@call(get, "/users", tag="users", status=200, query=UserQuery, answer=UserPage)
+@call(get, "/users", tag="users", scope="users:read", status=200, query=UserQuery, answer=UserPage)
 async def list_users(farm: Farm, request: Request, query: UserQuery) -> Response:
     """List users, oldest first.
 
     Pass `next` as `cursor` for the next page. All filters must fit; `label=key:value` may be repeated.
     """
     after = read_cursor(query.cursor, tuple[datetime, uuid.UUID]) if query.cursor is not None else FIRST_CURSOR
-    rows = await farm.pool.fetch(SQL["list_users"], *query.columns(), *after, query.limit + 1)
+    rows = await farm.pool.fetch(SQL["list_users"], *query.columns((*after, query.limit + 1), caller_of(request)))
     page = rows[: query.limit]
     more = write_cursor(page[-1]["created_at"], page[-1]["id"]) if len(rows) > query.limit else None
     return reply(UserPage([_user(row) for row in page], more))
 
 
-@call(get, "/users/{id:str}", tag="users", status=200, answer=User, problems=(UserNotFound,))
+@call(get, "/users/{id:str}", tag="users", scope="users:read", status=200, answer=User, problems=(UserNotFound,))
 async def get_user(farm: Farm, request: Request, id: uuid.UUID) -> Response:
     """One user with its state."""
     return reply(await _get_user(farm, id))
 
 
 @call(
-    patch, "/users/{id:str}", tag="users", status=200, body=UserChanges, answer=User,
+    patch, "/users/{id:str}", tag="users", scope="users:write", status=200, body=UserChanges, answer=User,
     problems=(UserNotFound, LoginTaken),
 )  # fmt: skip
 async def update_user(farm: Farm, request: Request, id: uuid.UUID, body: UserChanges) -> Response:
@@ -2488,16 +2874,20 @@ async def update_user(farm: Farm, request: Request, id: uuid.UUID, body: UserCha
 
 
 @call(
-    delete, "/users/{id:str}", tag="users", status=204, query=DeleteQuery, problems=(UserNotFound, UserLocked)
+    delete, "/users/{id:str}", tag="users", scope="users:write", status=204, query=DeleteQuery,
+    problems=(UserNotFound, UserLocked),
 )  # fmt: skip
 async def delete_user(farm: Farm, request: Request, id: uuid.UUID, query: DeleteQuery) -> Response:
     """Delete a user.
 
-    One that is locked is deleted only with `force=true`; its lock then ends as `forced`.
+    One that is locked is deleted only with `force=true`; its lock then ends as `forced` (another client's: by an
+    admin alone).
     """
     row = await farm.pool.fetchrow(SQL["delete_user"], id, query.force, caller_of(request).owner)
     if row is None:
-        raise UserNotFound(f"There is no user {id}.")
+        raise _no_user(id)
+    if not row["deleted"] and query.force:
+        raise Forbidden.scope("admin")  # the lock is another client's
     if not row["deleted"]:
         raise _user_locked(id, row)
     if row["lock_id"]:
@@ -2514,20 +2904,20 @@ def _user_locked(id: uuid.UUID, row: asyncpg.Record) -> UserLocked:
 
 
 @call(
-    post, "/users/{id:str}/verify", tag="users", status=200, body=PasswordCheck, answer=Valid,
+    post, "/users/{id:str}/verify", tag="users", scope="users:write", status=200, body=PasswordCheck, answer=Valid,
     problems=(UserNotFound,),
 )  # fmt: skip
 async def verify_password(farm: Farm, request: Request, id: uuid.UUID, body: PasswordCheck) -> Response:
     """Tell whether a password is the user's."""
     secret = await farm.pool.fetchval(SQL["get_secret"], id)
     if secret is None:
-        raise UserNotFound(f"There is no user {id}.")
+        raise _no_user(id)
     return reply(Valid(await farm.passwords.verify(id, secret, body.password)))
 
 
 @call(
-    post, "/users/{id:str}/quarantine", tag="users", status=200, body=QuarantineReason, answer=User,
-    problems=(UserNotFound,),
+    post, "/users/{id:str}/quarantine", tag="users", scope="users:write", status=200, body=QuarantineReason,
+    answer=User, problems=(UserNotFound,),
 )  # fmt: skip
 async def quarantine_user(farm: Farm, request: Request, id: uuid.UUID, body: QuarantineReason) -> Response:
     """Take a user out.
@@ -2538,7 +2928,15 @@ async def quarantine_user(farm: Farm, request: Request, id: uuid.UUID, body: Qua
     return reply(await _get_user(farm, id))
 
 
-@call(delete, "/users/{id:str}/quarantine", tag="users", status=200, answer=User, problems=(UserNotFound,))
+@call(
+    delete,
+    "/users/{id:str}/quarantine",
+    tag="users",
+    scope="users:write",
+    status=200,
+    answer=User,
+    problems=(UserNotFound,),
+)
 async def end_quarantine(farm: Farm, request: Request, id: uuid.UUID) -> Response:
     """Put a user back. Also when it is not quarantined."""
     await farm.pool.execute(SQL["set_quarantine"], id, None)
@@ -2547,7 +2945,7 @@ async def end_quarantine(farm: Farm, request: Request, id: uuid.UUID) -> Respons
 
 
 @call(
-    get, "/users/{id:str}/history", tag="users", status=200, query=HistoryQuery, answer=HistoryPage,
+    get, "/users/{id:str}/history", tag="users", scope="users:read", status=200, query=HistoryQuery, answer=HistoryPage,
     problems=(UserNotFound,),
 )  # fmt: skip
 async def list_history(farm: Farm, request: Request, id: uuid.UUID, query: HistoryQuery) -> Response:
@@ -2562,10 +2960,10 @@ async def list_history(farm: Farm, request: Request, id: uuid.UUID, query: Histo
     return reply(HistoryPage(page, write_cursor(page[-1].fence) if len(rows) > query.limit else None))
 
 
-@call(get, "/pools", tag="users", status=200, query=PoolQuery, answer=PoolList)
+@call(get, "/pools", tag="users", scope="users:read", status=200, query=PoolQuery, answer=PoolList)
 async def list_pools(farm: Farm, request: Request, query: PoolQuery) -> Response:
     """The pools and how many of their users are in which state."""
-    rows = await farm.pool.fetch(SQL["list_pools"], query.project_id)
+    rows = await farm.pool.fetch(SQL["list_pools"], query.project_id, caller_of(request).projects)
     return reply(PoolList([Pool(**row, waiting=farm.desk.waiting(_pool_of(row))) for row in rows]))
 
 
@@ -2607,8 +3005,10 @@ class Lines:
 class ImportFile:
     """Reads the lines of an import; what is wrong with them gathers in `errors`, the first 100."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
+        """`projects` are what the caller is limited to; None: all."""
         self.settings = settings
+        self.projects = projects
         self.errors: list[LineError] = []
 
     def read(self, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[Numbered]:
@@ -2633,6 +3033,8 @@ class ImportFile:
         return sorted(self.errors, key=lambda error: error.line)[:100]
 
     def check(self, number: int, user: ImportedUser) -> ImportedUser | None:
+        if self.projects is not None and user.project_id not in self.projects:
+            raise Forbidden.project(user.project_id, f"Line {number}: ")
         faults = check_words(self.settings, user)
         for fault in faults:
             self.fail(number, fault.field, fault.message)
@@ -2666,8 +3068,8 @@ class NdjsonFile(ImportFile):
 class CsvFile(ImportFile):
     """RFC 4180 with a header line. Empty cells of password, domain and labels count as left out."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
+        super().__init__(settings, projects)
         self.header: list[str] | None = None
         self._parts: list[bytes] = []  # a record whose quotes are not closed yet, and the line it began on
         self._size = self._quotes = self._began = 0
@@ -2836,7 +3238,7 @@ IMPORT_COLUMNS = ("line", "kind", "id", "project_id", "env", "domain", "login", 
 
 
 @call(
-    post, "/users/import", tag="users", status=200, answer=Imported, upload=True,
+    post, "/users/import", tag="users", scope="users:write", status=200, answer=Imported, upload=True,
     problems=(UnsupportedMediaType, BodyTooLarge, MalformedBody, LoginTaken),
 )  # fmt: skip
 async def import_users(farm: Farm, request: Request) -> Response:
@@ -2848,7 +3250,7 @@ async def import_users(farm: Farm, request: Request) -> Response:
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media not in (NDJSON, CSV):
         raise UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
-    file = NdjsonFile(farm.settings) if media == NDJSON else CsvFile(farm.settings)
+    file = (NdjsonFile if media == NDJSON else CsvFile)(farm.settings, caller_of(request).projects)
     async with _turn(farm.imports), farm.pool.acquire() as connection:
         async with connection.transaction():
             await connection.execute(SQL["import_stage"])
@@ -2914,18 +3316,19 @@ async def _chunks(request: Request, file: ImportFile, limit: int) -> AsyncIterat
         yield users
 
 
-@call(get, "/users/export", tag="users", status=200, query=UserFilter, answer=User, media=NDJSON)
+@call(get, "/users/export", tag="users", scope="users:read", status=200, query=UserFilter, answer=User, media=NDJSON)
 async def export_users(farm: Farm, request: Request, query: UserFilter) -> Response:
     """All users that fit, one a line, without secrets."""
-    rows = await farm.pool.fetch(SQL["list_users"], *query.columns(), *FIRST_CURSOR, 500)
-    return Stream(_exported(farm, query, [] if request.method == HttpMethod.HEAD else rows), media_type=NDJSON)
+    caller = caller_of(request)
+    rows = await farm.pool.fetch(SQL["list_users"], *query.columns((*FIRST_CURSOR, 500), caller))
+    return Stream(_exported(farm, query, caller, [] if request.method == HttpMethod.HEAD else rows), media_type=NDJSON)
 
 
-async def _exported(farm: Farm, query: UserFilter, rows: list[asyncpg.Record]) -> AsyncIterator[bytes]:
+async def _exported(farm: Farm, query: UserFilter, caller: Caller, rows: list[asyncpg.Record]) -> AsyncIterator[bytes]:
     while rows:
         yield b"".join(msgspec.json.encode(_user(row)) + b"\n" for row in rows)
-        after = (rows[-1]["created_at"], rows[-1]["id"])
-        rows = await farm.pool.fetch(SQL["list_users"], *query.columns(), *after, 500)
+        page = (rows[-1]["created_at"], rows[-1]["id"], 500)
+        rows = await farm.pool.fetch(SQL["list_users"], *query.columns(page, caller))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3125,7 +3528,7 @@ def _exhausted(asked: str, counts: asyncpg.Record, waiting: int) -> PoolExhauste
 def _user_refusal(wish: Wish, counts: asyncpg.Record) -> Problem:
     id, state = cast("uuid.UUID", wish.user_id), counts["state"]
     if state is None:
-        return UserNotFound(f"There is no user {id}.")
+        return _no_user(id)
     if state == "quarantined":
         detail = f"The user {id} is quarantined: {counts['quarantine']}."
         return UserUnavailable(detail, state=state, reason=counts["quarantine"])
@@ -3139,7 +3542,7 @@ def _user_refusal(wish: Wish, counts: asyncpg.Record) -> Problem:
 
 
 @call(
-    post, "/locks", tag="locks", status=201, body=AcquireLock, answer=Lock, keyed=True,
+    post, "/locks", tag="locks", scope="locks", status=201, body=AcquireLock, answer=Lock, keyed=True,
     problems=(NoMatchingUser, PoolExhausted, LockEnded, ShuttingDown),
 )  # fmt: skip
 async def acquire_lock(farm: Farm, request: Request, body: AcquireLock) -> Response:
@@ -3158,8 +3561,8 @@ def _wish(body: AcquireLock | SetPart) -> Wish:
 
 
 @call(
-    put, "/users/{id:str}/lock", tag="locks", status=201, body=AcquireUser, body_optional=True, answer=Lock, keyed=True,
-    problems=(UserNotFound, UserLocked, UserUnavailable, LockEnded, ShuttingDown),
+    put, "/users/{id:str}/lock", tag="locks", scope="locks", status=201, body=AcquireUser, body_optional=True,
+    answer=Lock, keyed=True, problems=(UserNotFound, UserLocked, UserUnavailable, LockEnded, ShuttingDown),
 )  # fmt: skip
 async def acquire_user(farm: Farm, request: Request, id: uuid.UUID, body: AcquireUser) -> Response:
     """Acquire a lock on this very user."""
@@ -3171,7 +3574,7 @@ async def acquire_user(farm: Farm, request: Request, id: uuid.UUID, body: Acquir
 
 
 @call(
-    post, "/locks/sets", tag="locks", status=201, body=AcquireSet, answer=LockSet, keyed=True,
+    post, "/locks/sets", tag="locks", scope="locks", status=201, body=AcquireSet, answer=LockSet, keyed=True,
     problems=(NoMatchingUser, PoolExhausted, LockEnded, ShuttingDown),
 )  # fmt: skip
 async def acquire_set(farm: Farm, request: Request, body: AcquireSet) -> Response:
@@ -3185,16 +3588,20 @@ async def acquire_set(farm: Farm, request: Request, body: AcquireSet) -> Respons
     )
 
 
+def _no_lock(id: uuid.UUID) -> LockNotHeld:
+    return LockNotHeld(f"No lock {id} is known.")
+
+
 async def _not_held(farm: Farm, id: uuid.UUID, owner: uuid.UUID | None) -> LockNotHeld:
     ends = await farm.pool.fetch(SQL["get_lock_ends"], [id], owner)
     if not ends:
-        return LockNotHeld(f"No lock {id} is known.")
+        return _no_lock(id)
     end = ends[0]
     detail = f"The lock {id} has ended ({end['ended_by']} at {end['ended_at']:%Y-%m-%dT%H:%M:%S.%fZ})."
     return LockNotHeld(detail, ended_at=end["ended_at"], ended_by=end["ended_by"])
 
 
-@call(get, "/locks/{id:str}", tag="locks", status=200, answer=Lock, problems=(LockNotHeld,))
+@call(get, "/locks/{id:str}", tag="locks", scope="locks", status=200, answer=Lock, problems=(LockNotHeld,))
 async def get_lock(farm: Farm, request: Request, id: uuid.UUID) -> Response:
     """A lock that is held, without the password."""
     owner = caller_of(request).owner
@@ -3203,7 +3610,7 @@ async def get_lock(farm: Farm, request: Request, id: uuid.UUID) -> Response:
 
 
 @call(
-    patch, "/locks/{id:str}", tag="locks", status=200, body=ExtendLock, body_optional=True, answer=Lock,
+    patch, "/locks/{id:str}", tag="locks", scope="locks", status=200, body=ExtendLock, body_optional=True, answer=Lock,
     problems=(LockNotHeld,),
 )  # fmt: skip
 async def extend_lock(farm: Farm, request: Request, id: uuid.UUID, body: ExtendLock) -> Response:
@@ -3216,7 +3623,7 @@ async def extend_lock(farm: Farm, request: Request, id: uuid.UUID, body: ExtendL
     return reply(_lock(row)) if row else (await _not_held(farm, id, owner)).response()
 
 
-@call(delete, "/locks/{id:str}", tag="locks", status=204, query=ReleaseQuery, problems=(LockNotHeld,))
+@call(delete, "/locks/{id:str}", tag="locks", scope="locks", status=204, query=ReleaseQuery, problems=(LockNotHeld,))
 async def release_lock(farm: Farm, request: Request, id: uuid.UUID, query: ReleaseQuery) -> Response:
     """Give the user back.
 
@@ -3227,7 +3634,7 @@ async def release_lock(farm: Farm, request: Request, id: uuid.UUID, query: Relea
     return no_content() if held else (await _not_held(farm, id, owner)).response()
 
 
-@call(delete, "/locks", tag="locks", status=200, query=HolderQuery, answer=Released)
+@call(delete, "/locks", tag="locks", scope="locks", status=200, query=HolderQuery, answer=Released)
 async def release_holder(farm: Farm, request: Request, query: HolderQuery) -> Response:
     """Give back everything that a holder holds: a CI job's last step."""
     caller = caller_of(request)
@@ -3238,12 +3645,12 @@ async def release_holder(farm: Farm, request: Request, query: HolderQuery) -> Re
     return reply(Released(len(rows)))
 
 
-@call(delete, "/users/{id:str}/lock", tag="locks", status=204, problems=(UserNotFound,))
+@call(delete, "/users/{id:str}/lock", tag="locks", scope="admin", status=204, problems=(UserNotFound,))
 async def force_release(farm: Farm, request: Request, id: uuid.UUID) -> Response:
     """End the lock of a user by force, whoever holds it. Also when nobody does."""
     row = await farm.hot.fetchrow(SQL["force_release"], id)
     if row is None:
-        raise UserNotFound(f"There is no user {id}.")
+        raise _no_user(id)
     if row["lock_id"]:
         farm.events.ended("forced", row)
     farm.desk.freed()
@@ -3255,13 +3662,13 @@ async def force_release(farm: Farm, request: Request, id: uuid.UUID) -> Response
 # ------------------------------------------------------------------------------------------------------
 
 
-@call(get, "/livez", tag="service", status=200)
+@call(get, "/livez", tag="service", scope="open", status=200)
 async def livez(farm: Farm, request: Request) -> Response:
     """The process serves. Touches no database."""
     return Response(content=b'{"status":"ok"}', media_type=JSON)
 
 
-@call(get, "/readyz", tag="service", status=200, problems=(DatabaseUnavailable,))
+@call(get, "/readyz", tag="service", scope="open", status=200, problems=(DatabaseUnavailable,))
 async def readyz(farm: Farm, request: Request) -> Response:
     """The database answers, and its schema is there."""
     try:
@@ -3360,7 +3767,7 @@ class Scrape:
         yield from (found, limit, queue)
 
 
-@call(get, "/metrics", tag="service", status=200, media=PROMETHEUS)
+@call(get, "/metrics", tag="service", scope="open", status=200, media=PROMETHEUS)
 async def metrics(farm: Farm, request: Request) -> Response:
     """Numbers for Prometheus, over all workers of this start.
 
@@ -3404,6 +3811,8 @@ async def prune(farm: Farm) -> None:
     for statement in ("prune_history", "prune_keys"):
         while await farm.pool.execute(SQL[statement], farm.settings.history_days, 1000) == "DELETE 1000":
             await asyncio.sleep(0.05)
+    if farm.gate:
+        await farm.pool.execute(SQL["prune_token_requests"])
 
 
 async def repeat(task: Callable[[Farm], Awaitable[None]], farm: Farm, seconds: float) -> None:
@@ -3478,17 +3887,54 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
         ref_template="#/components/schemas/{name}",
     )
     paths: dict[str, Any] = {}
+    secured = settings.auth == "on"
     for handler, declared in calls:
         for path in sorted(handler.paths):
             method = min(handler.http_methods).lower()  # HEAD comes along with GET
-            paths.setdefault(path.replace(":str", ""), {})[method] = _operation(handler, declared, path)
+            paths.setdefault(path.replace(":str", ""), {})[method] = _operation(handler, declared, path, secured)
     document = {
         "openapi": "3.1.0",
         "info": {"title": "BotFarm", "version": VERSION, "description": "A pool of test users that tests lock."},
         "paths": paths,
         "components": {"schemas": {**schemas, "Problem": _problem_schema()}},
     }
+    if secured:
+        _secure(document)
     return cast("dict[str, Any]", _with_limits(document, settings))
+
+
+def _secure(document: dict[str, Any]) -> None:
+    """How to get a token, and that calls need one: the Authorize button of the API page works by it."""
+    flow = {"tokenUrl": "/token", "scopes": SCOPES}
+    document["components"]["securitySchemes"] = {"oauth2": {"type": "oauth2", "flows": {"clientCredentials": flow}}}
+    _, schemas = msgspec.json.schema_components([Token, TokenError], ref_template="#/components/schemas/{name}")
+    document["components"]["schemas"] |= schemas
+    document["paths"]["/token"] = {"post": _token_operation()}
+
+
+def _token_operation() -> dict[str, Any]:
+    summary, _, text = cast("str", issue_token.fn.__doc__).strip().partition("\n")
+    names = ("grant_type", "scope", "client_id", "client_secret")
+    fields: dict[str, Any] = {name: {"type": "string"} for name in names}
+    fields["grant_type"]["const"] = "client_credentials"
+    form = {"type": "object", "required": ["grant_type"], "properties": fields}
+    answers = [(200, Token, "Done"), (400, TokenError, "RFC 6749 section 5.2"), (401, TokenError, "`invalid_client`")]
+    answers += [(429, TokenError, "too often"), (503, TokenError, "the database does not answer, or too many ask")]
+    return {
+        "operationId": "issue_token",
+        "tags": ["service"],
+        "summary": summary.rstrip("."),
+        "description": " ".join(text.split()),
+        "security": [],
+        "requestBody": {"required": True, "content": {FORM: {"schema": form}}},
+        "responses": {
+            str(status): {
+                "description": what,
+                "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}},
+            }
+            for status, kind, what in answers
+        },
+    }
 
 
 def _with_limits(node: Any, settings: Settings) -> Any:
@@ -3514,7 +3960,7 @@ def _problem_schema() -> dict[str, Any]:
     return schemas["ProblemDetails"] | {"title": "Problem", "additionalProperties": True}
 
 
-def _operation(handler: Any, declared: Call, path: str) -> dict[str, Any]:
+def _operation(handler: Any, declared: Call, path: str, secured: bool) -> dict[str, Any]:
     summary, _, text = (handler.fn.__doc__ or "").strip().partition("\n")
     operation: dict[str, Any] = {
         "operationId": handler.opt["name"],
@@ -3522,8 +3968,10 @@ def _operation(handler: Any, declared: Call, path: str) -> dict[str, Any]:
         "summary": summary.rstrip("."),
         "description": " ".join(text.split()) or summary,
         "parameters": [*_path_parameters(path), *_query_parameters(declared), *_header_parameters(declared)],
-        "responses": _responses(declared, path),
+        "responses": _responses(declared, path, secured),
     }
+    if secured:
+        operation["security"] = [] if declared.scope == "open" else [{"oauth2": [declared.scope]}]
     if declared.body:
         schema = {"$ref": f"#/components/schemas/{declared.body.__name__}"}
         operation["requestBody"] = {"required": not declared.body_optional, "content": {JSON: {"schema": schema}}}
@@ -3565,7 +4013,7 @@ def _header_parameters(declared: Call) -> list[dict[str, Any]]:
     )
 
 
-def _responses(declared: Call, path: str) -> dict[str, Any]:
+def _responses(declared: Call, path: str, secured: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": "Done"}
     if declared.answer:
         schema = {"$ref": f"#/components/schemas/{declared.answer.__name__}"}
@@ -3573,7 +4021,7 @@ def _responses(declared: Call, path: str) -> dict[str, Any]:
     elif declared.media != JSON:
         answer["content"] = {declared.media.partition(";")[0]: {"schema": {"type": "string"}}}
     problems: dict[str, list[type[Problem]]] = {}
-    for problem in _problems(declared, path):
+    for problem in _problems(declared, path, secured):
         problems.setdefault(str(problem.status), []).append(problem)
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     described = {
@@ -3586,11 +4034,12 @@ def _responses(declared: Call, path: str) -> dict[str, Any]:
     return {str(declared.status): answer, **described}
 
 
-def _problems(declared: Call, path: str) -> list[type[Problem]]:
+def _problems(declared: Call, path: str, secured: bool) -> list[type[Problem]]:
     """What a call can refuse: what it declares, and what its form brings along."""
     problems = [*declared.problems, Invalid, InternalError]
     problems += [DatabaseUnavailable] if declared.tag != "service" else []
     problems += [NotFound] if "{id" in path else []
+    problems += [Unauthenticated, Forbidden] if secured and declared.scope != "open" else []
     problems += [MalformedBody, UnsupportedMediaType, BodyTooLarge] if declared.body else []
     return list(dict.fromkeys(problems))
 
@@ -3761,11 +4210,15 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
         passwords = Passwords(keyring)
         stack.callback(passwords.close)
         events = Events(Tally(os.environ.get(SHARED)))
-        app.state.farm = farm = Farm(settings, hot, pool, passwords, events)
+        gate = Gate(pool, parse_keys(signing_keys(settings))) if settings.auth == "on" else None
+        app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
         jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), farm.desk.run(), farm.desk.announce()]
         jobs.append(publish(farm))
         if settings.listen_url or settings.pooler == "off":
             jobs.append(listen(farm, settings.listen_url.reveal() if settings.listen_url else database))
+        if gate:
+            stack.callback(gate.close)
+            jobs.append(gate.keep_fresh())
         tasks = [asyncio.create_task(job) for job in jobs]
         _on_stop(farm.stop)
         # What is there now stays: without freeze the collector walks over all of it again and again, in pauses
@@ -3804,6 +4257,7 @@ def create_app(settings: Settings) -> Litestar:
             docs,
             docs_start,
             openapi_json,
+            *([issue_token] if settings.auth == "on" else []),
             create_static_files_router(path="/docs/assets", directories=[assets], include_in_schema=False),
         ],
         lifespan=[_running],
@@ -3843,6 +4297,12 @@ def load_keys(settings: Settings) -> Secret | None:
             os.fsync(new.fileno())
         file.with_suffix(".new").rename(file)
     return Secret(file.read_text().strip())
+
+
+def signing_keys(settings: Settings) -> str:
+    if settings.signing_keys is None:
+        raise BadSettings(f"BOTFARM_SIGNING_KEYS: {NO_SIGNING_KEY}")
+    return settings.signing_keys.reveal()
 
 
 def keyring_of(keys: Secret | None) -> Keyring | None:
@@ -3923,6 +4383,12 @@ def _open_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 1 << 20), hard))
 
 
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
     options: dict[str, Any] = {
@@ -3932,6 +4398,7 @@ def serve(settings: Settings) -> int:
         "log_config": None,
         "server_header": False,
         "headers": HEADERS,
+        "proxy_headers": "FORWARDED_ALLOW_IPS" in os.environ,  # else a caller could choose its address at /token
         "lifespan": "on",
         "backlog": 4096,
         "timeout_graceful_shutdown": 8,
@@ -3940,6 +4407,8 @@ def serve(settings: Settings) -> int:
         "ws": "none",
     }
     _open_many_files()
+    if settings.auth == "off" and not _is_loopback(settings.host):
+        log.warning("Opened to %s without authentication: whoever reaches it gets passwords", settings.host)
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
         signal.signal(stop, lambda *_: sys.exit(0))
     with prepared(settings) as url:
@@ -4059,6 +4528,88 @@ def reseal_command(settings: Settings) -> int:
     return 0
 
 
+def client_command(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Add, list, rotate or remove a client: a JSON line for each. Exit status 1 when it is refused."""
+    secret = secrets.token_urlsafe(32)
+    name = getattr(arguments, "name", None)
+    match arguments.action:
+        case "add":
+            values: tuple[Any, ...] = (uuid.uuid4(), name, HASHER.hash(secret), arguments.scope, arguments.project)
+        case "rotate":
+            values = (name, HASHER.hash(secret), arguments.keep)
+        case "remove":
+            values = (name,)
+        case _:
+            values = ()
+    with database(settings) as url:
+        migrate(url)
+        rows = asyncio.run(_clients(url, settings.pooler, arguments.action, values))
+    for row in rows:
+        print(_client_line(row, secret if arguments.action in ("add", "rotate") else None))
+    if not rows and name:
+        reason = "exists already: choose another name" if arguments.action == "add" else "does not exist"
+        print(f"The client {name!r} {reason}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _clients(url: str, pooler: str, action: str, values: Sequence[Any]) -> list[asyncpg.Record]:
+    statements = {
+        "add": SQL["add_client"],
+        "list": SQL["list_clients"],
+        "rotate": SQL["rotate_client"],
+        "remove": SQL["remove_client"],
+    }
+    async with open_pool(url, 1, "force_custom_plan", 60, pooler) as pool:
+        return await pool.fetch(statements[action], *values)
+
+
+def _client_line(row: asyncpg.Record, secret: str | None) -> str:
+    """A client in JSON; its secret is shown this once."""
+    line = {"client_id": row["id"], "client_secret": secret, "scope": " ".join(row["scopes"])}
+    line |= {"projects": row["projects"], "name": None if secret else row["name"], "created_at": row.get("created_at")}
+    line |= {"old_secret_valid_until": row.get("previous_until")}
+    shown = {key: value for key, value in line.items() if value is not None or key == "projects"}
+    return msgspec.json.encode(shown).decode()
+
+
+def _scopes(text: str) -> list[str]:
+    scopes = list(dict.fromkeys(text.split()))
+    if unknown := [scope for scope in scopes if scope not in SCOPES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(SCOPES)}")
+    if not scopes:
+        raise argparse.ArgumentTypeError(f"name at least one of {', '.join(SCOPES)}")
+    return scopes
+
+
+def _client_name(text: str) -> str:
+    if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{1,100}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 100 characters without control characters")
+    return text
+
+
+def _seconds(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,7}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return int(text)
+
+
+def _add_client_commands(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
+    adding = actions.add_parser("add", help="add a client and print its secret, this once")
+    adding.add_argument("--scope", type=_scopes, required=True, help=f"some of {' '.join(SCOPES)}")
+    adding.add_argument("--project", type=uuid.UUID, action="append", metavar="UUID", help="limit it to projects")
+    actions.add_parser("list", help="list the clients")
+    rotating = actions.add_parser("rotate", help="give a client a new secret and print it, this once")
+    rotating.add_argument(
+        "--keep", type=_seconds, default=3600, metavar="SECONDS",
+        help="for how long the old secret stays valid (default: %(default)s)",
+    )  # fmt: skip
+    removing = actions.add_parser("remove", help="remove a client; its tokens end within a minute")
+    for action in (adding, rotating, removing):
+        action.add_argument("name", metavar="NAME", type=_client_name)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="botfarm.py", description="A pool of test users that tests lock.")
     commands = parser.add_subparsers(dest="command", metavar="command")
@@ -4075,8 +4626,10 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("file", metavar="FILE|-", help="NDJSON, or CSV when the name ends in .csv")
     importing.add_argument("--type", dest="media", choices=[NDJSON, CSV], help="what it is, for standard input")
     exporting = commands.add_parser("export", help="print all users of a service as NDJSON")
-    commands.add_parser("keygen", help="print a new key for BOTFARM_KEYS")
+    commands.add_parser("keygen", help="print a new key for BOTFARM_KEYS or BOTFARM_SIGNING_KEYS")
     resealing = commands.add_parser("reseal", help="seal all passwords under the first of BOTFARM_KEYS")
+    clients = commands.add_parser("client", help="add, list, rotate or remove the clients that may call")
+    _add_client_commands(clients)
     commands.add_parser("openapi", help="print the OpenAPI document")
     checking.add_argument("--url", help="the service (default: BOTFARM_HOST and BOTFARM_PORT)")
     for sending in (importing, exporting):
@@ -4124,6 +4677,8 @@ def _run(arguments: argparse.Namespace) -> int:
             return check_command(settings, arguments.url)
         case "reseal":
             return reseal_command(settings)
+        case "client":
+            return client_command(settings, arguments)
         case "openapi":
             print(json.dumps(openapi_document(settings), indent=2))
             return 0

@@ -3,6 +3,7 @@
 --   $7      labels, one object each
 --   $8, $9  created_at and id of the user before the page
 --   $10     how many
+--   $11     projects that the caller is limited to (null: all)
 -- Reads from the place of the last page on, so each page costs the same.
 select users.id, users.created_at, users.login, users.project_id, users.env, users.domain, users.labels,
     lock_states.state, lock_states.holder, lock_states.fence, lock_states.acquired_at, lock_states.expires_at,
@@ -17,5 +18,6 @@ where (users.created_at, users.id) > ($8::timestamptz, $9::uuid)
     and ($5::text is null or (lock_states.state = 'locked' and lock_states.holder = $5::text))
     and ($6::text is null or users.login = $6::text)
     and users.labels @> all($7::jsonb[])
+    and ($11::uuid[] is null or users.project_id = any($11::uuid[]))
 order by users.created_at, users.id
 limit $10::int

@@ -103,7 +103,7 @@ async def test_hashing_stalls_no_acquire(empty_database, project, monkeypatch):
             finally:
                 running -= 1
 
-    monkeypatch.setattr(argon2, "PasswordHasher", Watched)
+    monkeypatch.setattr(botfarm, "HASHER", Watched(time_cost=2, memory_cost=19456, parallelism=1))
     with serving(settings(empty_database, keys=None)) as alone:
         async with client(alone.url) as api:
             await make_users(api, project, 2)

@@ -236,10 +236,10 @@ def test_the_readme_has_every_setting_call_and_command():
         shown = ",".join(default) if isinstance(default, tuple) else str(default)
         (row,) = re.findall(rf"^\| `{variable}` \| (.*?) \|", README, re.M)
         assert shown in row.replace("none", "None").replace("`", ""), variable
-    for path, operations in botfarm.openapi_document(botfarm.Settings())["paths"].items():
+    for path, operations in botfarm.openapi_document(botfarm.Settings(auth="on"))["paths"].items():
         for method in operations:
             assert f"`{method.upper()} {path}`" in README
-    for name in ("serve", "migrate", "check", "import", "export", "keygen", "reseal", "openapi"):
+    for name in ("serve", "migrate", "check", "import", "export", "keygen", "client", "reseal", "openapi"):
         assert f"`{name}" in README
 
 

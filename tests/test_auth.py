@@ -1,0 +1,840 @@
+"""Authentication: tokens, scopes, limits to projects, whose a lock is, rotation and removal."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import ExitStack, asynccontextmanager
+from types import SimpleNamespace
+from urllib.parse import quote_plus
+
+import asyncpg
+import httpx
+import jwt
+import pytest
+from conftest import (
+    ROOT,
+    acquire,
+    client,
+    command,
+    execute,
+    free_port,
+    fresh_database,
+    make_users,
+    process,
+    serving,
+    settings,
+    slug,
+    wait_ready,
+)
+
+import botfarm
+
+SIGNING = "s1:" + "B" * 43 + "="
+OTHER = "s2:" + "C" * 43 + "="
+ALL = "users:write locks"
+README = (ROOT / "README.md").read_text()
+GRANT = {"grant_type": "client_credentials"}
+
+
+@pytest.fixture(scope="module")
+def secured(server):
+    """A service with authentication on, and its `database`."""
+    with fresh_database(server) as url, serving(secure(url)) as running:
+        running.database = url
+        yield running
+
+
+def secure(url, keys=SIGNING, **changes):
+    return settings(url, auth="on", signing_keys=botfarm.Secret(keys), **changes)
+
+
+async def add_client(url, scope, projects=None):
+    """As `client add` does, which takes a second: its id and its secret."""
+    secret = botfarm.secrets.token_urlsafe(32)
+    row = (uuid.uuid4(), uuid.uuid4().hex, botfarm.HASHER.hash(secret), scope.split(), projects)
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.fetch(botfarm.SQL["add_client"], *row)
+    finally:
+        await connection.close()
+    return SimpleNamespace(id=str(row[0]), name=row[1], secret=secret)
+
+
+async def ask(api, who, secret=None, **form):
+    return await api.post("/token", data=GRANT | form, auth=(who.id, secret or who.secret))
+
+
+@asynccontextmanager
+async def caller(service, scope, projects=None):
+    """An HTTP client that sends a token of a client of its own, `who`."""
+    async with client(service.url) as api:
+        who = await add_client(service.database, scope, projects)
+        answer = await ask(api, who)
+        assert answer.status_code == 200, answer.text
+        api.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+        api.who = who
+        yield api
+
+
+def forge(who, key=SIGNING, **changes):
+    """A token as the service would give it, but for the changes; a claim that is None is left out."""
+    name, _, text = key.partition(":")
+    now = int(time.time())
+    claims = {"iss": "botfarm", "aud": "botfarm", "sub": who.id, "iat": now, "exp": now + 60, "jti": "1", "scope": ALL}
+    claims = {name: value for name, value in (claims | changes).items() if value is not None}
+    return jwt.encode(claims, base64.b64decode(text), "HS256", headers={"kid": name})
+
+
+def bearer(token):
+    return {"Authorization": f"Bearer {token}"}
+
+
+# ---- POST /token ------------------------------------------------------------------------------------------
+
+
+async def test_a_token_is_given_for_the_secret_by_basic_or_by_form(secured):
+    who = await add_client(secured.database, "users:read locks")
+    async with client(secured.url) as api:
+        by_form = {"client_id": who.id, "client_secret": who.secret}
+        basic = base64.b64encode(f"{quote_plus(who.id)}:{quote_plus(who.secret)}".encode()).decode()
+        for answer in (
+            await api.post("/token", data=GRANT, auth=(who.id, who.secret)),
+            await api.post("/token", data=GRANT | by_form),
+            await api.post("/token", data=GRANT | {"client_id": who.id}, headers={"Authorization": f"basic {basic}"}),
+            await api.post("/token", data=GRANT | {"scope": "", "audience": "unknown"}, auth=(who.id, who.secret)),
+        ):
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["cache-control"] == "no-store"
+            told = answer.json()
+            token = told.pop("access_token")
+            assert told == {"token_type": "Bearer", "expires_in": 600, "scope": "users:read locks"}
+            claims = jwt.decode(token, options={"verify_signature": False})
+            assert claims.keys() == {"iss", "aud", "sub", "iat", "exp", "jti", "scope"}
+            assert (claims["sub"], claims["exp"] - claims["iat"]) == (who.id, 600)
+            assert (await api.get("/users", headers=bearer(token))).status_code == 200
+
+
+async def test_a_token_may_be_asked_for_with_fewer_scopes(secured):
+    async with client(secured.url) as api:
+        who = await add_client(secured.database, "admin")
+        answer = await ask(api, who, scope="users:read")
+        assert answer.json()["scope"] == "users:read"
+        headers = bearer(answer.json()["access_token"])
+        assert (await api.get("/users", headers=headers)).status_code == 200
+        assert slug(await api.post("/locks", json={}, headers=headers)) == "forbidden"
+
+
+@pytest.mark.parametrize(
+    ("form", "error"),
+    [
+        ({}, "invalid_request"),
+        ({"grant_type": "password", "username": "u", "password": "p"}, "unsupported_grant_type"),
+        ({"grant_type": "authorization_code"}, "unsupported_grant_type"),
+        (GRANT | {"scope": "users:write"}, "invalid_scope"),
+        (GRANT | {"scope": "admin"}, "invalid_scope"),
+        (GRANT | {"scope": 'users:read nonsense\u00e9"'}, "invalid_scope"),
+        (GRANT | {"client_secret": "x"}, "invalid_request"),
+        (GRANT | {"client_id": "x"}, "invalid_request"),
+        (GRANT | {"scope": ["users:read", "locks"]}, "invalid_request"),
+    ],
+)
+async def test_a_bad_request_is_told_as_the_rfc_says(secured, form, error):
+    async with client(secured.url) as api:
+        who = await add_client(secured.database, "users:read locks")
+        answer = await api.post("/token", data=form, auth=(who.id, who.secret))
+        assert (answer.status_code, answer.json().keys()) == (400, {"error", "error_description"})
+        assert answer.json()["error"] == error
+        assert re.fullmatch(r"[\x20-\x21\x23-\x5b\x5d-\x7e]+", answer.json()["error_description"])
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["content-type"] == "application/json"
+
+
+async def test_only_a_form_in_the_body_is_read(secured):
+    async with client(secured.url) as api:
+        who = await add_client(secured.database, "locks")
+        sent = (who.id, who.secret)
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        for answer in (
+            await api.post("/token", json=GRANT, auth=sent),
+            await api.post("/token?grant_type=client_credentials", data=GRANT, auth=sent),
+            await api.post("/token", content=b"grant_type=%ff", headers=form, auth=sent),
+            await api.post("/token", content=b"a" * 20_000, headers=form, auth=sent),
+            await api.post("/token", content=b"&".join([b"a=b"] * 200), headers=form, auth=sent),
+        ):
+            assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
+        assert slug(await api.get("/token")) == "method-not-allowed"
+
+
+async def test_an_unknown_client_and_a_wrong_secret_are_told_alike_and_take_as_long(secured, monkeypatch):
+    compared = []
+    monkeypatch.setattr(botfarm, "matches", lambda stored, secret: compared.append(stored))
+    who = await add_client(secured.database, "locks")
+    rotated = await add_client(secured.database, "locks")
+    await execute(
+        secured.database,
+        "update clients set previous_hash = secret_hash, previous_until = now() + interval '1 hour' "
+        f"where id = '{rotated.id}'",
+        "select",
+    )
+    answers = []
+    async with client(secured.url) as api:
+        for id in (who.id, rotated.id, str(uuid.uuid4()), "nobody", ""):
+            before = len(compared)
+            answers.append(await api.post("/token", data=GRANT, auth=(id, "wrong")))
+            assert len(compared) - before == 2
+            assert all(stored.startswith("$argon2id$") for stored in compared)
+        answers.append(await api.post("/token", data=GRANT, headers={"Authorization": "Basic %"}))
+        answers.append(await api.post("/token", data=GRANT, headers=bearer("x")))
+        answers.append(await api.post("/token", data=GRANT))
+    assert {(answer.status_code, answer.json()["error"]) for answer in answers} == {(401, "invalid_client")}
+    assert {answer.headers["www-authenticate"] for answer in answers} == {'Basic realm="botfarm"'}
+    assert len({answer.text for answer in answers[:5]}) == 1
+
+
+async def test_wrong_secrets_are_limited_to_ten_a_minute_over_two_services(secured):
+    with serving(secure(secured.database)) as second:
+        async with client(secured.url) as one, client(second.url) as other:
+            who = await add_client(secured.database, "locks")
+            answers = await asyncio.gather(*(ask(api, who, "wrong") for api in (one, other) for _ in range(15)))
+            assert sorted(answer.status_code for answer in answers) == [401] * 10 + [429] * 20
+            for api in (one, other):  # not even the right one is checked now
+                refused = await ask(api, who)
+                assert refused.status_code == 429
+                assert refused.json().keys() == {"error", "error_description"}
+                assert 1 <= int(refused.headers["retry-after"]) <= 60
+            spelled = SimpleNamespace(id=who.id.upper(), secret=who.secret)
+            assert (await ask(one, spelled)).status_code == 429
+            someone_else = await add_client(secured.database, "locks")
+            assert (await ask(one, someone_else)).status_code == 200
+            await execute(secured.database, "update token_requests set since = since - interval '1 minute'", "select")
+            assert (await ask(other, who)).status_code == 200
+
+
+async def test_all_requests_are_limited_too_and_checked_for_that_first(secured, monkeypatch):
+    monkeypatch.setattr(botfarm.Gate, "REQUESTS", 5)
+    async with client(secured.url) as api:
+        who = await add_client(secured.database, "locks")
+        answers = await asyncio.gather(*(ask(api, who) for _ in range(8)))
+        assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 3
+        monkeypatch.setattr(botfarm, "matches", lambda *_: pytest.fail("checked a secret after the limit"))
+        assert (await ask(api, who)).status_code == 429
+    await execute(secured.database, "update token_requests set since = since - interval '2 minutes'", "select")
+    await execute(secured.database, botfarm.SQL["prune_token_requests"], "select")
+    assert not await execute(secured.database, "select from token_requests")
+
+
+async def test_too_many_secrets_at_once_are_refused_and_do_not_stop_calls(secured, monkeypatch):
+    monkeypatch.setattr(botfarm.Gate, "CROWD", 2)
+    async with caller(secured, "locks") as api:
+        clients = [await add_client(secured.database, "locks") for _ in range(20)]
+        asked = asyncio.gather(*(ask(api, who) for who in clients))
+        assert (await api.get(f"/locks/{uuid.uuid4()}")).status_code == 404
+        answers = await asked
+    statuses = {answer.status_code for answer in answers}
+    assert statuses == {200, 503}
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert (refused.json()["error"], refused.headers["retry-after"]) == ("temporarily_unavailable", "1")
+
+
+async def test_without_authentication_there_is_no_token(api):
+    assert slug(await api.post("/token", data=GRANT)) == "not-found"
+    document = (await api.get("/docs/openapi.json")).json()
+    assert "/token" not in document["paths"]
+    assert "securitySchemes" not in document["components"]
+    assert "401" not in json.dumps(document["paths"])
+
+
+# ---- Tokens -----------------------------------------------------------------------------------------------
+
+
+async def test_a_call_without_a_token_is_told_how_to_get_one(secured):
+    async with client(secured.url) as api:
+        for headers in ({}, {"Authorization": "Basic eDp5"}, {"Authorization": "Bearer"}):
+            answer = await api.get("/users", headers=headers)
+            assert slug(answer) == "unauthenticated"
+        answer = await api.get("/users")
+        assert answer.headers["www-authenticate"] == 'Bearer realm="botfarm"'
+        assert "/token" in answer.json()["detail"]
+        for path in ("/", "/livez", "/readyz", "/metrics", "/docs", "/docs/openapi.json"):
+            assert (await api.get(path)).status_code == 200
+
+
+async def test_a_token_that_is_not_right_is_refused(secured):
+    who = await add_client(secured.database, ALL)
+    good = forge(who)
+    head, body, signature = good.split(".")
+    none = base64.urlsafe_b64encode(b'{"alg":"none","kid":"s1"}').rstrip(b"=").decode()
+    wider = base64.urlsafe_b64encode(base64.urlsafe_b64decode(body + "==").replace(b"locks", b"admin")).rstrip(b"=")
+    past = int(time.time()) - 60
+    bad = {
+        "expired": forge(who, iat=past - 600, exp=past),
+        "not yet": forge(who, iat=int(time.time()) + 600),
+        "for another": forge(who, aud="other"),
+        "for nobody": forge(who, aud=None),
+        "of another": forge(who, iss="other"),
+        "without an end": forge(who, exp=None),
+        "without an id": forge(who, jti=None),
+        "without scope": forge(who, scope=None),
+        "whose is it": forge(SimpleNamespace(id="x")),
+        "no client": forge(SimpleNamespace(id=str(uuid.uuid4()))),
+        "unsigned": f"{none}.{body}.",
+        "unsigned with a signature": f"{none}.{body}.{signature}",
+        "another key": forge(who, "s1:" + "D" * 43 + "="),
+        "an unknown key": forge(who, OTHER),
+        "changed": f"{head}.{wider.decode()}.{signature}",
+        "cut": good[:-4],
+        "another algorithm": jwt.encode(
+            {"sub": who.id}, base64.b64decode(SIGNING[3:]) * 2, "HS512", headers={"kid": "s1"}
+        ),
+        "garbage": "x",
+    }
+    async with client(secured.url) as api:
+        assert (await api.get("/users", headers=bearer(good))).status_code == 200
+        for what, token in bad.items():
+            for _ in range(2):  # also the second time
+                answer = await api.get("/users", headers=bearer(token))
+                assert slug(answer) == "unauthenticated", what
+                assert 'error="invalid_token"' in answer.headers["www-authenticate"], what
+                assert token not in answer.text, what
+
+
+async def test_a_token_ends_though_its_claims_are_kept(secured, monkeypatch):
+    who = await add_client(secured.database, ALL)
+    monkeypatch.setattr(botfarm.Gate, "LEEWAY", 0)
+    token = forge(who, exp=int(time.time()) + 2)
+    async with client(secured.url) as api:
+        assert (await api.get("/users", headers=bearer(token))).status_code == 200
+        for _ in range(60):
+            if (answer := await api.get("/users", headers=bearer(token))).status_code == 401:
+                break
+            await asyncio.sleep(0.1)
+        assert "expired" in answer.json()["detail"]
+
+
+async def test_a_checked_token_is_checked_no_more_for_a_while(secured, monkeypatch):
+    async with caller(secured, ALL) as api:
+        assert (await api.get("/users")).status_code == 200
+        monkeypatch.setattr(jwt, "decode", lambda *_, **__: pytest.fail("checked again"))
+        assert (await api.get("/users")).status_code == 200
+        monkeypatch.undo()
+        monkeypatch.setattr(botfarm.Gate, "MOST", 3)
+        for _ in range(10):
+            headers = bearer(forge(api.who, jti=uuid.uuid4().hex))
+            assert (await api.get("/users", headers=headers)).status_code == 200
+        assert len(secured.farm.gate._checked) <= 3
+
+
+async def test_signing_keys_are_rotated_without_a_gap(empty_database):
+    """The new key is made known, then it signs, then the old one goes."""
+    url = empty_database
+    with ExitStack() as stack:
+        old = stack.enter_context(serving(secure(url, f"{SIGNING},{OTHER}")))
+        new = stack.enter_context(serving(secure(url, f"{OTHER},{SIGNING}")))
+        last = stack.enter_context(serving(secure(url, OTHER)))
+        who = await add_client(url, ALL)
+        async with client(old.url) as one, client(new.url) as two, client(last.url) as three:
+            by_old = bearer((await ask(one, who)).json()["access_token"])
+            by_new = bearer((await ask(two, who)).json()["access_token"])
+            statuses = [[(await api.get("/users", headers=h)).status_code for api in (one, two, three)]
+                        for h in (by_old, by_new)]  # fmt: skip
+        assert statuses == [[200, 200, 401], [200, 200, 200]]
+
+
+# ---- Scopes -----------------------------------------------------------------------------------------------
+
+READ = {"list_users", "get_user", "list_history", "list_pools", "export_users"}
+WRITE = READ | {
+    "create_user", "update_user", "delete_user", "verify_password", "quarantine_user", "end_quarantine",
+    "import_users",
+}  # fmt: skip
+LOCKS = {"acquire_lock", "acquire_user", "acquire_set", "get_lock", "extend_lock", "release_lock", "release_holder"}
+ADMIN = WRITE | LOCKS | {"force_release"}
+
+
+@pytest.mark.parametrize(
+    ("scope", "allowed"),
+    [
+        ("users:read", READ),
+        ("users:write", WRITE),
+        ("locks", LOCKS),
+        ("users:read locks", READ | LOCKS),
+        ("admin", ADMIN),
+    ],
+)
+async def test_each_scope_allows_what_the_contract_says(secured, scope, allowed):
+    async with client(secured.url) as nobody, caller(secured, scope) as api:
+        document = (await api.get("/docs/openapi.json")).json()
+        seen = set()
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                name, url = operation["operationId"], path.replace("{id}", str(uuid.uuid4()))
+                if not operation["security"]:
+                    continue
+                seen.add(name)
+                assert slug(await nobody.request(method, url)) == "unauthenticated"
+                assert {"401", "403"} <= operation["responses"].keys()
+                answer = await api.request(method, url)
+                assert (answer.status_code == 403) == (name not in allowed), name
+                assert answer.status_code != 401
+                if name not in allowed:
+                    assert slug(answer) == "forbidden"
+                    (needed,) = operation["security"][0]["oauth2"]
+                    challenge = f'Bearer realm="botfarm", error="insufficient_scope", scope="{needed}"'
+                    assert answer.headers["www-authenticate"] == challenge
+        assert seen == ADMIN
+
+
+async def test_who_may_not_call_is_refused_before_the_body_is_read(secured):
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(secured.url.rpartition(":")[2]))
+    try:
+        writer.write(b"POST /users HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        async with asyncio.timeout(5):
+            assert await reader.readline() == b"HTTP/1.1 401 Unauthorized\r\n"
+    finally:
+        writer.close()
+
+
+async def test_the_api_page_can_ask_for_a_token(secured):
+    """What swagger-ui sends when Authorize is clicked, with what it reads from the document."""
+    who = await add_client(secured.database, ALL)
+    async with client(secured.url) as api:
+        document = (await api.get("/docs/openapi.json")).json()
+        flow = document["components"]["securitySchemes"]["oauth2"]["flows"]["clientCredentials"]
+        assert flow["scopes"].keys() == set(botfarm.SCOPES)
+        form = {"grant_type": "client_credentials", "scope": "users:write locks"}
+        answer = await api.post(
+            flow["tokenUrl"], data=form, auth=(who.id, who.secret), headers={"X-Requested-With": "XMLHttpRequest"}
+        )
+        assert answer.json()["token_type"] == "Bearer"
+        assert document["paths"]["/token"]["post"]["security"] == []
+        assert document["paths"]["/livez"]["get"]["security"] == []
+        refs = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+        assert refs <= document["components"]["schemas"].keys()
+        env = {"BOTFARM_AUTH": "on", "BOTFARM_SIGNING_KEYS": SIGNING}
+        assert json.loads(command("openapi", env=env).stdout) == document
+
+
+# ---- Whose a lock is --------------------------------------------------------------------------------------
+
+
+async def test_a_lock_of_another_client_is_not_held(secured, project):
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as other, caller(secured, "admin") as admin:
+        await make_users(mine, project)
+        lock = (await acquire(mine, project, holder="job")).json()
+        path = f"/locks/{lock['id']}"
+        unknown = (await other.get(f"/locks/{uuid.uuid4()}")).json()
+        for method in ("GET", "PATCH", "DELETE"):
+            answer = await other.request(method, path)
+            assert slug(answer) == "lock-not-held"
+            assert answer.json().keys() == unknown.keys()
+        assert (await other.delete("/locks?holder=job")).json() == {"released": 0}
+        assert (await mine.get(path)).status_code == 200
+        assert (await mine.patch(path, json={"ttl": 100})).json()["ttl"] == 100
+        assert (await admin.get(path)).status_code == 200
+        assert (await admin.patch(path, json={"ttl": 200})).json()["ttl"] == 200
+        assert (await mine.delete(path)).status_code == 204
+        assert (await mine.get(path)).json()["ended_by"] == "released"
+        assert (await admin.get(path)).json()["ended_by"] == "released"
+        assert "ended_by" not in (await other.get(path)).json()
+        lock = (await acquire(mine, project)).json()
+        assert (await admin.delete(f"/locks/{lock['id']}")).status_code == 204
+        assert (await mine.get(f"/locks/{lock['id']}")).json()["ended_by"] == "released"
+
+
+async def test_calls_of_two_clients_for_one_lock_do_not_meet_in_a_batch(secured, project):
+    """They share statements: neither stands for the other there."""
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as other:
+        await make_users(mine, project)
+        for _ in range(10):
+            lock = (await acquire(mine, project)).json()
+            path = f"/locks/{lock['id']}"
+            renewed = await asyncio.gather(*(api.patch(path, json={"ttl": 99}) for api in (other, mine, other)))
+            assert [answer.status_code for answer in renewed] == [404, 200, 404]
+            released = await asyncio.gather(*(api.delete(path) for api in (other, mine, other)))
+            assert [answer.status_code for answer in released] == [404, 204, 404]
+
+
+async def test_the_batch_itself_keeps_clients_apart(secured, project):
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as other:
+        await make_users(mine, project)
+        lock = uuid.UUID((await acquire(mine, project)).json()["id"])
+        me, them = uuid.UUID(mine.who.id), uuid.UUID(other.who.id)
+        async with botfarm.open_pool(secured.database, 1, "force_generic_plan", 10) as pool:
+            farm = botfarm.Farm(secured.farm.settings, pool, pool, secured.farm.passwords, secured.farm.events)
+            renewals = [botfarm.Renewal(lock, 50 + n, client) for n, client in enumerate((them, me, them))]
+            assert [bool(row) for row in await farm._extend(renewals)] == [False, True, False]
+            releases = [botfarm.Release(lock, 0, None, client) for client in (them, me, them, me)]
+            assert await farm._release(releases) == [False, True, False, False]
+            lock = uuid.UUID((await acquire(mine, project)).json()["id"])
+            both = await farm._release([botfarm.Release(lock, 0, None, client) for client in (me, None)])
+            assert sorted(both) == [False, True]
+
+
+async def test_an_expired_lock_is_told_to_its_client_alone(secured, project):
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as other:
+        await make_users(mine, project)
+        lock = (await acquire(mine, project, ttl=1)).json()
+        taken = (await acquire(other, project, wait=5)).json()
+        assert taken["fence"] > lock["fence"]
+        path = f"/locks/{lock['id']}"
+        assert (await mine.get(path)).json()["ended_by"] == "expired"
+        assert "ended_by" not in (await other.get(path)).json()
+        assert slug(await mine.get(f"/locks/{taken['id']}")) == "lock-not-held"
+        assert (await other.get(f"/locks/{taken['id']}")).status_code == 200
+
+
+async def test_locks_of_sets_and_of_waiters_belong_to_their_client(secured, project):
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as other:
+        (user, _) = await make_users(mine, project, 2)
+        body = {"users": [{"project_id": project, "count": 2}]}
+        (first, second) = (await mine.post("/locks/sets", json=body)).json()["locks"]
+        waiting = asyncio.create_task(acquire(mine, project, wait=10))
+        assert slug(await other.delete(f"/locks/{first['id']}")) == "lock-not-held"
+        assert (await mine.delete(f"/locks/{first['id']}")).status_code == 204
+        served = (await waiting).json()
+        assert slug(await other.delete(f"/locks/{served['id']}")) == "lock-not-held"
+        assert (await mine.delete("/locks?holder=")).status_code == 422
+        for lock in (second, served):
+            assert (await mine.delete(f"/locks/{lock['id']}")).status_code == 204
+        lock = (await mine.put(f"/users/{user['id']}/lock")).json()
+        assert slug(await other.delete(f"/locks/{lock['id']}")) == "lock-not-held"
+
+
+async def test_two_clients_may_use_the_same_idempotency_key(secured, project):
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as other:
+        await make_users(mine, project, 3)
+        key = uuid.uuid4()
+        ours = (await acquire(mine, project, key=key)).json()
+        theirs = (await acquire(other, project, key=key)).json()
+        assert ours["id"] != theirs["id"]
+        assert (await acquire(mine, project, key=key)).json() == ours
+        assert (await acquire(other, project, key=key)).json() == theirs
+        await mine.delete(f"/locks/{ours['id']}")
+        ended = await acquire(mine, project, key=key)
+        assert slug(ended) == "lock-ended"
+        assert str(key) in ended.json()["detail"]
+        assert ended.json()["ended_at"]
+        assert (await acquire(other, project, key=key)).json() == theirs
+
+
+async def test_deleting_a_user_by_force_ends_no_lock_of_another_client(secured, project):
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as other, caller(secured, "admin") as admin:
+        (first, second) = await make_users(mine, project, 2)
+        for user in (first, second):
+            assert (await mine.put(f"/users/{user['id']}/lock")).status_code == 201
+        assert slug(await other.delete(f"/users/{first['id']}")) == "user-locked"
+        assert slug(await other.delete(f"/users/{first['id']}?force=true")) == "forbidden"
+        assert (await mine.delete(f"/users/{first['id']}?force=true")).status_code == 204
+        assert (await admin.delete(f"/users/{second['id']}?force=true")).status_code == 204
+
+
+# ---- Limits to projects -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", [ALL, "admin"])
+async def test_a_client_that_is_limited_to_projects_sees_nothing_else(secured, scope):
+    own, second, foreign = (str(uuid.uuid4()) for _ in range(3))
+    async with caller(secured, "admin") as admin, caller(secured, scope, [own, second]) as api:
+        (mine,) = await make_users(admin, own)
+        (hidden,) = await make_users(admin, foreign)
+        taken = (await acquire(admin, foreign, holder="job")).json()
+        await make_users(admin, second, login="other")
+        projects = {own, second}
+
+        assert {user["project_id"] for user in (await api.get("/users")).json()["items"]} == projects
+        for query in ("holder=job", "state=locked", f"login={hidden['login']}&state=locked"):
+            assert (await api.get(f"/users?{query}")).json()["items"] == []
+        exported = (await api.get("/users/export")).text.splitlines()
+        assert {json.loads(line)["project_id"] for line in exported} == projects
+        assert {pool["project_id"] for pool in (await api.get("/pools")).json()["items"]} == projects
+        page = (await api.get("/users?limit=1")).json()
+        rest = (await api.get("/users", params={"cursor": page["next"]})).json()
+        assert len(rest["items"]) == 1
+        assert rest["next"] is None
+        outside = (await admin.get("/users?limit=1")).json()["next"]  # a cursor of somebody else widens nothing
+        items = (await api.get("/users", params={"cursor": outside})).json()["items"]
+        assert {user["project_id"] for user in items} <= projects
+
+        for path in ("/users", "/users/export", "/pools"):
+            assert slug(await api.get(f"{path}?project_id={foreign}")) == "forbidden"
+            assert (await api.get(f"{path}?project_id={own}")).status_code == 200
+
+        id = hidden["id"]
+        unknown = str(uuid.uuid4())
+        for method, path, body in (
+            ("GET", "/users/{}", None),
+            ("PATCH", "/users/{}", {"login": "x"}),
+            ("DELETE", "/users/{}", None),
+            ("DELETE", "/users/{}?force=true", None),
+            ("POST", "/users/{}/verify", {"password": "pw-0"}),
+            ("POST", "/users/{}/quarantine", {"reason": "x"}),
+            ("DELETE", "/users/{}/quarantine", None),
+            ("GET", "/users/{}/history", None),
+            ("PUT", "/users/{}/lock", {"wait": 1}),
+            *([("DELETE", "/users/{}/lock", None)] if scope == "admin" else []),
+        ):
+            there, nowhere = [
+                await api.request(method, path.format(each), **({"json": body} if body else {}))
+                for each in (id, unknown)
+            ]
+            assert slug(there) == "user-not-found"
+            assert there.text == nowhere.text.replace(unknown, id)
+
+        for path in ("/locks/{}", "/locks/{}?cooldown=1"):
+            for method in ("GET", "PATCH", "DELETE"):
+                if "?" not in path or method == "DELETE":
+                    there = await api.request(method, path.format(taken["id"]))
+                    assert slug(there) == "lock-not-held"
+                    assert "ended_at" not in there.json()
+        assert (await api.delete("/locks?holder=job")).json() == {"released": 0}
+        assert slug(await api.delete(f"/locks?holder=job&project_id={foreign}")) == "forbidden"
+
+        assert slug(await acquire(api, foreign)) == "forbidden"
+        assert slug(await acquire(api, foreign, wait=1)) == "forbidden"
+        for parts in ([foreign], [own, foreign]):
+            body = {"users": [{"project_id": each} for each in parts]}
+            assert slug(await api.post("/locks/sets", json=body)) == "forbidden"
+        user = {"login": "new", "password": "p", "env": "stage"}
+        assert slug(await api.post("/users", json=user | {"project_id": foreign})) == "forbidden"
+        assert (await api.post("/users", json=user | {"project_id": own})).status_code == 201
+
+        lines = [
+            json.dumps(user | {"login": f"import-{n}", "project_id": each}) for n, each in enumerate((own, foreign))
+        ]
+        columns = "login,password,project_id,env"
+        csv = "\n".join([columns, f"a,p,{own},stage", f"b,p,{foreign},stage"])
+        for text, media, number in (("\n".join(lines), botfarm.NDJSON, 2), (csv, botfarm.CSV, 3)):
+            refused = await api.post("/users/import", content=text, headers={"Content-Type": media})
+            assert slug(refused) == "forbidden"
+            assert f"Line {number}" in refused.json()["detail"]
+        assert len((await api.get(f"/users?project_id={own}")).json()["items"]) == 2
+        imported = await api.post("/users/import", content=lines[0], headers={"Content-Type": botfarm.NDJSON})
+        assert imported.json()["created"] == 1
+
+        assert (await admin.get(f"/locks/{taken['id']}")).status_code == 200
+        assert (await admin.get(f"/users/{id}")).json()["login"] == hidden["login"]
+        assert (await api.get(f"/users/{mine['id']}")).json()["id"] == mine["id"]
+
+
+async def test_an_admin_that_is_limited_reaches_locks_of_others_in_its_projects(secured, project):
+    async with caller(secured, ALL) as other, caller(secured, "admin", [project]) as admin:
+        elsewhere = str(uuid.uuid4())
+        (user,) = await make_users(other, project)
+        await make_users(other, elsewhere)
+        away = (await acquire(other, elsewhere, holder="job")).json()
+        lock = (await acquire(other, project, holder="job")).json()
+        assert (await admin.get(f"/locks/{lock['id']}")).status_code == 200
+        assert (await admin.patch(f"/locks/{lock['id']}", json={"ttl": 77})).json()["ttl"] == 77
+        assert (await admin.delete(f"/locks/{lock['id']}")).status_code == 204
+        assert (await admin.get(f"/locks/{lock['id']}")).json()["ended_by"] == "released"
+        await acquire(other, project, holder="job")
+        assert (await admin.delete("/locks?holder=job")).json() == {"released": 1}
+        await acquire(other, project)
+        assert (await admin.delete(f"/users/{user['id']}/lock")).status_code == 204
+        assert (await other.get(f"/locks/{away['id']}")).status_code == 200
+
+
+# ---- Clients ----------------------------------------------------------------------------------------------
+
+
+def test_clients_are_kept_by_commands_and_secrets_are_shown_once(empty_database):
+    env = {"DATABASE_URL": empty_database}
+    project = str(uuid.uuid4())
+    added = command("client", "add", "ci", "--scope", "users:read locks", "--project", project, env=env)
+    line = json.loads(added.stdout)
+    assert line.keys() == {"client_id", "client_secret", "scope", "projects"}
+    assert (line["scope"], line["projects"]) == ("users:read locks", [project])
+    assert len(base64.urlsafe_b64decode(line["client_secret"] + "=")) == 32
+    other = json.loads(command("client", "add", "a", "--scope", "admin", env=env).stdout)
+    assert other["projects"] is None
+    listed = [json.loads(text) for text in command("client", "list", env=env).stdout.splitlines()]
+    assert [(each["name"], each["scope"]) for each in listed] == [("a", "admin"), ("ci", "users:read locks")]
+    assert not any("secret" in key for each in listed for key in each)
+    twice = command("client", "add", "ci", "--scope", "locks", env=env)
+    assert (twice.returncode, twice.stdout) == (1, "")
+    assert "'ci' exists already" in twice.stderr
+    rotated = json.loads(command("client", "rotate", "ci", "--keep", "60", env=env).stdout)
+    assert (rotated["client_id"], rotated["projects"]) == (line["client_id"], [project])
+    assert rotated["client_secret"] != line["client_secret"]
+    assert rotated["old_secret_valid_until"]
+    removed = json.loads(command("client", "remove", "ci", env=env).stdout)
+    assert removed["client_id"] == line["client_id"]
+    for action in ("rotate", "remove"):
+        gone = command("client", action, "ci", env=env)
+        assert (gone.returncode, gone.stdout) == (1, "")
+        assert "'ci' does not exist" in gone.stderr
+    (stored,) = asyncio.run(execute(empty_database, "select clients::text as row from clients"))
+    assert other["client_secret"] not in stored["row"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("add", "x"), "--scope"),
+        (("add", "x", "--scope", "users:read all"), "'all'"),
+        (("add", "x", "--scope", ""), "at least one"),
+        (("add", "a\nb", "--scope", "locks"), "control characters"),
+        (("add", "x", "--scope", "locks", "--project", "nope"), "nope"),
+        (("rotate", "x", "--keep", "soon"), "'soon'"),
+        ((), "action"),
+    ],
+)
+def test_a_mistyped_client_command_is_refused_with_what_is_wrong(words, named):
+    refused = command("client", *words)
+    assert refused.returncode == 2
+    assert named in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+async def test_after_a_rotation_the_old_secret_is_valid_for_a_while(secured):
+    async with client(secured.url) as api:
+        who = await add_client(secured.database, "locks")
+        token = bearer((await ask(api, who)).json()["access_token"])
+        env = {"DATABASE_URL": secured.database}
+        rotated = await asyncio.to_thread(command, "client", "rotate", who.name, env=env)
+        new = json.loads(rotated.stdout)["client_secret"]
+        for secret in (who.secret, new):
+            assert (await ask(api, who, secret)).status_code == 200
+        (left,) = await execute(
+            secured.database, f"select previous_until - now() as time from clients where id = '{who.id}'"
+        )
+        assert 3500 < left["time"].total_seconds() <= 3600
+        await execute(secured.database, f"update clients set previous_until = now() where id = '{who.id}'", "select")
+        assert (await ask(api, who)).status_code == 401
+        assert (await ask(api, who, new)).status_code == 200
+        assert (await api.get(f"/locks/{uuid.uuid4()}", headers=token)).status_code == 404
+
+
+async def test_tokens_of_a_removed_client_end_at_all_services(empty_database, monkeypatch):
+    url = empty_database
+    assert botfarm.Gate.REFRESH * 1.25 + 10 < botfarm.Gate.STALE
+    assert botfarm.Gate.STALE + 10 <= 60
+    monkeypatch.setattr(botfarm.Gate, "REFRESH", 0.2)
+    with serving(secure(url)) as one, serving(secure(url)) as two:
+        who, fewer = await add_client(url, ALL), await add_client(url, ALL)
+        async with client(one.url) as api, client(two.url) as other:
+            headers = bearer((await ask(api, who)).json()["access_token"])
+            less = bearer((await ask(api, fewer)).json()["access_token"])
+            for service in (api, other):  # also a client that the other one has not heard of yet
+                assert (await service.get("/users", headers=headers)).status_code == 200
+                assert (await service.get("/users", headers=less)).status_code == 200
+            removed = await asyncio.to_thread(command, "client", "remove", who.name, env={"DATABASE_URL": url})
+            assert removed.returncode == 0
+            assert (await ask(other, who)).status_code == 401
+            narrowed = f"update clients set scopes = '{{locks}}' where id = '{fewer.id}'"
+            await execute(url, narrowed, "select")
+            for service in (api, other):
+                for expected, sent in (("unauthenticated", headers), ("forbidden", less)):
+                    for _ in range(50):
+                        if (answer := await service.get("/users", headers=sent)).status_code != 200:
+                            break
+                        await asyncio.sleep(0.1)
+                    assert slug(answer) == expected
+
+
+async def test_what_was_read_of_clients_counts_for_less_than_a_minute(empty_database, monkeypatch):
+    """With the database away nobody can tell whether a client was removed: then no token counts."""
+    with serving(secure(empty_database)) as running:
+        who = await add_client(empty_database, ALL)
+        async with client(running.url) as api:
+            headers = bearer((await ask(api, who)).json()["access_token"])
+            assert (await api.get("/users", headers=headers)).status_code == 200
+            monkeypatch.setitem(botfarm.SQL, "list_clients", "select pg_sleep(1) from clients_gone")
+            failing = botfarm.Connections.fetch
+
+            async def away(self, sql, *values, **options):
+                if "clients_gone" in sql:
+                    raise OSError("away")
+                return await failing(self, sql, *values, **options)
+
+            monkeypatch.setattr(botfarm.Connections, "fetch", away)
+            assert (await api.get("/users", headers=headers)).status_code == 200
+            monkeypatch.setattr(botfarm.Gate, "STALE", 0)
+            assert slug(await api.get("/users", headers=headers)) == "database-unavailable"
+            monkeypatch.undo()
+            assert (await api.get("/users", headers=headers)).status_code == 200
+
+
+# ---- The start --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{}, {"BOTFARM_SIGNING_KEYS": "s1:short"}, {"BOTFARM_SIGNING_KEYS_FILE": "/none"}])
+def test_a_start_without_a_signing_key_is_refused(keys):
+    refused = command("serve", env={"BOTFARM_AUTH": "on", "DATABASE_URL": "postgresql://x"} | keys)
+    assert refused.returncode == 2
+    assert refused.stderr.count("BOTFARM_SIGNING_KEYS") == 1
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("auth", "host", "warned"), [("off", "0.0.0.0", True), ("off", "127.0.0.1", False), ("on", "0.0.0.0", False)]
+)
+def test_what_is_opened_without_authentication_is_told_in_the_log(empty_database, auth, host, warned):
+    port = str(free_port())
+    env = {"DATABASE_URL": empty_database, "BOTFARM_AUTH": auth, "BOTFARM_HOST": host, "BOTFARM_SIGNING_KEYS": SIGNING}
+    with process("--port", port, env=env) as running:
+        wait_ready(f"http://127.0.0.1:{port}")
+        running.terminate()
+        output, _ = running.communicate(timeout=20)
+    assert ("without authentication" in output) == warned
+
+
+async def test_a_caller_cannot_choose_its_address(empty_database):
+    """X-Forwarded-For counts only where the deployment says of whom."""
+    who = None
+    port = str(free_port())
+    env = {"DATABASE_URL": empty_database, "BOTFARM_AUTH": "on", "BOTFARM_SIGNING_KEYS": SIGNING}
+    with process("--port", port, "--workers", "2", env=env) as running:
+        await asyncio.to_thread(wait_ready, f"http://127.0.0.1:{port}")
+        who = await add_client(empty_database, "locks")
+        statuses = []
+        for number in range(15):
+            async with client(f"http://127.0.0.1:{port}") as api:  # a new connection, so maybe the other worker
+                api.headers["X-Forwarded-For"] = f"10.0.0.{number}"
+                statuses.append((await ask(api, who, "wrong")).status_code)
+        assert sorted(statuses) == [401] * 10 + [429] * 5
+        async with client(f"http://127.0.0.1:{port}") as api:
+            other = await add_client(empty_database, "locks")
+            told = await ask(api, other)
+            await api.get("/users", headers=bearer(told.json()["access_token"]))
+            await api.get("/users", headers=bearer(told.json()["access_token"] + "x"))
+        running.terminate()
+        output, _ = running.communicate(timeout=20)
+    assert who.id in output  # who was refused is told, what was sent is not
+    for secret in (who.secret, other.secret, "wrong", told.json()["access_token"], SIGNING[3:]):
+        assert secret not in output
+
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; CI installs it")
+
+
+@needs_curl
+def test_the_lines_of_the_readme_on_authentication_work(empty_database, tmp_path):
+    section = README.partition("## Authentication")[2].partition("\n## ")[0]
+    start, use = re.findall(r"```sh\n(.*?)```", section, re.S)
+    port = free_port()
+    here = f"{sys.executable} {ROOT}/botfarm.py"
+    start, use = (
+        text.replace(".venv/bin/python botfarm.py", here).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        for text in (start, use)
+    )
+    env = {"DATABASE_URL": empty_database, "PATH": "/usr/bin:/bin", "BOTFARM_PORT": str(port)}
+    start = re.sub(r"^(?=BOTFARM_AUTH=)", "exec env ", start, flags=re.M)
+    service = subprocess.Popen(["bash", "-euc", start], env=env, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        wait_ready(f"http://127.0.0.1:{port}")
+        done = subprocess.run(["bash", "-euc", use], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith('{"items":[]')
+        assert httpx.get(f"http://127.0.0.1:{port}/users").status_code == 401
+    finally:
+        service.terminate()
+        service.wait(20)
