@@ -3700,7 +3700,7 @@ class Census:
             began = time.monotonic()
             if began >= self._until:
                 try:
-                    self._rows = await self._pool.fetch(SQL["list_pools"], None, timeout=5)
+                    self._rows = await self._pool.fetch(SQL["list_pools"], None, None, timeout=5)
                 except (asyncpg.UndefinedTableError, *DATABASE_FAULTS) as fault:
                     self._rows = []
                     self._events.database_failed("No counts of users for a scrape", fault)
