@@ -4066,7 +4066,7 @@ def _problem_of(request: Request, error: HTTPException) -> Problem:
 def _unforeseen(request: Request, error: Exception) -> Response:
     """A 500: the log gets the traceback, the caller the id to find it by."""
     request_id = uuid.uuid4().hex
-    log.error("request %s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
+    log.error("request %s: %s %s failed", request_id, request.method, _shown(request.url.path), exc_info=error)
     detail = f"An unforeseen error; the service's log has it as request {request_id}."
     return _counted(request, InternalError(detail, request_id=request_id).response())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -227,3 +229,24 @@ def wait_ready(url: str, seconds: float = 30) -> None:
             return False
 
     until(ready, seconds)
+
+
+def raw(url: str, *parts: bytes, pause: float = 0, seconds: float = 10) -> bytes:
+    """What comes back over a connection of its own, until the service closes it; b"" where it is reset."""
+    answer = b""
+    with connect(url) as connection, contextlib.suppress(ConnectionError):
+        connection.settimeout(seconds)
+        for part in parts:
+            connection.sendall(part)
+            while select.select([connection], [], [], pause)[0]:
+                if not (chunk := connection.recv(65536)):
+                    return answer
+                answer += chunk
+        while chunk := connection.recv(65536):
+            answer += chunk
+    return answer
+
+
+def connect(url: str) -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)))

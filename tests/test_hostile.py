@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import re
 import resource
-import select
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, client, make_users, serving, settings
+from conftest import ROOT, client, connect, make_users, raw, serving, settings
 
 import botfarm
 
@@ -89,27 +87,6 @@ async def test_a_whole_number_may_be_written_with_a_point(api, project):
             400,
             422,
         )
-
-
-def raw(url: str, *parts: bytes, pause: float = 0, seconds: float = 10) -> bytes:
-    """What comes back over a connection of its own, until the service closes it; b"" where it is reset."""
-    answer = b""
-    with connect(url) as connection, contextlib.suppress(ConnectionError):
-        connection.settimeout(seconds)
-        for part in parts:
-            connection.sendall(part)
-            while select.select([connection], [], [], pause)[0]:
-                if not (chunk := connection.recv(65536)):
-                    return answer
-                answer += chunk
-        while chunk := connection.recv(65536):
-            answer += chunk
-    return answer
-
-
-def connect(url: str) -> socket.socket:
-    host, _, port = url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)))
 
 
 JSON = b"POST /locks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
