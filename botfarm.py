@@ -4554,14 +4554,9 @@ def client_command(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 async def _clients(url: str, pooler: str, action: str, values: Sequence[Any]) -> list[asyncpg.Record]:
-    statements = {
-        "add": SQL["add_client"],
-        "list": SQL["list_clients"],
-        "rotate": SQL["rotate_client"],
-        "remove": SQL["remove_client"],
-    }
+    statements = {"add": "add_client", "list": "list_clients", "rotate": "rotate_client", "remove": "remove_client"}
     async with open_pool(url, 1, "force_custom_plan", 60, pooler) as pool:
-        return await pool.fetch(statements[action], *values)
+        return await pool.fetch(SQL[statements[action]], *values)
 
 
 def _client_line(row: asyncpg.Record, secret: str | None) -> str:
