@@ -170,7 +170,8 @@ class Settings(Struct, frozen=True, kw_only=True):
                     values[field] = _typed_setting(field, text)
             except (ValueError, OSError) as error:
                 faults.append(f"{variable}: {error}")
-        if values.get("auth") == "on" and not {"BOTFARM_SIGNING_KEYS", "BOTFARM_SIGNING_KEYS_FILE"} & environ.keys():
+        keys = ("BOTFARM_SIGNING_KEYS", "BOTFARM_SIGNING_KEYS_FILE")
+        if values.get("auth") == "on" and not any(environ.get(name) for name in keys):
             faults.append(f"BOTFARM_SIGNING_KEYS: {NO_SIGNING_KEY}")
         if faults:
             raise BadSettings("\n".join(["Bad settings:", *faults]))
@@ -1199,6 +1200,11 @@ class Gate:
         if scope not in caller.scopes:
             raise Forbidden.scope(scope)
         return caller
+
+    def still(self, client: uuid.UUID | None) -> bool:
+        """Whether a client that was admitted some time ago may still take locks."""
+        known = self._clients.get(client) if client else None
+        return known is not None and "locks" in known.scopes
 
     async def _check(self, sent: str | None) -> Caller | None:
         """Who sent a token that is not known or was checked long ago; None where its client is gone.
@@ -3406,6 +3412,9 @@ async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Resp
         rows = await farm.claim(ask)
         if rows is None:
             rows = await _in_turn(farm, request, ask)
+            if rows and farm.gate and not farm.gate.still(ask.client):  # it was removed while it waited
+                await farm.give_back(rows)
+                raise Unauthenticated("The client of the token is gone")
         if rows and not ask.key and request.scope["state"].get(GONE):
             await farm.give_back(rows)
             return LockEnded("The caller went away before the reply.").response()
@@ -4353,13 +4362,14 @@ def database(settings: Settings) -> Iterator[str]:
 def banner(settings: Settings) -> str:
     address = f"http://{settings.host}:{settings.port}"
     project = "11111111-1111-4111-8111-111111111111"
-    json_post = f"curl -X POST -H 'Content-Type: {JSON}'"
+    token = ' -H "Authorization: Bearer $TOKEN"' if settings.auth == "on" else ""
+    json_post = f"curl -X POST{token} -H 'Content-Type: {JSON}'"
     user = f'{{"login": "bot-1", "password": "secret", "project_id": "{project}", "env": "stage"}}'
     wish = f'{{"project_id": "{project}", "env": "stage", "holder": "me"}}'
     return f"""BotFarm serves at {address}  (API: {address}/docs)
 create:  {json_post} {address}/users -d '{user}'
 acquire: {json_post} {address}/locks -d '{wish}'
-release: curl -X DELETE '{address}/locks?holder=me'"""
+release: curl -X DELETE{token} '{address}/locks?holder=me'"""
 
 
 class _Server(uvicorn.Server):
@@ -4463,6 +4473,17 @@ def check_command(settings: Settings, url: str | None) -> int:
     return 0 if answer.status_code == 200 else 1
 
 
+def _token_headers(url: str) -> dict[str, str]:
+    """A token of the client that BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET name, where they are set."""
+    client = os.environ.get("BOTFARM_CLIENT_ID", ""), os.environ.get("BOTFARM_CLIENT_SECRET", "")
+    if not all(client):
+        return {}
+    answer = httpx.post(f"{url}/token", data={"grant_type": "client_credentials"}, auth=client, timeout=60)
+    if answer.status_code != 200:
+        raise BadSettings(f"BOTFARM_CLIENT_ID: no token of {url}: {answer.status_code} {answer.text[:300]}")
+    return {"Authorization": f"Bearer {answer.json()['access_token']}"}
+
+
 def import_command(url: str, name: str, media: str | None) -> int:
     """Send a file with a progress bar. Exit status 1 when it is refused, with the errors by line."""
     media = media or (CSV if name.endswith(".csv") else NDJSON)
@@ -4477,7 +4498,8 @@ def import_command(url: str, name: str, media: str | None) -> int:
                 bar.advance(task, len(part))
                 yield part
 
-        answer = httpx.post(f"{url}/users/import", content=parts(), headers={"Content-Type": media}, timeout=3600)
+        headers = {"Content-Type": media} | _token_headers(url)
+        answer = httpx.post(f"{url}/users/import", content=parts(), headers=headers, timeout=3600)
     print(
         answer.text if answer.status_code == 200 else _told(answer),
         file=sys.stdout if answer.is_success else sys.stderr,
@@ -4499,7 +4521,7 @@ def export_command(url: str) -> int:
     """All users as NDJSON to standard output."""
     with Progress(TextColumn("{task.completed} users"), console=Console(stderr=True)) as bar:
         task = bar.add_task("export", total=None)
-        with httpx.stream("GET", f"{url}/users/export", timeout=3600) as answer:
+        with httpx.stream("GET", f"{url}/users/export", headers=_token_headers(url), timeout=3600) as answer:
             if answer.status_code != 200:
                 answer.read()
                 print(_told(answer), file=sys.stderr)

@@ -675,6 +675,36 @@ def test_clients_are_kept_by_commands_and_secrets_are_shown_once(empty_database)
     assert other["client_secret"] not in stored["row"]
 
 
+async def test_a_client_that_is_removed_while_it_waits_gets_no_user(secured, project):
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as removed:
+        (user,) = await make_users(mine, project)
+        lock = (await acquire(mine, project)).json()
+        waiting = asyncio.create_task(acquire(removed, project, wait=20))
+        while (await mine.get("/pools", params={"project_id": project})).json()["items"][0]["waiting"] == 0:
+            await asyncio.sleep(0.02)
+        await execute(secured.database, f"delete from clients where id = '{removed.who.id}'", "select")
+        unknown = forge(SimpleNamespace(id=str(uuid.uuid4())))  # which makes the service look at the clients now
+        assert (await mine.get("/users", headers=bearer(unknown))).status_code == 401
+        await mine.delete(f"/locks/{lock['id']}")
+        assert slug(await waiting) == "unauthenticated"
+        assert (await mine.put(f"/users/{user['id']}/lock", json={"wait": 5})).status_code == 201
+
+
+async def test_the_commands_send_a_token_of_their_client(secured, project):
+    who = await add_client(secured.database, "users:write")
+    line = json.dumps({"login": "c", "project_id": project, "env": "stage", "password": "p"})
+    env = {"BOTFARM_CLIENT_ID": who.id, "BOTFARM_CLIENT_SECRET": who.secret}
+    words = ("import", "-", "--url", secured.url)
+    done = await asyncio.to_thread(command, *words, env=env, text=line)
+    assert (done.returncode, json.loads(done.stdout)["created"]) == (0, 1)
+    exported = await asyncio.to_thread(command, "export", "--url", secured.url, env=env)
+    assert project in exported.stdout
+    anonymous = await asyncio.to_thread(command, *words, text=line)
+    assert (anonymous.returncode, "401" in anonymous.stderr) == (1, True)
+    wrong = await asyncio.to_thread(command, *words, env=env | {"BOTFARM_CLIENT_SECRET": "x"}, text=line)
+    assert (wrong.returncode, "invalid_client" in wrong.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -766,7 +796,10 @@ async def test_what_was_read_of_clients_counts_for_less_than_a_minute(empty_data
 # ---- The start --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys", [{}, {"BOTFARM_SIGNING_KEYS": "s1:short"}, {"BOTFARM_SIGNING_KEYS_FILE": "/none"}])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"BOTFARM_SIGNING_KEYS": ""}, {"BOTFARM_SIGNING_KEYS": "s1:short"}, {"BOTFARM_SIGNING_KEYS_FILE": "/none"}],
+)
 def test_a_start_without_a_signing_key_is_refused(keys):
     refused = command("serve", env={"BOTFARM_AUTH": "on", "DATABASE_URL": "postgresql://x"} | keys)
     assert refused.returncode == 2

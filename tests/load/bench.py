@@ -112,7 +112,7 @@ class Bench:
     def length(self, full: int, short: int) -> int:
         return short if self.short else full
 
-    def start(self, stack: ExitStack, **settings: int) -> Service:
+    def start(self, stack: ExitStack, **settings: int | str) -> Service:
         """A service on a fresh database; it has not finished starting: `wait` for it."""
         url = stack.enter_context(harness.conftest.fresh_database(self.server))
         port = harness.conftest.free_port()
@@ -429,6 +429,19 @@ def crowd(bench: Bench) -> Sequence[float]:
         memory, cpu, taken = asyncio.run(measure())
     say(f"  {memory:.0f} MB, {cpu:.1f} % CPU, /livez p50 {offered.at(taken, 0.5) * 1e3:.1f} ms")
     return [memory, cpu, taken[-1] * 1e3]
+
+
+@row(15, Target("cycle requests/s with authentication on to off", 0.9, 0.95))
+def authentication(bench: Bench) -> Sequence[float]:
+    with ExitStack() as stack:
+        guarded = bench.start(stack, auth="on", signing_keys=harness.botfarm.generate_key()).wait()
+        guarded.authorize()
+        bench.fill(guarded)
+        runs = bench.alternate({
+            "cycle, authentication on": partial(cycle, guarded, CONNECTIONS),
+            "cycle, authentication off": partial(cycle, bench.main, CONNECTIONS),
+        })  # fmt: skip
+    return [ratio(runs[0], runs[1])]
 
 
 # ---- Without a number --------------------------------------------------------------------------------------

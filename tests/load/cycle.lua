@@ -9,7 +9,7 @@ local pools, keyed, single
 
 local function acquire(pool)
   local body = '{"project_id":"' .. report.project(pool) .. '","holder":"bench","ttl":3600}'
-  local headers = { ["Content-Type"] = "application/json" }
+  local headers = { ["Content-Type"] = "application/json", ["Authorization"] = wrk.headers["Authorization"] }
   if keyed then
     headers["Idempotency-Key"] = string.format("%04x%04x-%04x-4%03x-8%03x-%04x%04x%04x",
       math.random(0, 65535), math.random(0, 65535), math.random(0, 65535), math.random(0, 4095),

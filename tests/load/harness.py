@@ -129,6 +129,7 @@ class Service:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self.database = env.get("DATABASE_URL", "")
+        self.headers: dict[str, str] = {}  # of every request, see authorize()
         self._log = folder / f"{port}.log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -171,7 +172,9 @@ class Service:
         """The body of a 2xx answer. A file is streamed."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1800, blocksize=1 << 16)
         try:
-            connection.request(method, path, body, {"Content-Type": "application/json"} | (headers or {}))
+            connection.request(
+                method, path, body, {"Content-Type": "application/json"} | self.headers | (headers or {})
+            )
             answer = connection.getresponse()
             content = answer.read()
         finally:
@@ -179,6 +182,14 @@ class Service:
         if answer.status // 100 != 2:
             raise BenchError(f"{method} {path} was answered with {answer.status} {content[:300]!r}")
         return content
+
+    def authorize(self) -> None:
+        """Send a token from now on: that of a new client, which may do all that the load does."""
+        added = conftest.command("client", "add", "load", "--scope", "admin", env={"DATABASE_URL": self.database})
+        client = json.loads(added.stdout)
+        form = {"grant_type": "client_credentials"} | {k: client[k] for k in ("client_id", "client_secret")}
+        answer = httpx.post(f"{self.url}/token", data=form, timeout=10).raise_for_status()
+        self.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
 
     def send(self, file: Path) -> float:
         """Import a file; how many seconds it took."""
@@ -221,6 +232,7 @@ def users_file(folder: Path, users: int, pools: int = 1) -> Path:
 def wrk(service: Service, connections: int, seconds: int, script: str, *arguments: object) -> Run:
     """A round of wrk; any failed request ends the benchmark."""
     options = ["-t", min(2, connections), "-c", connections, "-d", f"{seconds}s", "--timeout", "30s", "-s", script]
+    options += [word for name, value in service.headers.items() for word in ("-H", f"{name}: {value}")]
     command = [str(word) for word in ["wrk", *options, service.url, "--", *arguments]]
     before = service.cpu()
     done = subprocess.run(command, cwd=LOAD, capture_output=True, text=True, timeout=seconds + 60)
