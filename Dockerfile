@@ -16,7 +16,8 @@ WORKDIR /botfarm
 COPY LICENSE botfarm.py embedded.py ./
 COPY migrations migrations
 COPY sql sql
-ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 BOTFARM_HOST=0.0.0.0
+# What several workers share lies in memory, which is there on a read-only root too.
+ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 TMPDIR=/dev/shm BOTFARM_HOST=0.0.0.0
 # By number, so that Kubernetes sees that it is not root.
 USER 65532:65532
 EXPOSE 8000
