@@ -3373,15 +3373,14 @@ def _with_password(farm: Farm, row: asyncpg.Record) -> Lock:
     return _lock(row, password)
 
 
-NO_STORE = {"Cache-Control": "no-store"}
 
 
 def _granted(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
-    return reply(_with_password(farm, rows[0]), 201, NO_STORE)
+    return reply(_with_password(farm, rows[0]), 201, NOT_STORED)
 
 
 def _granted_set(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
-    return reply(LockSet([_with_password(farm, row) for row in rows]), 201, NO_STORE)
+    return reply(LockSet([_with_password(farm, row) for row in rows]), 201, NOT_STORED)
 
 
 def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | None:
@@ -4075,7 +4074,8 @@ def _problem_of(request: Request, error: HTTPException) -> Problem:
 def _unforeseen(request: Request, error: Exception) -> Response:
     """A 500: the log gets the traceback, the caller the id to find it by."""
     request_id = uuid.uuid4().hex
-    log.error("request %s: %s %s failed", request_id, request.method, _shown(request.url.path), exc_info=error)
+    path = request.scope.get("path_template")  # not the path: a lock's id in it is the proof of holding
+    log.error("request %s: %s %s failed", request_id, request.method, path, exc_info=error)
     detail = f"An unforeseen error; the service's log has it as request {request_id}."
     return _counted(request, InternalError(detail, request_id=request_id).response())
 
