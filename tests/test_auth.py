@@ -17,6 +17,7 @@ from urllib.parse import quote_plus
 
 import asyncpg
 import httpx
+import hypothesis
 import jwt
 import pytest
 from conftest import (
@@ -34,6 +35,7 @@ from conftest import (
     slug,
     wait_ready,
 )
+from hypothesis import strategies as st
 
 import botfarm
 
@@ -346,6 +348,37 @@ async def test_signing_keys_are_rotated_without_a_gap(empty_database):
             statuses = [[(await api.get("/users", headers=h)).status_code for api in (one, two, three)]
                         for h in (by_old, by_new)]  # fmt: skip
         assert statuses == [[200, 200, 401], [200, 200, 200]]
+
+
+def encoded(part):
+    return base64.urlsafe_b64encode(part).rstrip(b"=")
+
+
+BYTES = st.one_of(
+    st.binary(max_size=60),
+    st.builds(lambda *parts: b".".join(map(encoded, parts)), *[st.binary(max_size=40)] * 3),
+    st.builds(lambda head: encoded(json.dumps(head).encode()) + b".e30.x", st.dictionaries(
+        st.sampled_from(["alg", "kid", "typ", "crit", "b64", "jku", "zip"]),
+        st.sampled_from(["none", "HS256", "RS256", "s1", "", None, 1, [], {}, ["b64"], True]))),
+)  # fmt: skip
+
+
+@hypothesis.given(st.sampled_from([b"Bearer ", b"bearer  ", b"Basic ", b"", b"Digest "]), BYTES, st.binary(max_size=80))
+@hypothesis.example(b"Bearer ", encoded(b"[" * 20_000) + b".e30.x", b"")
+@hypothesis.example(b"Bearer ", encoded(b'{"a":' * 5_000) + b".e30.x", b"")
+@hypothesis.example(b"Basic ", base64.b64encode(b"\xff:\x00"), b"grant_type=client_credentials")
+@hypothesis.example(b"Basic ", base64.b64encode(b"a%00%ff:b"), b"grant_type=client_credentials&scope=%00")
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_no_header_and_no_form_is_more_than_refused(secured, kind, sent, form):
+    value = bytes(byte for byte in kind + sent if 32 <= byte != 127).strip()  # what a header may hold
+    with httpx.Client(base_url=secured.url, timeout=30) as api:
+        answer = api.get("/users", headers={b"Authorization": value})
+        assert slug(answer) == "unauthenticated"
+        assert "\n" not in answer.headers["www-authenticate"]
+        media = {"Content-Type": "application/x-www-form-urlencoded"}
+        told = api.post("/token", content=form, headers={b"Authorization": value, **media})
+        assert told.status_code in (400, 401, 429)
+        assert told.json().keys() == {"error", "error_description"}
 
 
 # ---- Scopes -----------------------------------------------------------------------------------------------
