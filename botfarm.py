@@ -3373,8 +3373,6 @@ def _with_password(farm: Farm, row: asyncpg.Record) -> Lock:
     return _lock(row, password)
 
 
-
-
 def _granted(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
     return reply(_with_password(farm, rows[0]), 201, NOT_STORED)
 
