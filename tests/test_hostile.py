@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import resource
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, client, connect, make_users, raw, serving, settings
+from conftest import KEY, ROOT, client, command, connect, make_users, raw, serving, settings
 
 import botfarm
 
@@ -44,6 +45,22 @@ async def test_every_reply_is_as_the_openapi_document_says(empty_database, long,
         else:
             assert schemathesis(tmp_path, alone.url, 20, "--seed", "1") > 1000
         assert httpx.get(f"{alone.url}/livez").status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_so_it_is_with_authentication(empty_database, long, tmp_path, caplog):
+    """And no call that wants a token does without one, which is one of the checks."""
+    signing = botfarm.Secret(KEY.replace("k1", "s1"))
+    with serving(settings(empty_database, max_wait=1, auth="on", signing_keys=signing)) as alone:
+        made = command("client", "add", "hostile", "--scope", "admin", env={"DATABASE_URL": empty_database})
+        who = json.loads(made.stdout)
+        async with client(alone.url) as api:
+            form = {"grant_type": "client_credentials"}
+            answer = await api.post("/token", data=form, auth=(who["client_id"], who["client_secret"]))
+            token = f"Authorization: Bearer {answer.json()['access_token']}"
+            api.headers["Authorization"] = token.partition(": ")[2]
+            await make_users(api, EXAMPLE, 50)
+        assert schemathesis(tmp_path, alone.url, 100 if long else 8, "--seed", "3", "-H", token) > 800
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
