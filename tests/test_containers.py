@@ -53,6 +53,7 @@ def seconds(text: str) -> int:
 @pytest.mark.parametrize("given", [COMPOSE["botfarm"]["environment"], variables(SERVICE), variables(MIGRATION)])
 def test_what_a_container_sets_is_a_setting(given, tmp_path):
     secrets = {"DATABASE_URL_FILE": "postgresql://botfarm@postgres/botfarm", "BOTFARM_KEYS_FILE": KEY}
+    secrets["BOTFARM_SIGNING_KEYS_FILE"] = KEY
     known = set(Settings.variables().values())
     secret = {f"{Settings.variables()[field]}_FILE" for field in SECRET_SETTINGS}
     assert given.keys() <= known | secret
@@ -149,9 +150,9 @@ def test_pods_are_restricted(pod):
 def test_no_secret_stands_in_a_file():
     for name, service in COMPOSE.items():
         for variable, value in service.get("environment", {}).items():
-            assert value == "botfarm" or value.startswith("/secrets/"), (name, variable)
+            assert re.fullmatch("botfarm|/secrets/.*", value), (name, variable)
     for _, container in CONTAINERS:
-        assert all(value.startswith("/") or value == "botfarm" for value in variables(container).values())
+        assert all(re.fullmatch("botfarm|on|/.*", value) for value in variables(container).values())
     assert not any(document["kind"] == "Secret" for document in DOCUMENTS)
 
 
@@ -239,6 +240,11 @@ def test_pods_say_what_they_need():
         assert container["resources"]["requests"].keys() == {"cpu", "memory"}
         assert "memory" in container["resources"]["limits"]
     assert all(pod["enableServiceLinks"] is False for pod in PODS.values())
+
+
+def test_nobody_in_a_cluster_gets_a_password_without_a_token():
+    assert variables(SERVICE)["BOTFARM_AUTH"] == "on"
+    assert all(port.startswith("127.0.0.1:") for port in COMPOSE["botfarm"]["ports"])
 
 
 def test_the_readmes_lines_for_kubernetes_name_what_is_there():
