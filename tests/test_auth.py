@@ -357,15 +357,15 @@ def encoded(part):
 BYTES = st.one_of(
     st.binary(max_size=60),
     st.builds(lambda *parts: b".".join(map(encoded, parts)), *[st.binary(max_size=40)] * 3),
-    st.builds(lambda head: encoded(json.dumps(head).encode()) + b".e30.x", st.dictionaries(
+    st.builds(lambda head: encoded(json.dumps(head).encode()) + b".e30.eA", st.dictionaries(
         st.sampled_from(["alg", "kid", "typ", "crit", "b64", "jku", "zip"]),
         st.sampled_from(["none", "HS256", "RS256", "s1", "", None, 1, [], {}, ["b64"], True]))),
 )  # fmt: skip
 
 
 @hypothesis.given(st.sampled_from([b"Bearer ", b"bearer  ", b"Basic ", b"", b"Digest "]), BYTES, st.binary(max_size=80))
-@hypothesis.example(b"Bearer ", encoded(b"[" * 20_000) + b".e30.x", b"")
-@hypothesis.example(b"Bearer ", encoded(b'{"a":' * 5_000) + b".e30.x", b"")
+@hypothesis.example(b"Bearer ", encoded(b"[" * 20_000) + b".e30.eA", b"")
+@hypothesis.example(b"Bearer ", encoded(b'{"a":' * 5_000) + b".e30.eA", b"")
 @hypothesis.example(b"Basic ", base64.b64encode(b"\xff:\x00"), b"grant_type=client_credentials")
 @hypothesis.example(b"Basic ", base64.b64encode(b"a%00%ff:b"), b"grant_type=client_credentials&scope=%00")
 @hypothesis.settings(max_examples=150, deadline=None)
@@ -469,7 +469,7 @@ async def test_a_lock_of_another_client_is_not_held(secured, project):
             assert slug(answer) == "lock-not-held"
             assert answer.json().keys() == unknown.keys()
         assert (await other.delete("/locks?holder=job")).json() == {"released": 0}
-        assert (await mine.get(path)).status_code == 200
+        assert (await mine.get(path)).json()["expires_at"] == lock["expires_at"]
         assert (await mine.patch(path, json={"ttl": 100})).json()["ttl"] == 100
         assert (await admin.get(path)).status_code == 200
         assert (await admin.patch(path, json={"ttl": 200})).json()["ttl"] == 200
