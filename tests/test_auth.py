@@ -13,6 +13,7 @@ import time
 import uuid
 from contextlib import ExitStack, asynccontextmanager
 from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import quote_plus
 
 import asyncpg
@@ -522,6 +523,55 @@ async def test_an_expired_lock_is_told_to_its_client_alone(secured, project):
         assert "ended_by" not in (await other.get(path)).json()
         assert slug(await mine.get(f"/locks/{taken['id']}")) == "lock-not-held"
         assert (await other.get(f"/locks/{taken['id']}")).status_code == 200
+
+
+async def test_however_a_lock_ends_its_record_says_whose_it_was(empty_database):
+    """On the statements themselves, because a running sweep would be first."""
+    await asyncio.to_thread(botfarm.migrate, empty_database)
+    me, other, project, made = (uuid.uuid4() for _ in range(4))
+    over = "update locks set ready_at = now() - interval '1 hour', expires_at = acquired_at"
+    async with botfarm.open_pool(empty_database, 1, "force_generic_plan", 10) as pool:
+        farm = botfarm.Farm(
+            settings(empty_database), pool, pool, cast("Any", None), botfarm.Events(botfarm.Tally(None))
+        )
+        secret = "$argon2id$"
+        await pool.fetch(botfarm.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}")
+
+        async def take(client):
+            (row,) = await farm._claim(
+                [
+                    botfarm.Ask(
+                        wishes=[botfarm.Wish(None, project)],
+                        holder="h",
+                        ttl=60,
+                        client=client,
+                        lock_ids=[botfarm.new_id()],
+                    )
+                ]
+            )
+            return row["lock_id"]
+
+        ask = botfarm.Ask(wishes=[botfarm.Wish(made)], client=other, ttl=60, lock_ids=[botfarm.new_id()])
+        ends = {
+            "released": lambda id: farm._release([botfarm.Release(id)]),
+            "released by holder": lambda _: pool.fetch(botfarm.SQL["release_holder"], "h", None, None, None),
+            "swept": lambda _: pool.fetch(botfarm.SQL["sweep_locks"], 10),
+            "forced": lambda _: pool.fetch(botfarm.SQL["force_release"], made),
+            "taken over": lambda _: take(other),
+            "taken over by one who waited": lambda _: pool.fetch(
+                botfarm.SQL["acquire_users"], *botfarm._groups({ask: [made]})
+            ),
+            "restored": lambda _: pool.fetch(botfarm.SQL["rest_after_restore"], 0),
+            "deleted": lambda _: pool.fetch(botfarm.SQL["delete_user"], made, True, None),
+        }
+        for how, end in ends.items():
+            await pool.execute("update locks set lock_id = null, ready_at = now() - interval '1 day'")
+            id = await take(me)
+            if how == "swept" or how.startswith("taken"):
+                await pool.execute(over)
+            await end(id)
+            rows = await pool.fetch("select client_id from history where lock_id = $1", id)
+            assert [row["client_id"] for row in rows] == [me], how
 
 
 async def test_locks_of_sets_and_of_waiters_belong_to_their_client(secured, project):
