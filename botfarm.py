@@ -17,7 +17,8 @@ Sections, in reading order:
     Passwords    sealed or hashed; opened only for the reply that grants a lock
     Clients      who may call, and whose a lock is, with BOTFARM_AUTH=on
     Coalescing   calls that arrive while a statement runs share the next one
-    Events       what happens to users and locks, counted for GET /metrics
+    Log          one JSON line per event on standard error, written by a thread
+    Events       what happens to users and locks: counted for GET /metrics, and logged, which is the audit trail
     Waiting      who gets whom when calls wait, alone or for a set
     Farm         what the handlers share
     Calls        how a handler declares its path, query, body and refusals
@@ -34,8 +35,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import base64
 import contextlib
+import copy
 import csv
 import fcntl
 import gc
@@ -53,6 +56,7 @@ import platform
 import re
 import resource
 import secrets
+import select
 import signal
 import socket
 import sys
@@ -152,6 +156,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     listen_url: Annotated[Secret | None, "address to hear of other replicas' releases; DATABASE_URL if unset"] = None
     auth: Annotated[Literal["off", "on"], "on: calls need an OAuth2 token"] = "off"
     signing_keys: Annotated[Secret | None, "id:key,...: the first signs tokens, all verify; needed with auth"] = None
+    log: Annotated[Literal["events", "quiet"], "events: a line for each; quiet: warnings and errors alone"] = "events"
 
     @classmethod
     def variables(cls) -> dict[str, str]:
@@ -1402,8 +1407,189 @@ def new_id() -> uuid.UUID:
 
 
 # ------------------------------------------------------------------------------------------------------
-# Events: what happens to users and locks is told here, once, by whoever did it: so that nothing that is
-# counted is forgotten.
+# Log: one JSON line per event on standard error, readable ones on a terminal. A thread writes them, so that
+# nobody waits for a slow reader.
+# ------------------------------------------------------------------------------------------------------
+
+
+class Entry(Struct, omit_defaults=True):
+    """A line of the log; what does not apply is left out. No member ever holds a password, a key, a token or a URL."""
+
+    time: datetime
+    level: str
+    event: str
+    request_id: str | None = None
+    trace_id: str | None = None  # of the caller's traceparent
+    client: uuid.UUID | None = None  # with BOTFARM_AUTH=on
+    holder: str | None = None
+    user_id: uuid.UUID | str | None = None
+    lock: str | None = None  # the first 8 characters of its id
+    fence: int | None = None
+    ttl_seconds: int | None = None
+    acquire_seconds: float | None = None
+    wait_seconds: float | None = None
+    held_seconds: float | None = None
+    cooldown_seconds: int | None = None
+    changed: list[str] | None = None
+    reason: str | None = None
+    valid: bool | None = None
+    created: int | None = None
+    updated: int | None = None
+    unchanged: int | None = None
+    count: int | None = None
+    logger: str | None = None
+    message: str | None = None
+    traceback: str | None = None
+
+
+class Journal:
+    """Writes lines to standard error, in batches, from a thread of its own.
+
+    Where the reader is slower than the events, up to LIMIT of them wait; then the newest are lost, and counted: in the
+    log itself as soon as it moves again, and in botfarm_log_lines_lost_total. To stall the test grid instead would
+    be worse: the database's history has each lock.
+    """
+
+    LIMIT = 50_000  # lines, of some 250 bytes
+    PAUSE = 0.02  # seconds for which lines gather: a thread that woke for each would cost the loop its turn
+
+    def __init__(self, file: int = 2) -> None:
+        self.lost = 0
+        self._file = file
+        self._told = 0  # of those that were lost
+        self._lines: deque[bytes] = deque()
+        self._shown = shown if os.isatty(file) else msgspec.json.Encoder().encode
+        self._written = threading.Event()
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock: int | None = None
+
+    def write(self, entry: Entry) -> None:
+        """Made a line at once: left to the thread, on another core, that took five times as long (1.5 us)."""
+        if len(self._lines) >= self.LIMIT:
+            self.lost += 1
+            return
+        self._lines.append(self._shown(entry))
+        if not self._wake.is_set():
+            self._begin()
+
+    def _begin(self) -> None:
+        self._written.clear()
+        self._wake.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+            self._thread.start()
+            atexit.register(self.flush)
+
+    def is_full(self) -> bool:
+        """Whether whoever has much to tell should better wait."""
+        return len(self._lines) > self.LIMIT // 2
+
+    def share(self, folder: str) -> None:
+        """Take turns with the other workers of this start: what two write to one pipe at once would mix."""
+        self._lock = os.open(Path(folder) / "log", os.O_RDWR | os.O_CREAT, 0o600)
+
+    def flush(self, seconds: float = 1) -> None:
+        """Wait until all is written; a reader that takes nothing is not waited for any longer."""
+        if self._thread is None:
+            return
+        self._hurry.set()
+        self._begin()
+        self._written.wait(seconds)
+        self._hurry.clear()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._hurry.wait(self.PAUSE)
+            self._wake.clear()
+            self._drain()
+            if not self._lines:
+                self._written.set()
+
+    def _drain(self) -> None:
+        while self._lines:
+            batch = [self._lines.popleft() for _ in range(min(len(self._lines), 1000))]
+            lost = self.lost
+            if lost > self._told:
+                batch.append(self._shown(Entry(datetime.now(UTC), "error", "log-lost", count=lost - self._told)))
+            try:
+                self._put(b"\n".join([*batch, b""]))
+                self._told = lost
+            except OSError:  # the reader is gone
+                self.lost += len(batch)
+
+    def _put(self, data: bytes) -> None:
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            left = memoryview(data)
+            while left:
+                try:
+                    left = left[os.write(self._file, left) :]
+                except BlockingIOError:  # somebody made standard error non-blocking
+                    select.select([], [self._file], [], 1)
+        finally:
+            if self._lock is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+
+def shown(entry: Entry) -> bytes:
+    """A line for people. What could move the cursor of their terminal is escaped."""
+    members = ((name, getattr(entry, name)) for name in Entry.__struct_fields__[3:])
+    told = "".join(f" {name}={_plain(value)}" for name, value in members if value is not None)
+    return f"{entry.time:%H:%M:%S.%f} {entry.level:7} {entry.event}{told}".encode()
+
+
+def _plain(value: Any) -> str:
+    if not isinstance(value, str):
+        return str(value)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    return text if text and " " not in text else f'"{text}"'
+
+
+JOURNAL = Journal()
+
+
+class LogHandler(logging.Handler):
+    """Every other record of the service as a line of the log too. One of a request has its `cause`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            cause: Cause = getattr(record, "cause", None) or NOWHERE
+            entry = Entry(datetime.fromtimestamp(record.created, UTC), record.levelname.lower(), "message")
+            entry.request_id, entry.trace_id, entry.client = cause.request_id, cause.trace_id, cause.client
+            entry.logger, entry.message = record.name, record.getMessage()
+            if record.exc_info:
+                entry.traceback = logging.Formatter().formatException(record.exc_info)
+            JOURNAL.write(entry)
+        except Exception:
+            self.handleError(record)
+
+
+def log_as_lines(events: bool = True) -> None:
+    """Let all records of the process go into the log."""
+    logging.basicConfig(level=logging.INFO if events else logging.WARNING, handlers=[LogHandler()])
+    for noisy in ("httpx", "yoyo", "uvicorn"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class Cause(Struct, frozen=True):
+    """Which request made something happen; nothing where the service did it by itself."""
+
+    request_id: str | None = None
+    trace_id: str | None = None
+    client: uuid.UUID | None = None
+    echo: Mapping[str, str] | None = None  # headers that the caller sent and finds in the reply
+
+
+NOWHERE = Cause()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Events: what happens to users and locks is told here, once, by whoever did it: so that neither the metrics nor
+# the log, which is the audit trail, forgets anything.
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -1454,6 +1640,7 @@ METRICS = (
         "botfarm_refusals", "Calls that were refused, by the slug of the problem.", "reason",
         tuple(sorted(kind.slug for kind in Problem.__subclasses__())),
     ),
+    Metric("botfarm_log_lines_lost", "Lines that were lost because nobody read the log."),
     Metric("botfarm_database_errors", "Calls and jobs that failed because the database did not answer."),
     Metric(
         "botfarm_acquire_duration_seconds", "From the call to the grant of a lock, for calls that did not wait.",
@@ -1492,11 +1679,12 @@ class Tally:
 
     def __init__(self, folder: str | None = None) -> None:
         self._places: dict[tuple[str, str], int] = {}
-        self._bounds = {metric.name: metric.bounds for metric in METRICS}
+        self._series: dict[tuple[str, str], tuple[int, tuple[float, ...]]] = {}
         size = 0
         for metric in METRICS:
             for value in metric.values:
                 self._places[metric.name, value] = size
+                self._series[metric.name, value] = size, metric.bounds
                 size += metric.width
         self._size = size
         self._folder = Path(folder) if folder else None
@@ -1519,9 +1707,10 @@ class Tally:
         self._cells[self._places[name, value]] += by
 
     def observe(self, name: str, measured: float, value: str = "") -> None:
-        bounds, place = self._bounds[name], self._places[name, value]
-        self._cells[place + bisect_left(bounds, measured)] += 1
-        self._cells[place + len(bounds) + 1] += measured
+        place, bounds = self._series[name, value]
+        cells = self._cells
+        cells[place + bisect_left(bounds, measured)] += 1
+        cells[place + len(bounds) + 1] += measured
 
     def families(self) -> Iterator[MetricFamily]:
         """The sums over all workers."""
@@ -1572,46 +1761,90 @@ class Events:
         "forced": "botfarm_forced_releases",
     }
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, journal: Journal | None) -> None:
         self.tally = tally
+        self.journal = journal  # none with BOTFARM_LOG=quiet
+
+    def log(self, event: str, cause: Cause, **members: Any) -> None:
+        if self.journal:
+            now = datetime.now(UTC)
+            self.journal.write(Entry(now, "info", event, cause.request_id, cause.trace_id, cause.client, **members))
+
+    def _log_lock(
+        self, event: str, cause: Cause, lock: Row, *, ttl: int | None = None, acquired: float | None = None,
+        waited: float | None = None, held: float | None = None, cooldown: int | None = None,
+    ) -> None:  # fmt: skip
+        """Spelled out, because keywords that are handed on and on cost as much as the rest of it (1 us)."""
+        if self.journal:
+            self.journal.write(
+                Entry(
+                    datetime.now(UTC), "info", event, cause.request_id, cause.trace_id, cause.client, lock["holder"],
+                    lock["user_id"], str(lock["lock_id"])[:8], lock["fence"], ttl, acquired, waited, held, cooldown,
+                )
+            )  # fmt: skip
 
     def batched(self, statement: str, size: int) -> None:
         """So many calls share a statement."""
         self.tally.observe("botfarm_batch_size", size, statement)
 
-    def acquired(self, row: asyncpg.Record, seconds: float, waited: bool) -> None:
+    def acquired(self, row: asyncpg.Record, cause: Cause, seconds: float, waited: bool) -> None:
         """A lock was granted. Where that ended one whose time had run out, this is told too."""
+        if row["expired"]:
+            self.ended("expired", msgspec.json.decode(row["expired"]))
         self.tally.count("botfarm_acquires")
         if waited:
             self.waited("granted", seconds)
+            self._log_lock("lock-acquired", cause, row, ttl=row["ttl"], waited=seconds)
         else:
             self.tally.observe("botfarm_acquire_duration_seconds", seconds)
-        if row["expired"]:
-            self.ended("expired", msgspec.json.decode(row["expired"]))
+            self._log_lock("lock-acquired", cause, row, ttl=row["ttl"], acquired=seconds)
 
     def waited(self, outcome: str, seconds: float) -> None:
         """A call that waited ended: granted, refused, or its caller was gone."""
         self.tally.observe("botfarm_wait_duration_seconds", seconds, outcome)
 
-    def revealed(self, row: asyncpg.Record) -> None:
+    def revealed(self, row: asyncpg.Record, cause: Cause) -> None:
         """The password of a user goes out with the reply."""
         self.tally.count("botfarm_password_reveals")
+        self._log_lock("password-revealed", cause, row)
 
-    def extended(self, row: asyncpg.Record) -> None:
+    def extended(self, row: asyncpg.Record, cause: Cause) -> None:
         self.tally.count("botfarm_extensions")
+        self._log_lock("lock-extended", cause, row, ttl=row["ttl"])
 
-    def ended(self, how: str, lock: Row) -> None:
+    def ended(self, how: str, lock: Row, cause: Cause = NOWHERE, cooldown: int | None = None) -> None:
         """A lock has ended: released, expired or forced."""
+        held = lock["held_seconds"]
         self.tally.count(self.ENDS[how])
-        self.tally.observe("botfarm_lock_held_duration_seconds", lock["held_seconds"])
+        self.tally.observe("botfarm_lock_held_duration_seconds", held)
+        self._log_lock(f"lock-{how}", cause, lock, held=held, cooldown=cooldown or None)
+
+    def user(self, event: str, user_id: uuid.UUID, cause: Cause, **members: Any) -> None:
+        """A user was created, changed, deleted or freed, or its password was checked."""
+        self.log(f"user-{event}", cause, user_id=user_id, **members)
+
+    def quarantined(self, user_id: uuid.UUID, reason: str, cause: Cause) -> None:
+        self.user("quarantined", user_id, cause, reason=reason)
+
+    def imported(self, done: Imported, cause: Cause) -> None:
+        """After the lines of the users that were created and changed."""
+        self.log("users-imported", cause, created=done.created, updated=done.updated, unchanged=done.unchanged)
 
     def refused(self, reason: str) -> None:
         """A call was refused. Nothing changed, so this is only counted."""
         self.tally.count("botfarm_refusals", reason)
 
-    def database_failed(self, told: str, fault: BaseException) -> None:
+    def database_failed(self, told: str, fault: BaseException, cause: Cause = NOWHERE) -> None:
         self.tally.count("botfarm_database_errors")
-        log.warning("%s: %s: %s", told, type(fault).__name__, fault)
+        log.warning("%s: %s: %s", told, type(fault).__name__, fault, extra={"cause": cause})
+
+    def count_losses(self) -> None:
+        """Into the metrics with the lines that the log has lost since it was asked last."""
+        if self.journal and (lost := self.journal.lost - self._lost):
+            self._lost += lost
+            self.tally.count("botfarm_log_lines_lost", by=lost)
+
+    _lost = 0
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1665,6 +1898,7 @@ class Ask(Struct, eq=False, kw_only=True):
     holder: str = ""
     ttl: int = 0
     wait: int = 0
+    cause: Cause = NOWHERE
     key: uuid.UUID | None = None
     client: uuid.UUID | None = None  # whose the lock will be; null: authentication is off
     home: Wish | None = None  # the pool of the very user that is wished for, where that is known
@@ -2078,12 +2312,14 @@ class Release(Struct):
     cooldown: int = 0
     quarantine: str | None = None
     client: uuid.UUID | None = None  # whose lock it has to be; null: anybody's
+    cause: Cause = NOWHERE
 
 
 class Renewal(Struct):
     lock_id: uuid.UUID
     ttl: int | None
     client: uuid.UUID | None = None  # whose lock it has to be; null: anybody's
+    cause: Cause = NOWHERE
 
 
 L = TypeVar("L", Release, Renewal)
@@ -2150,10 +2386,10 @@ class Farm:
         self.desk.join(ask)
         return None
 
-    async def give_back(self, rows: list[asyncpg.Record]) -> None:
+    async def give_back(self, rows: list[asyncpg.Record], cause: Cause) -> None:
         """Release what was granted to a caller that can't have it; where that fails, the sweep does it."""
         try:
-            await asyncio.gather(*(self.release(Release(row["lock_id"])) for row in rows))
+            await asyncio.gather(*(self.release(Release(row["lock_id"], cause=cause)) for row in rows))
         except DATABASE_FAULTS:
             self.lose([row["lock_id"] for row in rows])
 
@@ -2250,7 +2486,8 @@ class Farm:
         now = time.monotonic()
         for row in rows:
             ask = asks[row["lock_id"]]
-            self.events.acquired(row, now - ask.arrived, waited=by_desk and ask.wait > 0)
+            seconds = int((now - ask.arrived) * 1e6) / 1e6  # cheaper than round()
+            self.events.acquired(row, ask.cause, seconds, waited=by_desk and ask.wait > 0)
 
     def _cursor_columns(self, wishes: dict[Wish, int]) -> tuple[list[int], list[int], list[datetime]]:
         known = [(o, p, since) for wish, o in wishes.items() for p, since in self._cursors.get(wish, {}).items()]
@@ -2276,7 +2513,10 @@ class Farm:
         rows = await self.hot.fetch(SQL["release_locks"], *_columns(_by_lock_id(once.values()), Release))
         freed = {id(once[row["lock_id"], row["client"]]) for row in rows}
         for row in rows:
-            self.events.ended("released", row)
+            release = once[row["lock_id"], row["client"]]
+            self.events.ended("released", row, release.cause, release.cooldown)
+            if release.quarantine is not None:
+                self.events.quarantined(row["user_id"], release.quarantine, release.cause)
         if freed:
             self.desk.freed()
         return [id(release) in freed for release in releases]
@@ -2287,7 +2527,8 @@ class Farm:
         rows = await self.hot.fetch(SQL["extend_locks"], *_columns(_by_lock_id(last.values()), Renewal))
         extended = {row["lock_id"]: row for row in rows}
         for row in rows:
-            self.events.extended(row)
+            renewal = last.get((row["lock_id"], row["client_id"])) or last[row["lock_id"], None]
+            self.events.extended(row, renewal.cause)
         found = [extended.get(renewal.lock_id) for renewal in renewals]
         pairs = zip(renewals, found, strict=True)
         return [row if row and renewal.client in (None, row["client_id"]) else None for renewal, row in pairs]
@@ -2352,9 +2593,9 @@ def _by_lock_id(items: Iterable[L]) -> list[L]:
 
 
 def _columns(items: Iterable[Struct], kind: type[Struct]) -> list[list[Any]]:
-    """A list for each field of the items, as unnest() takes them."""
+    """A list for each field of the items but their cause, as unnest() takes them."""
     kept = list(items)
-    return [[getattr(item, name) for item in kept] for name in kind.__struct_fields__]
+    return [[getattr(item, name) for item in kept] for name in kind.__struct_fields__ if name != "cause"]
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2413,10 +2654,11 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
             except Problem as problem:
                 return problem.response()
             except DATABASE_FAULTS as fault:
-                request.app.state.farm.events.database_failed("The database does not answer", fault)
+                told = "The database does not answer"
+                request.app.state.farm.events.database_failed(told, fault, cause_of(request))
                 return DatabaseUnavailable().response()
             except KeyFault as fault:
-                log.error("%s", fault)
+                log.error("%s", fault, extra={"cause": cause_of(request)})
                 return DatabaseUnavailable("A password is sealed with a key that this replica lacks.").response()
 
         async def persist(request: Request) -> Response:
@@ -2427,7 +2669,7 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
             return DatabaseUnavailable("Too many calls change the same users; try again.").response()
 
         async def endpoint(request: Request) -> Response:
-            return _counted(request, await persist(request))
+            return _echoed(request, _counted(request, await persist(request)))
 
         endpoint.__doc__ = handler.__doc__
         limits = {"request_max_body_size": None} if declaration.upload else {}
@@ -2612,6 +2854,40 @@ def _read_query(farm: Farm, query: bytes, kind: type[T]) -> T:
     return parsed
 
 
+CAUSE = "botfarm-cause"  # in the state of a request
+REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:+/=@-]{1,128}")
+# https://www.w3.org/TR/trace-context/#traceparent-header
+TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_PREFIX = secrets.token_hex(6)
+_NUMBERS = itertools.count(1)
+
+
+def cause_of(request: Request) -> Cause:
+    """Where an event comes from: the request's own id and trace, where it brought some that are well formed."""
+    state = request.scope["state"]
+    cause = state.get(CAUSE)
+    if cause is None:
+        request_id = trace_id = None
+        echo: dict[str, str] = {}
+        for name, value in request.scope["headers"]:
+            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+                request_id = echo["X-Request-Id"] = value.decode()
+            elif name == b"traceparent" and (found := TRACEPARENT.fullmatch(value)):
+                trace_id, echo["traceparent"] = found[1].decode(), value.decode()
+        request_id = request_id or f"{_PREFIX}-{next(_NUMBERS):x}"
+        state[CAUSE] = cause = Cause(request_id, trace_id, caller_of(request).client, echo or None)
+    return cause
+
+
+def _echoed(request: Request, answer: Response) -> Response:
+    """With the id and the trace that the caller sent. Refusals are shared by many calls, so those are copied."""
+    if echo := cause_of(request).echo:
+        if isinstance(answer, Refused):
+            answer = copy.copy(answer)
+        answer.headers = {**answer.headers, **echo}
+    return answer
+
+
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response[bytes]:
     return Response(
         content=msgspec.json.encode(value), status_code=status, media_type=JSON, headers=dict(headers or {})
@@ -2661,7 +2937,7 @@ async def issue_token(request: Request) -> Response:
     except Problem as problem:
         refused = TokenRefusal("invalid_request", problem.detail)
     except DATABASE_FAULTS as fault:
-        request.app.state.farm.events.database_failed("The database does not answer", fault)
+        request.app.state.farm.events.database_failed("The database does not answer", fault, cause_of(request))
         text = "The database does not answer; try again in a moment."
         refused = TokenRefusal("temporarily_unavailable", text, 503, Retry_After="1")
     return reply(TokenError(refused.error, str(refused)), refused.status, NOT_STORED | refused.headers)
@@ -2835,6 +3111,7 @@ async def create_user(farm: Farm, request: Request, body: NewUser) -> Response:
     )
     if row is None:
         raise _login_taken(body.login)
+    farm.events.user("created", id, cause_of(request))
     farm.desk.freed()
     return reply(await _get_user(farm, id), 201, {"Location": f"/users/{id}"})
 
@@ -2872,9 +3149,11 @@ async def update_user(farm: Farm, request: Request, id: uuid.UUID, body: UserCha
     secret = await farm.passwords.store(id, password) if password is not None else None
     labels = None if body.labels is UNSET else msgspec.json.encode(body.labels).decode()
     try:
-        await farm.pool.fetch(SQL["update_user"], id, login, secret, domain, labels)
+        changed = await farm.pool.fetchval(SQL["update_user"], id, login, secret, domain, labels)
     except asyncpg.UniqueViolationError:
         raise _login_taken(login) from None
+    if changed:
+        farm.events.user("changed", id, cause_of(request), changed=changed)
     farm.desk.freed()  # it may fit somebody now
     return reply(await _get_user(farm, id))
 
@@ -2897,7 +3176,8 @@ async def delete_user(farm: Farm, request: Request, id: uuid.UUID, query: Delete
     if not row["deleted"]:
         raise _user_locked(id, row)
     if row["lock_id"]:
-        farm.events.ended("forced" if row["held"] else "expired", row)
+        farm.events.ended("forced" if row["held"] else "expired", row, cause_of(request))
+    farm.events.user("deleted", id, cause_of(request))
     return no_content()
 
 
@@ -2918,7 +3198,9 @@ async def verify_password(farm: Farm, request: Request, id: uuid.UUID, body: Pas
     secret = await farm.pool.fetchval(SQL["get_secret"], id)
     if secret is None:
         raise _no_user(id)
-    return reply(Valid(await farm.passwords.verify(id, secret, body.password)))
+    valid = await farm.passwords.verify(id, secret, body.password)
+    farm.events.log("password-checked", cause_of(request), user_id=id, valid=valid)
+    return reply(Valid(valid))
 
 
 @call(
@@ -2930,7 +3212,8 @@ async def quarantine_user(farm: Farm, request: Request, id: uuid.UUID, body: Qua
 
     A current lock runs on; after it the user is not handed out until it is put back.
     """
-    await farm.pool.execute(SQL["set_quarantine"], id, body.reason)
+    if await farm.pool.fetchval(SQL["set_quarantine"], id, body.reason):
+        farm.events.quarantined(id, body.reason, cause_of(request))
     return reply(await _get_user(farm, id))
 
 
@@ -2945,7 +3228,8 @@ async def quarantine_user(farm: Farm, request: Request, id: uuid.UUID, body: Qua
 )
 async def end_quarantine(farm: Farm, request: Request, id: uuid.UUID) -> Response:
     """Put a user back. Also when it is not quarantined."""
-    await farm.pool.execute(SQL["set_quarantine"], id, None)
+    if await farm.pool.fetchval(SQL["set_quarantine"], id, None):
+        farm.events.user("freed", id, cause_of(request))
     farm.desk.freed()
     return reply(await _get_user(farm, id))
 
@@ -3144,6 +3428,33 @@ class CsvFile(ImportFile):
             return None
 
 
+class Changed:
+    """The users that an import creates and changes, to be told when it is committed: 17 bytes for each, so that a
+    million need no more memory than a few chunks of lines."""
+
+    KINDS = ("created", "updated")
+
+    def __init__(self) -> None:
+        self._ids = bytearray()
+        self._kinds = bytearray()
+
+    def add(self, rows: Iterable[asyncpg.Record]) -> None:
+        for row in rows:
+            self._ids += row["id"].bytes
+            self._kinds.append(self.KINDS.index(row["kind"]))
+
+    async def tell(self, events: Events, cause: Cause) -> None:
+        """A line for each, no faster than the log is written; where its reader stands still, half a minute at most."""
+        patience = time.monotonic() + 30
+        for number, kind in enumerate(self._kinds):
+            if number % CHUNK == 0:
+                await asyncio.sleep(0)
+                while events.journal and events.journal.is_full() and time.monotonic() < patience:
+                    await asyncio.sleep(0.01)
+            id = uuid.UUID(bytes=bytes(self._ids[16 * number : 16 * number + 16]))
+            events.user("changed" if kind else "created", id, cause)
+
+
 class Import:
     """One import: a temporary table in one transaction, filled chunk by chunk and applied at the end."""
 
@@ -3152,6 +3463,7 @@ class Import:
         self.passwords = farm.passwords
         self.connection = connection
         self.file = file
+        self.changed = Changed()
 
     async def stage(self, users: list[Numbered]) -> None:
         """Compare with the users that are known, seal the passwords that are new, and keep both for `apply`."""
@@ -3207,6 +3519,9 @@ class Import:
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 if attempt == 9:
                     raise LoginTaken("Others keep changing the users of this file; send it again.") from None
+        if self.farm.events.journal:
+            async for row in connection.cursor(SQL["import_changed"], prefetch=CHUNK, timeout=600):
+                self.changed.add([row])
         kinds = dict(await connection.fetch(SQL["import_kinds"], timeout=600))
         return Imported(*(kinds.get(kind, 0) for kind in Imported.__struct_fields__))
 
@@ -3267,6 +3582,8 @@ async def import_users(farm: Farm, request: Request) -> Response:
         if imported.created + imported.updated > 1000:
             await connection.execute(SQL["import_analyze"], timeout=600)
     farm.desk.freed()
+    await job.changed.tell(farm.events, cause_of(request))
+    farm.events.imported(imported, cause_of(request))
     return reply(imported)
 
 
@@ -3327,6 +3644,7 @@ async def export_users(farm: Farm, request: Request, query: UserFilter) -> Respo
     """All users that fit, one a line, without secrets."""
     caller = caller_of(request)
     rows = await farm.pool.fetch(SQL["list_users"], *query.columns((*FIRST_CURSOR, 500), caller))
+    farm.events.log("users-exported", cause_of(request))
     return Stream(_exported(farm, query, caller, [] if request.method == HttpMethod.HEAD else rows), media_type=NDJSON)
 
 
@@ -3365,20 +3683,20 @@ def _lock(row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock
     return Lock(row["lock_id"], row["fence"], row["holder"], row["ttl"], row["acquired_at"], row["expires_at"], user)
 
 
-def _with_password(farm: Farm, row: asyncpg.Record) -> Lock:
+def _with_password(farm: Farm, row: asyncpg.Record, cause: Cause) -> Lock:
     """The lock as only the reply that grants it tells it. KeyFault where the password does not open."""
     password = farm.passwords.reveal(row["user_id"], row["secret"])
     if password is not None:
-        farm.events.revealed(row)
+        farm.events.revealed(row, cause)
     return _lock(row, password)
 
 
-def _granted(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
-    return reply(_with_password(farm, rows[0]), 201, NOT_STORED)
+def _granted(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> Response[bytes]:
+    return reply(_with_password(farm, rows[0], cause), 201, NOT_STORED)
 
 
-def _granted_set(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
-    return reply(LockSet([_with_password(farm, row) for row in rows]), 201, NOT_STORED)
+def _granted_set(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> Response[bytes]:
+    return reply(LockSet([_with_password(farm, row, cause) for row in rows]), 201, NOT_STORED)
 
 
 def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | None:
@@ -3393,7 +3711,7 @@ def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | 
     return uuid.uuid5(client, str(key)) if client else key
 
 
-Grant = Callable[["Farm", list[asyncpg.Record]], Response[bytes]]
+Grant = Callable[["Farm", list[asyncpg.Record], Cause], Response[bytes]]
 
 
 async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Response[bytes]:
@@ -3401,6 +3719,7 @@ async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Resp
     if farm.stopping:
         raise ShuttingDown
     ask.client = caller_of(request).client
+    ask.cause = cause_of(request)
     ask.key = _idempotency_key(request, ask.client)
     wishes = tuple(ask.wishes)
     if wishes in farm.exhausted and not ask.wait and not ask.key and not (refusal := await farm.refusal(wishes)).free:
@@ -3410,10 +3729,10 @@ async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Resp
         if rows is None:
             rows = await _in_turn(farm, request, ask)
             if rows and farm.gate and not farm.gate.still(ask.client):  # it was removed while it waited
-                await farm.give_back(rows)
+                await farm.give_back(rows, ask.cause)
                 raise Unauthenticated("The client of the token is gone")
         if rows and not ask.key and request.scope["state"].get(GONE):
-            await farm.give_back(rows)
+            await farm.give_back(rows, ask.cause)
             return LockEnded("The caller went away before the reply.").response()
         if rows:
             return await _grant(farm, ask, rows, grant)
@@ -3450,10 +3769,10 @@ async def _in_turn(farm: Farm, request: Request, ask: Ask) -> list[asyncpg.Recor
         if ask.wait and not rows:
             farm.events.waited("gone" if gone.done() else "refused", time.monotonic() - ask.arrived)
         if gone.done() and rows and not ask.key:
-            await farm.give_back(rows)
+            await farm.give_back(rows, ask.cause)
             return []
         if rows and not ask.key:
-            request.scope["state"][UNREAD] = _unread(farm, rows)
+            request.scope["state"][UNREAD] = _unread(farm, ask, rows)
         return rows
     finally:
         gone.cancel()
@@ -3466,13 +3785,13 @@ GONE = "botfarm-gone"  # in the state of a request: its caller has closed the co
 UNREAD = "botfarm-unread"  # and what to do when it turns out not to have read the reply
 
 
-def _unread(farm: Farm, rows: list[asyncpg.Record]) -> Callable[[], None]:
+def _unread(farm: Farm, ask: Ask, rows: list[asyncpg.Record]) -> Callable[[], None]:
     """What to do when the caller turns out not to have read its grant, see Protocol."""
     end = time.monotonic() + 1
 
     def lost() -> None:
         if time.monotonic() < end:
-            farm.spawn(farm.give_back(rows))
+            farm.spawn(farm.give_back(rows, ask.cause))
 
     return lost
 
@@ -3486,10 +3805,10 @@ async def _is_hopeless(farm: Farm, ask: Ask) -> bool:
 
 async def _grant(farm: Farm, ask: Ask, rows: list[asyncpg.Record], grant: Grant) -> Response[bytes]:
     try:
-        return grant(farm, rows)
+        return grant(farm, rows, ask.cause)
     except KeyFault:
         if ask.key is None:  # with a key, a repeat at another replica finds the lock
-            await farm.give_back(rows)
+            await farm.give_back(rows, ask.cause)
         raise
 
 
@@ -3499,7 +3818,7 @@ async def _repeat(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Respo
     if not rows:
         return None
     if all(row["lock_id"] is not None for row in rows):
-        return grant(farm, rows)
+        return grant(farm, rows, ask.cause)
     ends = await farm.pool.fetch(SQL["get_lock_ends"], [row["bound_id"] for row in rows], ask.client)
     ended_at = min((row["ended_at"] for row in ends), default=None)
     key = _idempotency_key(request, None)
@@ -3625,7 +3944,7 @@ async def extend_lock(farm: Farm, request: Request, id: uuid.UUID, body: ExtendL
     Without a ttl the last one is used again.
     """
     owner = caller_of(request).owner
-    row = await farm.extend(Renewal(id, body.ttl, owner))
+    row = await farm.extend(Renewal(id, body.ttl, owner, cause_of(request)))
     return reply(_lock(row)) if row else (await _not_held(farm, id, owner)).response()
 
 
@@ -3636,7 +3955,7 @@ async def release_lock(farm: Farm, request: Request, id: uuid.UUID, query: Relea
     `cooldown` lets it rest first; `quarantine` takes it out, with the reason, when the test found it broken.
     """
     owner = caller_of(request).owner
-    held = await farm.release(Release(id, query.cooldown, query.quarantine, owner))
+    held = await farm.release(Release(id, query.cooldown, query.quarantine, owner, cause_of(request)))
     return no_content() if held else (await _not_held(farm, id, owner)).response()
 
 
@@ -3646,7 +3965,7 @@ async def release_holder(farm: Farm, request: Request, query: HolderQuery) -> Re
     caller = caller_of(request)
     rows = await farm.pool.fetch(SQL["release_holder"], query.holder, query.project_id, caller.owner, caller.projects)
     for row in rows:
-        farm.events.ended("released", row)
+        farm.events.ended("released", row, cause_of(request))
     farm.desk.freed()
     return reply(Released(len(rows)))
 
@@ -3658,7 +3977,7 @@ async def force_release(farm: Farm, request: Request, id: uuid.UUID) -> Response
     if row is None:
         raise _no_user(id)
     if row["lock_id"]:
-        farm.events.ended("forced", row)
+        farm.events.ended("forced", row, cause_of(request))
     farm.desk.freed()
     return no_content()
 
@@ -3779,6 +4098,7 @@ async def metrics(farm: Farm, request: Request) -> Response:
 
     Without the counts of users and of waiting calls where the database does not answer.
     """
+    farm.events.count_losses()
     pools = await farm.census.rows()
     scrape = Scrape(farm.events.tally, pools, [snapshot(farm), *farm.events.tally.others()])
     # In a thread, because ten thousand pools take their time.
@@ -3794,6 +4114,7 @@ def snapshot(farm: Farm) -> Snapshot:
 async def publish(farm: Farm) -> None:
     """Tell the other workers what there is here, every second (for ever)."""
     while True:
+        farm.events.count_losses()
         farm.events.tally.publish(snapshot(farm))
         await asyncio.sleep(1)
 
@@ -4052,7 +4373,7 @@ def _problems(declared: Call, path: str, secured: bool) -> list[type[Problem]]:
 
 def _http_problem(request: Request, error: HTTPException) -> Response:
     """What Litestar itself refuses, in our form."""
-    return _counted(request, _problem_of(request, error).response())
+    return _echoed(request, _counted(request, _problem_of(request, error).response()))
 
 
 def _problem_of(request: Request, error: HTTPException) -> Problem:
@@ -4071,11 +4392,12 @@ def _problem_of(request: Request, error: HTTPException) -> Problem:
 
 def _unforeseen(request: Request, error: Exception) -> Response:
     """A 500: the log gets the traceback, the caller the id to find it by."""
-    request_id = uuid.uuid4().hex
+    cause = cause_of(request)
+    known = cast("str", cause.request_id)
     path = request.scope.get("path_template")  # not the path: a lock's id in it is the proof of holding
-    log.error("request %s: %s %s failed", request_id, request.method, path, exc_info=error)
-    detail = f"An unforeseen error; the service's log has it as request {request_id}."
-    return _counted(request, InternalError(detail, request_id=request_id).response())
+    log.error("request %s: %s %s failed", known, request.method, path, exc_info=error, extra={"cause": cause})
+    detail = f"An unforeseen error; the service's log has it as request {known}."
+    return _echoed(request, _counted(request, InternalError(detail, request_id=known).response()))
 
 
 HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
@@ -4216,7 +4538,11 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
         await check_keys(pool, keyring)
         passwords = Passwords(keyring)
         stack.callback(passwords.close)
-        events = Events(Tally(os.environ.get(SHARED)))
+        shared = os.environ.get(SHARED)
+        if shared:
+            JOURNAL.share(shared)
+        stack.callback(JOURNAL.flush)  # after the last words of what is closed below
+        events = Events(Tally(shared), JOURNAL if settings.log == "events" else None)
         gate = Gate(pool, parse_keys(signing_keys(settings))) if settings.auth == "on" else None
         app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
         jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), farm.desk.run(), farm.desk.announce()]
@@ -4280,7 +4606,10 @@ def create_app(settings: Settings) -> Litestar:
 def __getattr__(name: str) -> Litestar:
     """`uvicorn botfarm:app`: the application is made when it is asked for, not when the module is imported."""
     if name == "app":
-        return create_app(Settings.load())
+        settings = Settings.load()
+        if not logging.getLogger().handlers:
+            log_as_lines(settings.log == "events")
+        return create_app(settings)
     raise AttributeError(name)
 
 
@@ -4414,6 +4743,8 @@ def serve(settings: Settings) -> int:
         "http": Protocol,
         "ws": "none",
     }
+    if settings.log == "quiet":
+        logging.getLogger().setLevel(logging.WARNING)
     _open_many_files()
     if settings.auth == "off" and not _is_loopback(settings.host):
         log.warning("Opened to %s without authentication: whoever reaches it gets passwords", settings.host)
@@ -4433,6 +4764,7 @@ def serve(settings: Settings) -> int:
         print(banner(settings), flush=True)
         with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
             os.environ[SHARED] = folder
+            JOURNAL.share(folder)
             uvicorn.run("botfarm:app", workers=settings.workers, app_dir=str(HERE), **options)
     return 0
 
@@ -4702,10 +5034,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0: done; 1: refused; 2: bad flags or settings; 3: the service could not start."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("yoyo").setLevel(logging.WARNING)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    log_as_lines()
     words = list(argv) if argv and (not argv[0].startswith("-") or argv[0] in ("-h", "--help")) else ["serve", *argv]
     arguments = _parser().parse_args(words)
     for name, value in vars(arguments).items():

@@ -1,4 +1,4 @@
--- Take a user out (or put it back, with null). A current lock runs on.
+-- Take a user out (or put it back, with null). A current lock runs on. No row comes back where nothing changes.
 --   $1  user id  uuid
 --   $2  reason   text or null
 update locks
@@ -8,4 +8,5 @@ set quarantine = $2::text,
         else ready_at
     end
 where user_id = $1::uuid
+    and quarantine is distinct from $2::text
 returning user_id

@@ -1,14 +1,27 @@
 -- Change a user; a current lock stays.
 --   $1 id  $2 login  $3 secret  $4 domain  $5 labels  (null leaves a value as it is)
 -- A user of another domain belongs to another pool, so its lock row moves in the same statement.
-with changed as (
-    update users
-    set login = coalesce($2::text, login),
-        secret = coalesce($3::text, secret),
-        domain = coalesce($4::text, domain),
-        labels = coalesce($5::jsonb, labels)
+-- What has changed comes back; a password that is given counts, though it may be the same.
+with before as materialized (
+    select *
+    from users
     where id = $1::uuid
-    returning id, project_id, env, domain
+    for update
+),
+changed as (
+    update users
+    set login = coalesce($2::text, before.login),
+        secret = coalesce($3::text, before.secret),
+        domain = coalesce($4::text, before.domain),
+        labels = coalesce($5::jsonb, before.labels)
+    from before
+    where users.id = before.id
+    returning users.id, users.project_id, users.env, users.domain, array_remove(array[
+        case when users.login <> before.login then 'login' end,
+        case when users.secret <> before.secret then 'password' end,
+        case when users.domain <> before.domain then 'domain' end,
+        case when users.labels <> before.labels then 'labels' end
+    ], null) as names
 ),
 new_pool as (
     insert into pools (project_id, env, domain)
@@ -36,5 +49,5 @@ moved as (
     where locks.user_id = $1::uuid
         and locks.pool_id <> pool.id
 )
-select id
+select names
 from changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shutil
 import signal
 import subprocess
@@ -308,3 +309,18 @@ async def test_those_who_wait_are_told_over_all_workers(empty_database, project)
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
     assert seen == {12}
+
+
+async def test_the_readme_lists_every_metric(service, api, project):
+    await make_users(api, project)
+    await asyncio.sleep(1.1)
+    text = (await api.get("/metrics")).text
+    named = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            {label for sample in family.samples for label in sample.labels if label != "le"},
+        )
+        for family in text_string_to_metric_families(text)
+    }
+    rows = re.findall(r"^\| `(botfarm_\w+)` \| (\w+) \|(.*?)\|", README, re.M)
+    assert {name: (kind, set(re.findall(r"\w+", labels))) for name, kind, labels in rows} == named
