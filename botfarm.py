@@ -2784,7 +2784,9 @@ async def _read_body(farm: Farm, request: Request, declared: Call) -> Struct:
     kind = cast("type[Struct]", declared.body)
     if not body and declared.body_optional:
         return kind()
-    media = header(request, b"content-type") or JSON
+    media = header(request, b"content-type")
+    if media is None:  # as JSON, but not from a page in a browser, which could send that to any address unasked
+        media = JSON if header(request, b"origin") is None else "none"
     if media != JSON and (media := media.partition(";")[0].strip().lower()) != JSON:
         raise UnsupportedMediaType(f"The content type is {media!r}, but this call takes {JSON} (curl: --json).")
     return decode_body(farm.settings, body, kind)
@@ -2894,6 +2896,9 @@ def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
     )
 
 
+NO_STORE = {"Cache-Control": "no-store"}
+
+
 def no_content() -> Response[None]:
     return Response(content=None, status_code=204)
 
@@ -2905,7 +2910,7 @@ def no_content() -> Response[None]:
 
 FORM = "application/x-www-form-urlencoded"
 LONGEST_FORM = 16 * 1024
-NOT_STORED = {"Cache-Control": "no-store", "Pragma": "no-cache"}
+NOT_STORED = NO_STORE | {"Pragma": "no-cache"}
 
 
 class Token(Struct):
@@ -3692,11 +3697,11 @@ def _with_password(farm: Farm, row: asyncpg.Record, cause: Cause) -> Lock:
 
 
 def _granted(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> Response[bytes]:
-    return reply(_with_password(farm, rows[0], cause), 201, NOT_STORED)
+    return reply(_with_password(farm, rows[0], cause), 201, NO_STORE)
 
 
 def _granted_set(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> Response[bytes]:
-    return reply(LockSet([_with_password(farm, row, cause) for row in rows]), 201, NOT_STORED)
+    return reply(LockSet([_with_password(farm, row, cause) for row in rows]), 201, NO_STORE)
 
 
 def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | None:

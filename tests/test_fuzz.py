@@ -224,6 +224,7 @@ names = st.sampled_from(
         "Accept",
         "Content-Encoding",
         "X-Forwarded-For",
+        "X-Request-Id",
         "X-HTTP-Method-Override",
     ]
 )

@@ -265,6 +265,15 @@ async def test_pages_of_other_origins_may_call_only_where_that_is_set(api, empty
             assert "access-control-allow-origin" not in other.headers
 
 
+async def test_a_page_of_another_origin_changes_nothing_unasked(api, project):
+    """What a browser sends without asking first: a GET, or a POST of a text, of a form, or of no type at all."""
+    body = json.dumps({"login": "a", "password": "p", "project_id": project, "env": "stage"})
+    for kind in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        answer = await api.post("/users", content=body, headers={"Origin": "https://evil.example"} | kind)
+        assert answer.status_code == 415
+    assert (await api.post("/users", content=body)).status_code == 201  # no browser
+
+
 @pytest.mark.parametrize("origins", ["grid.example", "https://a,ftp://b", "https://a/path", "https://a b"])
 def test_an_origin_that_is_none_is_refused_at_the_start(origins):
     with pytest.raises(botfarm.BadSettings, match="BOTFARM_CORS_ORIGINS"):

@@ -250,8 +250,10 @@ async def test_no_reply_log_line_metric_or_dump_holds_a_secret(canaries, project
             assert {name for name, status in away if status == 503} > {"create_user", "acquire_lock", "get_lock"}
             await execute(canaries.server, f"alter database {name} allow_connections true")
     hidden = [canaries.password, canaries.secret, canaries.token, canaries.sealing, canaries.signing, canaries.database]
+    botfarm.JOURNAL.flush(10)
     seen = logged(caplog) + "".join(capfd.readouterr())
-    assert "unforeseen, with" in seen
+    for told in ("unforeseen, with", '"event":"lock-acquired"', '"event":"password-revealed"'):
+        assert told in seen
     assert not leaks(seen, *hidden)
     own = "\n".join(line for line in seen.splitlines() if "unforeseen, with" not in line)
     assert not [lock for lock in canaries.locks if lock in own]  # a lock's id is the proof of holding
