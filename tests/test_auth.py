@@ -532,7 +532,7 @@ async def test_however_a_lock_ends_its_record_says_whose_it_was(empty_database):
     over = "update locks set ready_at = now() - interval '1 hour', expires_at = acquired_at"
     async with botfarm.open_pool(empty_database, 1, "force_generic_plan", 10) as pool:
         farm = botfarm.Farm(
-            settings(empty_database), pool, pool, cast("Any", None), botfarm.Events(botfarm.Tally(None))
+            settings(empty_database), pool, pool, cast("Any", None), botfarm.Events(botfarm.Tally(None), None)
         )
         secret = "$argon2id$"
         await pool.fetch(botfarm.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}")
