@@ -890,6 +890,7 @@ class MigrationBackend(DatabaseBackend):
         with self.transaction():
             self.execute("create table if not exists botfarm_migrating (only_one boolean primary key)")
             self.execute("lock table botfarm_migrating in exclusive mode")
+            self.execute("set local lock_timeout = '2s'")  # what waits for a table holds up all who come after it
             if yoyo.internalmigrations.needs_upgrading(self):  # pyright: ignore[reportAttributeAccessIssue]
                 yoyo.internalmigrations.upgrade(self)  # pyright: ignore[reportAttributeAccessIssue]
             yield
@@ -912,6 +913,7 @@ class SchemaError(Exception):
 
 
 MIGRATIONS = yoyo.read_migrations(str(HERE / "migrations"))
+MIGRATING = 600  # seconds for which a migration tries to get the tables
 
 
 def migrate(url: str, rollback: bool = False) -> list[str]:
@@ -919,16 +921,23 @@ def migrate(url: str, rollback: bool = False) -> list[str]:
 
     SchemaError when the database has migrations that this version does not know: it was set up by a newer one.
     """
-    for attempt in range(10):
+    end = time.monotonic() + MIGRATING
+    for attempt in itertools.count(1):
         backend = MigrationBackend(url)
         try:
             with backend.exclusive():
                 return _run_migrations(backend, rollback)
         except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError):
-            time.sleep(0.05 * (attempt + 1))  # several first starts at once: the others wait for the first
+            pause = 0.05 * attempt  # several first starts at once: the others wait for the first
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+            log.warning("The migration waits for others that use the tables (a backup?), and lets calls through.")
+            pause = 3
         finally:
             backend.connection.close()
-    raise SchemaError("Others keep setting up this database; try again when they are done.")
+        if time.monotonic() > end:
+            break
+        time.sleep(pause)
+    raise SchemaError(f"Others have used this database's tables for {MIGRATING} seconds; migrate when they are done.")
 
 
 def _run_migrations(backend: MigrationBackend, rollback: bool) -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import asyncpg
@@ -88,6 +89,26 @@ async def test_a_migration_that_fails_changes_nothing(empty_database, tmp_path, 
     with pytest.raises(asyncpg.DivisionByZeroError):
         await asyncio.to_thread(botfarm.migrate, empty_database)
     assert await catalogue(empty_database) == []
+
+
+async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(empty_database):
+    await asyncio.to_thread(botfarm.migrate, empty_database)
+    await asyncio.to_thread(botfarm.migrate, empty_database, rollback=True)
+    backup = await asyncpg.connect(empty_database)
+    try:
+        await backup.execute("begin isolation level repeatable read; select from locks, history")
+        migrating = asyncio.create_task(asyncio.to_thread(botfarm.migrate, empty_database))
+        slowest, end = 0.0, time.monotonic() + 5
+        while time.monotonic() < end:
+            began = time.monotonic()
+            await asyncio.wait_for(execute(empty_database, "select from locks, history"), 10)
+            slowest = max(slowest, time.monotonic() - began)
+            await asyncio.sleep(0.05)
+        assert not migrating.done()
+        assert 1 < slowest < 4, "it never waited for the tables" if slowest <= 1 else "calls stood behind it"
+    finally:
+        await backup.close()
+    assert await migrating == NAMES[-1:]
 
 
 async def test_a_newer_schema_is_refused_with_a_clear_message(empty_database):
