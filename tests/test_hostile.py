@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import KEY, ROOT, client, command, connect, make_users, raw, serving, settings
+from conftest import KEY, ROOT, client, command, connect, make_users, raw, serving, settings, slug
 
 import botfarm
 
@@ -278,3 +278,46 @@ async def test_a_page_of_another_origin_changes_nothing_unasked(api, project):
 def test_an_origin_that_is_none_is_refused_at_the_start(origins):
     with pytest.raises(botfarm.BadSettings, match="BOTFARM_CORS_ORIGINS"):
         botfarm.Settings.load({"BOTFARM_CORS_ORIGINS": origins})
+
+
+# -- odd JSON -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "deep", ["[" * 100_000, '{"x":' * 100_000, '{"labels":' + "[" * 100_000, '{"x":' + "[" * 2000 + "]" * 2000 + "}"]
+)
+async def test_json_that_is_nested_deep_is_malformed(api, deep):
+    refused = await api.post("/locks", content=deep)
+    assert slug(refused) == "malformed-body"
+    assert len(refused.content) < 1000
+
+
+@pytest.mark.parametrize(
+    ("ttl", "status"),
+    [
+        ("1" + "0" * 5000, 400),
+        ("-1", 422),
+        ("1e400", 400),
+        ("NaN", 400),
+        ("Infinity", 400),
+        ('60, "ttl": 61', 201),
+        ("0x10", 400),
+    ],
+)
+async def test_odd_numbers_and_double_keys_are_answered(api, project, ttl, status):
+    """Of a key that is there twice the last one counts, as nearly everywhere."""
+    await make_users(api, project)
+    answer = await api.post("/locks", content=f'{{"project_id": "{project}", "ttl": {ttl}}}')
+    assert answer.status_code == status, answer.text
+    if status == 201:
+        assert answer.json()["ttl"] == 61
+
+
+def test_the_limits_of_the_readme_are_those_of_the_program():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    late, pause, pace = botfarm.Protocol.LATE, botfarm.PAUSE, botfarm.SLOWEST // 1024
+    bodies = f"{pause} s for a body, {pace} KiB/s for an import after its first {pause} s"
+    assert f"{late} s for a head, {bodies}, {late} s for a reply that is not read" in text
+    lines, heads = botfarm.LONGEST_LINE // 1024, botfarm.Protocol.HEAD // 1024
+    assert f"import lines of {lines} KiB, heads of {heads} KiB (431 `{botfarm.HeadTooLarge.slug}`)" in text
+    assert f"its end after {botfarm.Gate.LIFE // 60} minutes" in text

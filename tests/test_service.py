@@ -192,7 +192,7 @@ def test_every_statement_is_used_and_there(tmp_path):
     source = (ROOT / "botfarm.py").read_text()
     named = set(re.findall(r'SQL\["(\w+)"\]', source)) | {
         "prune_history", "prune_keys", "import_create", "import_unlock", "import_update", "import_move",
-            "add_client", "rotate_client", "remove_client",
+        "add_client", "rotate_client", "remove_client",
     }  # fmt: skip
     assert named == set(botfarm.SQL)
     assert all(text.startswith("-- ") for text in botfarm.SQL.values())
