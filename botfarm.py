@@ -1190,6 +1190,8 @@ class Gate:
     CHECKED = 30  # seconds for which the claims of a checked token are kept
     MOST = 10_000  # tokens whose claims are kept
     FAILURES, REQUESTS = 10, 120  # a minute, of one client from one address
+    STRAY_FAILURES = 100  # a minute, from one address under whatever names
+    LONGEST = 2048  # characters of an Authorization header; our tokens have some 400
     CROWD = 100  # secrets that may wait for their check
 
     def __init__(self, pool: Connections, keys: dict[str, bytes]) -> None:
@@ -1228,7 +1230,9 @@ class Gate:
         kind, _, token = (sent or "").partition(" ")
         if sent is None or kind.lower() != "bearer":
             raise Unauthenticated
-        claims = self._claims(token.strip())
+        if len(sent) > self.LONGEST or " " in token:  # else one token in many spellings would fill the memory
+            raise Unauthenticated("The token is not valid here")
+        claims = self._claims(token)
         if claims.sub not in self._clients or time.monotonic() >= self._read_at + self.STALE:
             await self.refresh(None)
         client = self._clients.get(claims.sub)
@@ -1281,23 +1285,26 @@ class Gate:
         more than those who guess one after the other.
         """
         id = _uuid_or_none(client_id)
-        caller = hashlib.sha256(f"{id or client_id}\n{address}".encode()).digest()
-        counted = await self._count(caller, requests=1)
-        self._limit(counted, counted["requests"] > self.REQUESTS or counted["failures"] >= self.FAILURES)
+        network = _network(address)
+        asking = [hashlib.sha256(who.encode()).digest() for who in (f"{id or client_id}\n{address}", network)]
+        own, near = await self._count(asking, requests=1)
+        self._limit(own, own["requests"] > self.REQUESTS or own["failures"] >= self.FAILURES)
+        self._limit(near, near["failures"] >= self.STRAY_FAILURES)
         row = await self._pool.fetchrow(SQL["get_client"], id)
         known = (row["secret_hash"], row["previous_hash"]) if row else (None, None)
         valid = await self._verify([stored or self._nobody for stored in known], secret)
-        counted = await self._count(caller, failures=0 if valid else 1)
-        self._limit(counted, counted["failures"] - (not valid) >= self.FAILURES)
+        own, near = await self._count(asking, failures=0 if valid else 1)
+        self._limit(own, own["failures"] - (not valid) >= self.FAILURES)
         if row is None or not valid:
             log.warning("A token was refused to the client %s at %s", id, address)
             challenge = 'Basic realm="botfarm"'
             raise TokenRefusal("invalid_client", "Unknown client or wrong secret.", 401, WWW_Authenticate=challenge)
         return row
 
-    async def _count(self, caller: bytes, requests: int = 0, failures: int = 0) -> asyncpg.Record:
-        row = await self._pool.fetchrow(SQL["count_token_request"], caller, requests, failures)
-        return cast("asyncpg.Record", row)
+    async def _count(self, asking: list[bytes], requests: int = 0, failures: int = 0) -> list[asyncpg.Record]:
+        rows = await self._pool.fetch(SQL["count_token_request"], sorted(asking), requests, failures)
+        counted = {row["caller"]: row for row in rows}
+        return [counted[who] for who in asking]
 
     def _limit(self, counted: asyncpg.Record, exceeded: bool) -> None:
         if exceeded:
@@ -1333,6 +1340,14 @@ class Gate:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _network(address: str) -> str:
+    """An address, or where it is of IPv6 the network of 64 bits that one customer has."""
+    with contextlib.suppress(ValueError):
+        if (parsed := ipaddress.ip_address(address)).version == 6:
+            return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address
 
 
 def _uuid_or_none(text: str) -> uuid.UUID | None:

@@ -221,6 +221,29 @@ async def test_wrong_secrets_are_limited_to_ten_a_minute_over_two_services(secur
             assert (await ask(other, who)).status_code == 200
 
 
+async def test_failures_under_ever_new_names_are_limited_by_address(secured, monkeypatch):
+    monkeypatch.setattr(botfarm.Gate, "STRAY_FAILURES", 6)
+    await execute(secured.database, "delete from token_requests", "select")
+    async with client(secured.url) as api:
+        strangers = [SimpleNamespace(id=str(uuid.uuid4()), secret="guess") for _ in range(10)]
+        assert [(await ask(api, who)).status_code for who in strangers] == [401] * 6 + [429] * 4
+    await execute(secured.database, "delete from token_requests", "select")
+
+
+def test_addresses_of_one_customer_count_as_one():
+    assert botfarm._network("2001:db8::1") == botfarm._network("2001:db8::ffff:1") == "2001:db8::/64"
+    assert [botfarm._network(text) for text in ("192.0.2.1", "", "unix")] == ["192.0.2.1", "", "unix"]
+
+
+async def test_one_token_in_many_spellings_is_kept_once(secured):
+    who = await add_client(secured.database, "locks users:read")
+    async with client(secured.url) as api:
+        token = (await ask(api, who)).json()["access_token"]
+        for spelled in (f"Bearer  {token}", f"Bearer {token} x", f"Bearer {token}" + " " * 3000 + "x"):
+            answer = await api.get("/users", headers={"Authorization": spelled})
+            assert (answer.status_code, slug(answer)) == (401, "unauthenticated")
+
+
 async def test_all_requests_are_limited_too_and_checked_for_that_first(secured, monkeypatch):
     monkeypatch.setattr(botfarm.Gate, "REQUESTS", 5)
     async with client(secured.url) as api:
