@@ -1592,6 +1592,11 @@ class LogHandler(logging.Handler):
             self.handleError(record)
 
 
+def tell(event: str, count: int) -> None:
+    """What a command did."""
+    JOURNAL.write(Entry(datetime.now(UTC), "info", event, count=count))
+
+
 def log_as_lines(events: bool = True) -> None:
     """Let all records of the process go into the log."""
     logging.basicConfig(level=logging.INFO if events else logging.WARNING, handlers=[LogHandler()])
@@ -4141,11 +4146,9 @@ def snapshot(farm: Farm) -> Snapshot:
 
 
 async def publish(farm: Farm) -> None:
-    """Tell the other workers what there is here, every second (for ever)."""
-    while True:
-        farm.events.count_losses()
-        farm.events.tally.publish(snapshot(farm))
-        await asyncio.sleep(1)
+    """Tell the other workers what there is here."""
+    farm.events.count_losses()
+    farm.events.tally.publish(snapshot(farm))
 
 
 async def sweep(farm: Farm) -> None:
@@ -4575,7 +4578,7 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
         gate = Gate(pool, parse_keys(signing_keys(settings))) if settings.auth == "on" else None
         app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
         jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), farm.desk.run(), farm.desk.announce()]
-        jobs.append(publish(farm))
+        jobs.append(repeat(publish, farm, 1))
         if settings.listen_url or settings.pooler == "off":
             jobs.append(listen(farm, settings.listen_url.reveal() if settings.listen_url else database))
         if gate:
@@ -4810,6 +4813,7 @@ def migrate_command(settings: Settings, rollback: bool, rest: int | None) -> int
         print("\n".join(f"{verb}: {name}" for name in names) or "nothing to do")
         if rest is not None:
             users = asyncio.run(_rest(url, settings.pooler, rest))
+            tell("users-rested", users)
             print(f"{users} users rest for {rest} seconds, and their fences have moved ahead")
     return 0
 
@@ -4905,6 +4909,7 @@ def reseal_command(settings: Settings) -> int:
     with database(settings) as url, Progress(TextColumn("{task.completed}"), console=Console(stderr=True)) as bar:
         migrate(url)
         total = asyncio.run(run(url, bar))
+    tell("passwords-resealed", total)
     print(f"{total} passwords are now sealed under the key {keyring.first!r}")
     return 0
 

@@ -28,10 +28,13 @@ from conftest import (
     ROOT,
     acquire,
     client,
+    command,
     execute,
     free_port,
     make_users,
     pooled,
+    serving,
+    settings,
     slug,
     until,
     wait_ready,
@@ -206,6 +209,41 @@ async def test_an_import_tells_of_each_user_that_it_creates_or_changes(api, proj
     refused = await api.post("/users/import", content=json.dumps(lines[2] | {"env": "no"}), headers=headers)
     assert refused.status_code == 422
     assert log.after(begin) == []
+
+
+async def test_an_import_waits_for_the_log_rather_than_to_lose_its_lines(monkeypatch):
+    monkeypatch.setattr(Journal, "LIMIT", 2000)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # as a program that shares standard error may leave it
+    journal = Journal(writing)
+    changed = botfarm.Changed()
+    changed.add({"id": uuid.UUID(int=number), "kind": "created"} for number in range(10_000))
+    telling = asyncio.create_task(changed.tell(botfarm.Events(botfarm.Tally(), journal), botfarm.NOWHERE))
+    await asyncio.sleep(0.2)
+    assert not telling.done()
+    data = b""
+    while data.count(b"\n") < 10_000:
+        data += await asyncio.to_thread(os.read, reading, 1 << 16)
+    await telling
+    assert [json.loads(line)["user_id"] for line in data.splitlines()] == [
+        str(uuid.UUID(int=number)) for number in range(10_000)
+    ]
+    assert journal.lost == 0
+    os.close(reading)
+    os.close(writing)
+
+
+def test_commands_tell_what_they_have_done(empty_database, project):
+    with serving(settings(empty_database)) as running:
+        body = {"login": "ada", "password": "x", "project_id": project, "env": "stage"}
+        assert httpx.post(f"{running.url}/users", json=body).status_code == 201
+    keys = f"{KEY.replace('k1:A', 'k2:B')},{KEY}"
+    env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": keys}
+    for words, event in ((["reseal"], "passwords-resealed"), (["migrate", "--after-restore", "5"], "users-rested")):
+        done = command(*words, env=env)
+        assert done.returncode == 0, done.stderr
+        (line,) = [json.loads(text) for text in done.stderr.splitlines() if text.startswith("{")]
+        told({name: line[name] for name in line if name not in ("time", "level")}, event, count=1)
 
 
 async def test_what_changes_nothing_is_no_line(api, project, log):
@@ -530,5 +568,5 @@ async def test_no_secret_is_in_any_line(empty_database, project, tmp_path):
 def test_the_readme_lists_every_event_with_its_members():
     """As the tests above have seen them."""
     assert len(SEEN) > 5, "run the whole file"
-    rows = re.findall(r"^\| `((?:lock|user|users|password)-[a-z]+)` \|(.*?)\|", README, re.M)
+    rows = re.findall(r"^\| `((?:lock|users?|passwords?)-[a-z]+)` \|(.*?)\|", README, re.M)
     assert {event: set(re.findall(r"`([a-z_]+)`", members)) for event, members in rows} == SEEN

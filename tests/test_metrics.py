@@ -282,6 +282,20 @@ async def test_a_scrape_of_any_worker_tells_of_all_also_after_one_was_killed(emp
     assert list(tmp_path.glob("botfarm-*")) == []
 
 
+def test_the_gauges_of_a_dead_worker_are_not_told_and_its_counts_go_on(tmp_path):
+    worker = botfarm.Tally(str(tmp_path))
+    worker.count("botfarm_acquires", by=3)
+    dead = tmp_path / "7.cells"
+    shutil.copy(tmp_path / "0.cells", dead)
+    dead.with_suffix(".json").write_text('{"waiting":[],"connections":{}}')
+    assert worker.others() == []
+    taken = [family for family in worker.families() if family.name == "botfarm_acquires"]
+    assert [sample.value for sample in taken[0].samples] == [6]
+    other = botfarm.Tally(str(tmp_path))
+    other.publish(botfarm.Snapshot([], {"locks": (1, 2, 3, 4)}))
+    assert worker.others() == [botfarm.Snapshot([], {"locks": (1, 2, 3, 4)})]
+
+
 async def test_those_who_wait_are_told_over_all_workers(empty_database, project):
     port = free_port()
     url = f"http://127.0.0.1:{port}"

@@ -444,6 +444,17 @@ def authentication(bench: Bench) -> Sequence[float]:
     return [ratio(runs[0], runs[1])]
 
 
+@row(16, Target("cycle requests/s with the log to `BOTFARM_LOG=quiet`", 0.9, 0.95))
+def logging(bench: Bench) -> Sequence[float]:
+    with ExitStack() as stack:
+        quiet = bench.fill(bench.start(stack, log="quiet"))
+        runs = bench.alternate({
+            "cycle, with the log": partial(cycle, bench.main, CONNECTIONS),
+            "cycle, quiet": partial(cycle, quiet, CONNECTIONS),
+        })  # fmt: skip
+    return [ratio(runs[0], runs[1])]
+
+
 # ---- Without a number --------------------------------------------------------------------------------------
 
 
