@@ -488,7 +488,6 @@ async def test_two_workers_share_a_pipe_and_neither_breaks_a_line_of_the_other(e
     reading, writing = os.pipe()
     with running(writing, DATABASE_URL=empty_database, BOTFARM_WORKERS="2") as service:
         os.close(writing)
-        reader = asyncio.create_task(asyncio.to_thread(lambda: b"".join(iter(lambda: os.read(reading, 1 << 16), b""))))
         both = "botfarm_database_connections_limit{pool=other}"
         await asyncio.to_thread(until, lambda: scraped(service.url)[both] == 16, 20)
         holder = "x" * 200
@@ -502,6 +501,9 @@ async def test_two_workers_share_a_pipe_and_neither_breaks_a_line_of_the_other(e
         async with client(service.url) as api:
             await make_users(api, project, 40)
         await asyncio.gather(*(cycles() for _ in range(20)))
+        # Only now, so that both have written to a full pipe.
+        reader = asyncio.create_task(asyncio.to_thread(lambda: b"".join(iter(lambda: os.read(reading, 1 << 16), b""))))
+        await asyncio.sleep(0.1)
     lines = [json.loads(line) for line in (await reader).splitlines()]
     os.close(reading)
     counted = Counter(line["event"] for line in lines)
