@@ -98,6 +98,7 @@ from prometheus_client.metrics_core import Metric as MetricFamily
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.supervisors import Multiprocess
 from yoyo.backends.base import DatabaseBackend
 
 import embedded
@@ -1727,7 +1728,8 @@ class Tally:
             file = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o600)
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and so it stays until this process has ended
-                os.truncate(file, 8 * self._size)
+                held = os.fstat(file).st_size  # written, not truncated to: a hole in a full disk kills who counts in it
+                os.pwrite(file, bytes(8 * self._size - held), held)
                 return memoryview(mmap.mmap(file, 8 * self._size)).cast("d")
             os.close(file)
         raise AssertionError
@@ -4148,7 +4150,10 @@ def snapshot(farm: Farm) -> Snapshot:
 async def publish(farm: Farm) -> None:
     """Tell the other workers what there is here."""
     farm.events.count_losses()
-    farm.events.tally.publish(snapshot(farm))
+    try:
+        farm.events.tally.publish(snapshot(farm))
+    except OSError as fault:
+        log.warning("The other workers cannot be told what there is here: %s", fault)
 
 
 async def sweep(farm: Farm) -> None:
@@ -4577,8 +4582,8 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
         events = Events(Tally(shared), JOURNAL if settings.log == "events" else None)
         gate = Gate(pool, parse_keys(signing_keys(settings))) if settings.auth == "on" else None
         app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
-        jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), farm.desk.run(), farm.desk.announce()]
-        jobs.append(repeat(publish, farm, 1))
+        jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), repeat(publish, farm, 1)]
+        jobs += [farm.desk.run(), farm.desk.announce()]
         if settings.listen_url or settings.pooler == "off":
             jobs.append(listen(farm, settings.listen_url.reveal() if settings.listen_url else database))
         if gate:
@@ -4744,6 +4749,21 @@ class _Server(uvicorn.Server):
             print(banner(self.settings), flush=True)
 
 
+class _Workers(Multiprocess):
+    """Several serving processes; they tell where they serve once one of them does."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config, [config.bind_socket()])
+        self.settings = settings
+        self.told = False
+
+    def keep_subprocess_alive(self) -> None:
+        super().keep_subprocess_alive()
+        if not self.told and any(process.is_ready() for process in self.processes):
+            self.told = True
+            print(banner(self.settings), flush=True)
+
+
 def _open_many_files() -> None:
     """Each connection is a file, and thousands may wait."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4793,12 +4813,12 @@ def serve(settings: Settings) -> int:
         for variable, value in (("DATABASE_URL", url), ("BOTFARM_KEYS", keys.reveal() if keys else "")):
             os.environ.pop(f"{variable}_FILE", None)
             os.environ[variable] = value
-        print(banner(settings), flush=True)
         with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
             os.environ[SHARED] = folder
             JOURNAL.share(folder)
-            uvicorn.run("botfarm:app", workers=settings.workers, app_dir=str(HERE), **options)
-    return 0
+            workers = _Workers(uvicorn.Config("botfarm:app", workers=settings.workers, **options), settings)
+            workers.run()
+        return 0 if workers.told else 3
 
 
 async def _check_keys(url: str, pooler: str, keyring: Keyring | None) -> None:

@@ -156,6 +156,16 @@ def test_flags_override_variables_and_secrets_come_from_files(tmp_path):
     assert command("serve", "--port", "0").returncode == 2
 
 
+def test_workers_that_do_not_start_end_the_service_with_status_3(empty_database, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'multiprocessing.spawn' in str(sys.orig_argv): os._exit(3)  # as uvicorn does\n"
+    )
+    env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": KEY, "PYTHONPATH": str(tmp_path)}
+    failed = command("--port", str(free_port()), "--workers", "2", env=env)
+    assert failed.returncode == 3
+    assert "serves at" not in failed.stdout
+
+
 def test_commands_import_export_and_check_a_service(empty_database, project, tmp_path):
     port = str(free_port())
     url = f"http://127.0.0.1:{port}"
