@@ -1164,6 +1164,10 @@ class Claims(Struct):
 class TokenRefusal(Exception):
     """A token is refused (RFC 6749 section 5.2)."""
 
+    ERRORS: ClassVar[tuple[str, ...]] = (
+        "invalid_client", "invalid_request", "invalid_scope", "temporarily_unavailable", "unsupported_grant_type",
+    )  # fmt: skip
+
     def __init__(self, error: str, description: str, status: int = 400, **headers: str) -> None:
         super().__init__(re.sub(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]", "'", description))  # what section 5.2 allows
         self.error = error
@@ -1667,8 +1671,8 @@ METRICS = (
     Metric("botfarm_forced_releases", "Locks that were ended by force."),
     Metric("botfarm_password_reveals", "Passwords that left the service in the reply that grants a lock."),
     Metric(
-        "botfarm_refusals", "Calls that were refused, by the slug of the problem.", "reason",
-        tuple(sorted(kind.slug for kind in Problem.__subclasses__())),
+        "botfarm_refusals", "Calls that were refused, by the slug of the problem or the error of a token.", "reason",
+        (*sorted(kind.slug for kind in Problem.__subclasses__()), *TokenRefusal.ERRORS),
     ),
     Metric("botfarm_log_lines_lost", "Lines that were lost because nobody read the log."),
     Metric("botfarm_database_errors", "Calls and jobs that failed because the database did not answer."),
@@ -2976,6 +2980,7 @@ async def issue_token(request: Request) -> Response:
         request.app.state.farm.events.database_failed("The database does not answer", fault, cause_of(request))
         text = "The database does not answer; try again in a moment."
         refused = TokenRefusal("temporarily_unavailable", text, 503, Retry_After="1")
+    request.app.state.farm.events.refused(refused.error)
     return reply(TokenError(refused.error, str(refused)), refused.status, NOT_STORED | refused.headers)
 
 

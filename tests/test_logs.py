@@ -39,6 +39,7 @@ from conftest import (
     until,
     wait_ready,
 )
+from test_auth import caller, secure
 from test_metrics import scraped
 
 import botfarm
@@ -333,6 +334,20 @@ async def test_a_request_has_an_id_and_a_trace(api, project, log):
         assert ("x-request-id" in refused.headers, "traceparent" in refused.headers) == (bool(number % 2),) * 2
     lost = await api.get("/nowhere", headers=sent)
     assert (lost.status_code, lost.headers["x-request-id"]) == (404, "job-7/step:3")
+
+
+async def test_a_line_has_the_client_that_called(empty_database, project, tmp_path):
+    written = Log(tmp_path / "log")
+    with serving(secure(empty_database)) as running:
+        running.database, running.farm.events.journal = empty_database, written.journal
+        async with caller(running, "users:write locks") as api:
+            await make_users(api, project)
+            lock = (await acquire(api, project)).json()
+            await api.delete(f"/locks/{lock['id']}")
+            who = api.who.id
+    lines = written.lines()
+    assert [line["event"] for line in lines] == ["user-created", "lock-acquired", "password-revealed", "lock-released"]
+    assert {line["client"] for line in lines} == {who}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from conftest import (
     wait_ready,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from test_auth import secure
 
 import botfarm
 from botfarm import SQL
@@ -106,6 +107,25 @@ async def test_each_thing_that_happens_to_a_lock_is_counted_once(own, project):
         f"botfarm_batch_size_count{{statement={name}}}"
         for name in ("acquire_locks", "release_locks", "extend_locks", "count_matching")
     }
+
+
+async def test_every_reason_has_a_number_from_the_beginning(own):
+    """So that the first of its kind can be seen to grow; a reason without one would be an error 500."""
+    source = (ROOT / "botfarm.py").read_text()
+    reasons = set(re.findall(r'TokenRefusal\(\s*"(\w+)"', source)) | {"pool-exhausted", "forbidden", "internal-error"}
+    assert len(reasons) == 8
+    shown = scraped(own.url)
+    assert {shown[f"botfarm_refusals_total{{reason={reason}}}"] for reason in reasons} == {0}
+
+
+async def test_refused_tokens_are_counted(empty_database):
+    with serving(secure(empty_database)) as running:
+        async with client(running.url) as api:
+            assert (await api.post("/token", data={"grant_type": "client_credentials"})).status_code == 401
+            assert (await api.get("/users")).status_code == 401
+        shown = scraped(running.url)
+    assert shown["botfarm_refusals_total{reason=invalid_client}"] == 1
+    assert shown["botfarm_refusals_total{reason=unauthenticated}"] == 1
 
 
 @pytest.mark.parametrize("taken_over_by", ["sweep", "acquire_locks", "acquire_users", "delete_user"])
