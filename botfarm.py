@@ -61,6 +61,7 @@ import signal
 import socket
 import sys
 import tempfile
+import termios
 import threading
 import time
 import uuid
@@ -4405,7 +4406,7 @@ def _responses(declared: Call, path: str, secured: bool) -> dict[str, Any]:
 
 def _problems(declared: Call, path: str, secured: bool) -> list[type[Problem]]:
     """What a call can refuse: what it declares, and what its form brings along."""
-    problems = [*declared.problems, Invalid, InternalError]
+    problems = [*declared.problems, Invalid, HeadTooLarge, InternalError]
     problems += [DatabaseUnavailable] if declared.tag != "service" else []
     problems += [NotFound] if "{id" in path else []
     problems += [Unauthenticated, Forbidden] if secured and declared.scope != "open" else []
@@ -4443,6 +4444,8 @@ def _unforeseen(request: Request, error: Exception) -> Response:
 
 
 HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
+CALLERS = logging.getLogger("botfarm.callers")  # what uvicorn says of callers; but for errors anybody could fill it
+CALLERS.setLevel(logging.ERROR)
 
 
 class Protocol(HttpToolsProtocol):
@@ -4458,6 +4461,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
+        self.logger = CALLERS
         self._received = self._bodiless = 0
         self._unread: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
@@ -4474,6 +4478,11 @@ class Protocol(HttpToolsProtocol):
                 self._watch()
         else:
             self._bodiless = 0
+            cycle = self.cycle
+            if cycle and cycle.response_complete and not self.timeout_keep_alive_task:  # an empty line came after it
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
 
     def on_body(self, body: bytes) -> None:
         self._bodiless = 0
@@ -4500,7 +4509,22 @@ class Protocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(self.LATE, self.transport.abort)
+        self._watch_reply()
+
+    def _watch_reply(self) -> None:
+        """Look again when it is late: whether somebody reads."""
+        self._unread = self.loop.call_later(self.LATE, self._look_at_reply, self._left())
+
+    def _look_at_reply(self, left: int) -> None:
+        if self._left() < left:
+            self._watch_reply()
+        else:
+            self.transport.abort()
+
+    def _left(self) -> int:
+        """Bytes that the caller has not taken yet, also of those that the system has, which may be megabytes."""
+        queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -4513,8 +4537,9 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Answer without the application, and end the connection."""
         body = problem.response().content
-        head = f"HTTP/1.1 {problem.status} \r\ncontent-type: application/problem+json\r\ncontent-length: {len(body)}"
-        self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + body)
+        headers = {"content-type": "application/problem+json", "content-length": len(body), "connection": "close"}
+        lines = [f"HTTP/1.1 {problem.status} ", *(f"{name}: {value}" for name, value in [*headers.items(), *HEADERS])]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
 
     def on_headers_complete(self) -> None:

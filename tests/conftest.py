@@ -109,7 +109,7 @@ def settings(url: str, **changes: Any) -> botfarm.Settings:
 
 @contextmanager
 def serving(configured: botfarm.Settings) -> Iterator[Any]:
-    """A service in a thread of its own, on a free port: its `url`, its `app` and its `farm`."""
+    """A service in a thread of its own, on a free port: its `url`, its `server`, its `app` and its `farm`."""
     app = botfarm.create_app(configured)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -122,7 +122,8 @@ def serving(configured: botfarm.Settings) -> Iterator[Any]:
     try:
         until(lambda: running.started or not thread.is_alive(), 30)
         assert running.started, "the service did not start"
-        yield SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}", farm=app.state.farm, app=app)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield SimpleNamespace(url=url, server=running, farm=app.state.farm, app=app)
     finally:
         running.should_exit = True
         thread.join(20)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import KEY, ROOT, client, command, connect, make_users, raw, serving, settings, slug
+from conftest import KEY, ROOT, client, command, connect, make_users, raw, serving, settings, slug, until
 
 import botfarm
 
@@ -194,6 +196,43 @@ def test_a_reply_that_nobody_reads_is_given_up(service, hasty):
         while part := connection.recv(1 << 20):
             read += len(part)
     assert read < 20 * whole
+
+
+def test_a_reply_that_is_read_slowly_goes_on(service, hasty):
+    """At a pace that takes several times as long as nobody may read."""
+    page = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nConnection: close\r\n\r\n"
+    whole = len(raw(service.url, page))
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    read, begin = 0, time.monotonic()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        known = set(service.server.server_state.connections)
+        connection.connect((host, int(port)))
+        until(lambda: service.server.server_state.connections - known, 5)
+        for other in service.server.server_state.connections - known:  # so that the system takes but a part of it
+            with socket.socket(fileno=os.dup(other.transport.get_extra_info("socket").fileno())) as theirs:
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        connection.sendall(page)
+        while part := connection.recv(32768):
+            read += len(part)
+            time.sleep(0.03)
+    assert read == whole
+    assert time.monotonic() - begin > 3 * botfarm.Protocol.LATE
+
+
+def test_a_connection_is_not_kept_by_empty_lines(service, monkeypatch):
+    monkeypatch.setattr(service.server.config, "timeout_keep_alive", 1)
+    begin = time.monotonic()
+    answer = raw(service.url, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n", pause=0.2, seconds=20)
+    assert answer[9:12] == b"200"
+    assert time.monotonic() - begin < 5
+
+
+async def test_what_callers_send_fills_no_log(service, api, caplog):
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": ""}
+    assert (await api.get("/livez", headers=upgrade)).status_code == 200
+    await asyncio.to_thread(raw, service.url, b"nonsense\r\n\r\n")
+    assert caplog.records == []
 
 
 def test_what_is_no_http_is_a_problem_too(service):
