@@ -44,6 +44,13 @@ def long(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--long")
 
 
+@pytest.fixture(autouse=True)
+def whole_log() -> Iterator[None]:
+    """What a test makes a service tell is written, and so kept with it, before the next one begins."""
+    yield
+    botfarm.JOURNAL.flush()
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """A PostgreSQL server: the one of DATABASE_URL, else an embedded one."""
