@@ -1708,8 +1708,9 @@ class Tally:
     They stand in flat cells: of this process, or, with a folder that the workers share, in a file that is mapped
     into its memory. A worker has a file of its own as long as it lives, and whoever is asked adds up those of all.
     That of a killed worker stays, and the one that takes its place goes on adding to it: so no sum ever shrinks,
-    and nothing counts twice. (An increment takes 0.2 us; in prometheus_client's own multiprocess mode 1.5 us, an
-    observation 6 us, and files of dead workers gather.)
+    and nothing counts twice. (An increment takes 0.13 us and an observation 0.23; in prometheus_client's own
+    multiprocess mode 0.84 and 1.76, and the files of dead workers gather. All that is counted: 1 to 2 % of the CPU of
+    a cycle.)
     """
 
     def __init__(self, folder: str | None = None) -> None:

@@ -123,14 +123,18 @@ def lock_by_sql(url: str, count: int) -> None:
 
 
 class Service:
-    """A process that serves on a port; its log goes into a file."""
+    """A process that serves on a port; its log goes into a file, or down a pipe, as it does in a container."""
 
-    def __init__(self, command: list[str], port: int, env: dict[str, str], folder: Path) -> None:
+    def __init__(self, command: list[str], port: int, env: dict[str, str], folder: Path, piped: bool = False) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self.database = env.get("DATABASE_URL", "")
         self.headers: dict[str, str] = {}  # of every request, see authorize()
         self._log = folder / f"{port}.log"
+        self._reader: subprocess.Popen[bytes] | None = None
+        if piped:
+            os.mkfifo(self._log)
+            self._reader = subprocess.Popen(["cat", self._log], stdout=subprocess.DEVNULL)
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *command], env=inherited | env, stdout=log, stderr=log, cwd=ROOT
@@ -153,6 +157,8 @@ class Service:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self._reader:
+            self._reader.wait()
 
     def cpu(self) -> float:
         """Seconds of CPU that the process has used."""
