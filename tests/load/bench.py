@@ -112,13 +112,13 @@ class Bench:
     def length(self, full: int, short: int) -> int:
         return short if self.short else full
 
-    def start(self, stack: ExitStack, piped: bool = False, **settings: int | str) -> Service:
+    def start(self, stack: ExitStack, **settings: int | str) -> Service:
         """A service on a fresh database; it has not finished starting: `wait` for it."""
         url = stack.enter_context(harness.conftest.fresh_database(self.server))
         port = harness.conftest.free_port()
         env = {f"BOTFARM_{name.upper()}": str(value) for name, value in settings.items()}
         env |= {"DATABASE_URL": url, "BOTFARM_KEYS": harness.conftest.KEY}
-        service = Service(["botfarm.py", "serve", "--port", str(port)], port, env, self.folder, piped)
+        service = Service(["botfarm.py", "serve", "--port", str(port)], port, env, self.folder)
         stack.callback(service.stop)
         return service
 
@@ -447,11 +447,9 @@ def authentication(bench: Bench) -> Sequence[float]:
 @row(16, Target("cycle requests/s with the log to `BOTFARM_LOG=quiet`", 0.9, 0.95))
 def logging(bench: Bench) -> Sequence[float]:
     with ExitStack() as stack:
-        # Not into a file: on the disk of the database that competes with its fsync (2 to 10 % of the rate).
-        telling = bench.fill(bench.start(stack, piped=True))
-        quiet = bench.fill(bench.start(stack, piped=True, log="quiet"))
+        quiet = bench.fill(bench.start(stack, log="quiet"))
         runs = bench.alternate({
-            "cycle, with the log": partial(cycle, telling, CONNECTIONS),
+            "cycle, with the log": partial(cycle, bench.main, CONNECTIONS),
             "cycle, quiet": partial(cycle, quiet, CONNECTIONS),
         })  # fmt: skip
     return [ratio(runs[0], runs[1])]

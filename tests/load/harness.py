@@ -123,22 +123,27 @@ def lock_by_sql(url: str, count: int) -> None:
 
 
 class Service:
-    """A process that serves on a port; its log goes into a file, or down a pipe, as it does in a container."""
+    """A process that serves on a port; its log goes down a pipe, as in a container, and its end is kept."""
 
-    def __init__(self, command: list[str], port: int, env: dict[str, str], folder: Path, piped: bool = False) -> None:
+    def __init__(self, command: list[str], port: int, env: dict[str, str], folder: Path) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self.database = env.get("DATABASE_URL", "")
         self.headers: dict[str, str] = {}  # of every request, see authorize()
         self._log = folder / f"{port}.log"
-        self._reader: subprocess.Popen[bytes] | None = None
-        if piped:
-            os.mkfifo(self._log)
-            self._reader = subprocess.Popen(["cat", self._log], stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            env=inherited | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
+        )  # fmt: skip
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *command], env=inherited | env, stdout=log, stderr=log, cwd=ROOT
-            )
+            self._reader = subprocess.Popen(["tail", "-c", "2000"], stdin=self.process.stdout, stdout=log)
+        assert self.process.stdout
+        self.process.stdout.close()
+
+    def _last_words(self) -> str:
+        """The end of the log. Stops what still runs, because only then there is one."""
+        self.stop()
+        return self._log.read_text(errors="replace")
 
     def wait(self, path: str = "/readyz") -> Service:
         end = time.monotonic() + 60
@@ -147,7 +152,7 @@ class Service:
                 if httpx.get(self.url + path, timeout=5).status_code == 200:
                     return self
             if self.process.poll() is not None or time.monotonic() > end:
-                raise BenchError(f"{self.process.args} does not serve:\n{self._log.read_text()[-2000:]}")
+                raise BenchError(f"{self.process.args} does not serve:\n{self._last_words()}")
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -157,13 +162,12 @@ class Service:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        if self._reader:
-            self._reader.wait()
+        self._reader.wait(20)
 
     def cpu(self) -> float:
         """Seconds of CPU that the process has used."""
         if self.process.poll() is not None:
-            raise BenchError(f"{self.process.args} has ended:\n{self._log.read_text()[-2000:]}")
+            raise BenchError(f"{self.process.args} has ended:\n{self._last_words()}")
         return cpu_of(self.process.pid)
 
     def memory(self, what: str = "VmRSS") -> int:
