@@ -98,6 +98,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as MetricFamily
 from rich.console import Console
 from rich.progress import Progress, TextColumn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 from yoyo.backends.base import DatabaseBackend
@@ -813,12 +814,22 @@ class _Cursor:
         self.rows.clear()
 
 
+class SchemaError(Exception):
+    """The database's schema does not fit this version of BotFarm, or its address leads nowhere."""
+
+
+UNREADABLE_URL = "{} is not readable: write what is special in its password as %2F (/), %23 (#), %3F (?), %40 (@)."
+
+
 class _Connection:
     """A blocking connection over asyncpg, with an event loop of its own."""
 
     def __init__(self, url: str) -> None:
         self.runner = asyncio.Runner()
-        self.wire = self.runner.run(asyncpg.connect(url, timeout=10, statement_cache_size=0))
+        try:
+            self.wire = self.runner.run(asyncpg.connect(url, timeout=10, statement_cache_size=0))
+        except ValueError:  # its message shows a part of the URL, maybe of the password
+            raise SchemaError(UNREADABLE_URL.format("DATABASE_URL")) from None
 
     def run(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
         if parameters:
@@ -908,10 +919,6 @@ class MigrationBackend(DatabaseBackend):
             "created_at_utc": datetime.now(UTC).replace(tzinfo=None),
             "operation": operation,
         }
-
-
-class SchemaError(Exception):
-    """The database's schema does not fit this version of BotFarm."""
 
 
 MIGRATIONS = yoyo.read_migrations(str(HERE / "migrations"))
@@ -1351,7 +1358,8 @@ class Gate:
 def _network(address: str) -> str:
     """An address, or where it is of IPv6 the network of 64 bits that one customer has."""
     with contextlib.suppress(ValueError):
-        if (parsed := ipaddress.ip_address(address)).version == 6:
+        parsed = ipaddress.ip_address(address)
+        if parsed.version == 6 and not parsed.ipv4_mapped:
             return str(ipaddress.ip_network((parsed, 64), strict=False))
     return address
 
@@ -1541,14 +1549,14 @@ class Journal:
     def _drain(self) -> None:
         while self._lines:
             batch = [self._lines.popleft() for _ in range(min(len(self._lines), 1000))]
-            lost = self.lost
+            lines, lost = len(batch), self.lost
             if lost > self._told:
                 batch.append(self._shown(Entry(datetime.now(UTC), "error", "log-lost", count=lost - self._told)))
             try:
                 self._put(b"\n".join([*batch, b""]))
                 self._told = lost
             except OSError:  # the reader is gone
-                self.lost += len(batch)
+                self.lost += lines
 
     def _put(self, data: bytes) -> None:
         if self._lock is not None:
@@ -1582,6 +1590,9 @@ def _plain(value: Any) -> str:
 JOURNAL = Journal()
 
 
+DETAIL = re.compile(r"\n[ |]*DETAIL:.*")  # of PostgreSQL's errors: shows rows, and so lock ids and sealed secrets
+
+
 class LogHandler(logging.Handler):
     """Every other record of the service as a line of the log too. One of a request has its `cause`."""
 
@@ -1590,9 +1601,9 @@ class LogHandler(logging.Handler):
             cause: Cause = getattr(record, "cause", None) or NOWHERE
             entry = Entry(datetime.fromtimestamp(record.created, UTC), record.levelname.lower(), "message")
             entry.request_id, entry.trace_id, entry.client = cause.request_id, cause.trace_id, cause.client
-            entry.logger, entry.message = record.name, record.getMessage()
+            entry.logger, entry.message = record.name, DETAIL.sub("", record.getMessage())
             if record.exc_info:
-                entry.traceback = logging.Formatter().formatException(record.exc_info)
+                entry.traceback = DETAIL.sub("", logging.Formatter().formatException(record.exc_info))
             JOURNAL.write(entry)
         except Exception:
             self.handleError(record)
@@ -3623,7 +3634,8 @@ async def import_users(farm: Farm, request: Request) -> Response:
                 await job.stage(users)
             imported = await job.apply()
         if imported.created + imported.updated > 1000:
-            await connection.execute(SQL["import_analyze"], timeout=600)
+            with contextlib.suppress(asyncpg.PostgresError, *DATABASE_FAULTS):  # all is stored already
+                await connection.execute(SQL["import_analyze"], timeout=600)
     farm.desk.freed()
     await job.changed.tell(farm.events, cause_of(request))
     farm.events.imported(imported, cause_of(request))
@@ -3726,20 +3738,21 @@ def _lock(row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock
     return Lock(row["lock_id"], row["fence"], row["holder"], row["ttl"], row["acquired_at"], row["expires_at"], user)
 
 
-def _with_password(farm: Farm, row: asyncpg.Record, cause: Cause) -> Lock:
-    """The lock as only the reply that grants it tells it. KeyFault where the password does not open."""
-    password = farm.passwords.reveal(row["user_id"], row["secret"])
-    if password is not None:
-        farm.events.revealed(row, cause)
-    return _lock(row, password)
+def _with_passwords(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> list[Lock]:
+    """The locks as only the reply that grants them tells them. KeyFault where a password does not open."""
+    passwords = [farm.passwords.reveal(row["user_id"], row["secret"]) for row in rows]
+    for row, password in zip(rows, passwords, strict=True):
+        if password is not None:
+            farm.events.revealed(row, cause)
+    return [_lock(row, password) for row, password in zip(rows, passwords, strict=True)]
 
 
 def _granted(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> Response[bytes]:
-    return reply(_with_password(farm, rows[0], cause), 201, NO_STORE)
+    return reply(_with_passwords(farm, rows, cause)[0], 201, NO_STORE)
 
 
 def _granted_set(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> Response[bytes]:
-    return reply(LockSet([_with_password(farm, row, cause) for row in rows]), 201, NO_STORE)
+    return reply(LockSet(_with_passwords(farm, rows, cause)), 201, NO_STORE)
 
 
 def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | None:
@@ -4489,6 +4502,10 @@ class Protocol(HttpToolsProtocol):
         self._bodiless = 0
         super().on_body(body)
 
+    def on_message_complete(self) -> None:
+        self._bodiless = 0
+        super().on_message_complete()
+
     def _is_partial(self) -> bool:
         """Whether the end of a request is still to come."""
         return self.cycle is None or self.cycle.scope is not self.scope or self.cycle.more_body
@@ -4849,7 +4866,8 @@ def serve(settings: Settings) -> int:
             JOURNAL.share(folder)
             workers = _Workers(uvicorn.Config("botfarm:app", workers=settings.workers, **options), settings)
             workers.run()
-        return 0 if workers.told else 3
+        failed = any(process.exitcode == STARTUP_FAILURE for process in workers.processes)
+        return 0 if workers.told and not failed else 3
 
 
 async def _check_keys(url: str, pooler: str, keyring: Keyring | None) -> None:

@@ -12,7 +12,7 @@ with owner as materialized (
 ),
 found as materialized (
     select locks.*, locks.lock_id is not null and locks.expires_at > clock_timestamp() as held,
-        least(clock_timestamp(), locks.expires_at) as ended_at
+        greatest(locks.acquired_at, least(clock_timestamp(), locks.expires_at)) as ended_at
     from owner
     join locks on locks.user_id = owner.id
     for update of locks

@@ -13,7 +13,7 @@ with held as materialized (
 freed as (
     update locks
     set lock_id = null,
-        ready_at = least(clock_timestamp(), locks.expires_at)
+        ready_at = greatest(locks.acquired_at, least(clock_timestamp(), locks.expires_at))
     from held
     where locks.lock_id = held.lock_id
     returning held.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.acquired_at,

@@ -19,7 +19,7 @@ with held as materialized (
 freed as (
     update locks
     set lock_id = null,
-        ready_at = least(clock_timestamp(), locks.expires_at)
+        ready_at = greatest(locks.acquired_at, least(clock_timestamp(), locks.expires_at))
     from held
     where locks.lock_id = held.lock_id
         and locks.expires_at > clock_timestamp()

@@ -16,7 +16,7 @@ with asked as (
 freed as (
     update locks
     set lock_id = null,
-        ready_at = least(clock_timestamp(), locks.expires_at) + asked.cooldown,
+        ready_at = greatest(locks.acquired_at, least(clock_timestamp(), locks.expires_at)) + asked.cooldown,
         quarantine = coalesce(asked.quarantine, locks.quarantine)
     from asked
     where locks.lock_id = asked.lock_id

@@ -230,9 +230,12 @@ async def test_failures_under_ever_new_names_are_limited_by_address(secured, mon
     await execute(secured.database, "delete from token_requests", "select")
 
 
+OTHERS = ["192.0.2.1", "::ffff:192.0.2.1", "", "unix"]
+
+
 def test_addresses_of_one_customer_count_as_one():
     assert botfarm._network("2001:db8::1") == botfarm._network("2001:db8::ffff:1") == "2001:db8::/64"
-    assert [botfarm._network(text) for text in ("192.0.2.1", "", "unix")] == ["192.0.2.1", "", "unix"]
+    assert [botfarm._network(text) for text in OTHERS] == OTHERS
 
 
 async def test_one_token_in_many_spellings_is_kept_once(secured):

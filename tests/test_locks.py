@@ -332,3 +332,22 @@ def test_a_restore_rests_for_the_longest_ttl_unless_told(empty_database):
     assert "0 users rest for 777 seconds" in command("migrate", "--after-restore", env=env).stdout
     refused = command("migrate", "--after-restore", "-5", env=env)
     assert (refused.returncode, "-5 is not 0 to" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("way", ["release", "holder", "force", "delete"])
+async def test_a_lock_ends_also_when_the_clock_of_the_database_went_back(way, api, database, project):
+    """A failover to a server whose clock is behind: the lock seems to begin in the future."""
+    (user,) = await make_users(api, project)
+    holder = f"holder-{project}"
+    lock = (await acquire(api, project, holder=holder)).json()
+    ahead = "acquired_at = acquired_at + interval '1 minute', expires_at = expires_at + interval '1 minute'"
+    await execute(database, f"update locks set {ahead} where lock_id = '{lock['id']}'", "select")
+    ended = await api.delete({
+        "release": f"/locks/{lock['id']}",
+        "holder": f"/locks?holder={holder}",
+        "force": f"/users/{user['id']}/lock",
+        "delete": f"/users/{user['id']}?force=true",
+    }[way])  # fmt: skip
+    assert ended.status_code in (200, 204)
+    (row,) = await execute(database, f"select acquired_at, ended_at from history where lock_id = '{lock['id']}'")
+    assert row["acquired_at"] == row["ended_at"]

@@ -310,11 +310,27 @@ def test_no_process_and_no_command_tells_a_secret(canaries, tmp_path):
         urlsplit(canaries.url).netloc, f"botfarm:{canaries.database}@127.0.0.1:1"
     )
     bent = {name: f"{key}x" for name, key in keys.items()}
-    for wrong in ({"DATABASE_URL": nowhere}, {"DATABASE_URL": canaries.url.replace("postgresql", "mysql")}, bent):
+    urls = [nowhere, canaries.url.replace("postgresql", "mysql")]
+    urls += [f"postgresql://botfarm:x{sign}{canaries.database}@127.0.0.1:1/postgres" for sign in "/?#"]
+    for wrong in (*({"DATABASE_URL": url} for url in urls), bent):
         told.append(command("reseal", env=env | wrong))
         assert told[-1].returncode
     for done in told:
         assert not leaks(done.stdout + done.stderr, *hidden, made["client_secret"])
+
+
+async def test_an_error_of_the_database_shows_no_row(server, capfd):
+    """PostgreSQL tells the failing row in the detail of an error."""
+    row = uuid.uuid4().hex
+    with pytest.raises(asyncpg.CheckViolationError, match=row) as caught:
+        await execute(server, "create temporary table t (a text check (a = 'x'))", f"insert into t values ('{row}')")
+    fault = (caught.type, caught.value, caught.tb)
+    record = logging.LogRecord("botfarm", logging.ERROR, "", 0, "failed: %s", (caught.value,), fault)
+    botfarm.LogHandler().emit(record)
+    botfarm.JOURNAL.flush(10)
+    told = "".join(capfd.readouterr())
+    assert told.count("violates check constraint") == 2
+    assert row not in told
 
 
 async def test_a_ciphertext_that_is_moved_to_another_user_opens_nowhere(empty_database, project, caplog):
