@@ -99,10 +99,15 @@ def empty_database(server: str) -> Iterator[str]:
         yield url
 
 
+def _place(url: str) -> str:
+    """Host and port, also of a URL that is none."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
 def pooled(env: dict[str, str]) -> dict[str, str]:
     """The environment of a service, by way of the PgBouncer of BOTFARM_TEST_POOLER (host:port) where there is one."""
     pooler, url = os.environ.get("BOTFARM_TEST_POOLER"), env.get("DATABASE_URL", "")
-    if not pooler or urlsplit(url).port != urlsplit(os.environ["DATABASE_URL"]).port:
+    if not pooler or _place(url) != _place(os.environ["DATABASE_URL"]):
         return env
     by_pooler = urlunsplit(urlsplit(url)._replace(netloc=f"botfarm@{pooler}"))
     return env | {"DATABASE_URL": by_pooler, "BOTFARM_POOLER": "on"}

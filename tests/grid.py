@@ -429,8 +429,9 @@ class Grid:
     gives_up: float = 30.0  # seconds after which a client asks elsewhere
     patience: float = 30.0  # seconds after which it fails
     rate: float = 0.0  # cycles a second of all clients together, each begun at its moment; 0: as many as they can
-    begun: Iterator[int] = field(default_factory=itertools.count)
+    begun: int = 0
     began: float = 0.0
+    offered: float = 0.0  # cycles whose moment came before the end, where there is a rate
     events: list[Event] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -443,7 +444,10 @@ class Grid:
 
     @asynccontextmanager
     async def clients(self, count: int) -> AsyncIterator[None]:
-        """So many clients work during the block and end what they do after it. What one raises is raised."""
+        """So many clients work during the block and end what they do after it. What one raises is raised.
+
+        Where there is a rate they also catch up with it, so that a slow machine takes longer and leaves nothing out.
+        """
         self.began = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in range(count):
@@ -451,13 +455,14 @@ class Grid:
             try:
                 yield
             finally:
+                self.offered = self.rate * (time.monotonic() - self.began)
                 self.over.set()
 
     async def _work(self, number: int) -> None:
         lines = [Line(port) for port in self.ports]
         turn = itertools.count(number)
         try:
-            while not self.over.is_set():
+            while not self.over.is_set() or self.begun < self.offered:
                 await self._due()
                 await self._cycle(Client(self, lines, turn))
         finally:
@@ -467,7 +472,9 @@ class Grid:
     async def _due(self) -> None:
         """Wait for the moment of the next cycle, where there is a rate. One that is late begins at once."""
         if self.rate:
-            await asyncio.sleep(max(self.began + next(self.begun) / self.rate - time.monotonic(), 0))
+            due = self.began + self.begun / self.rate
+            self.begun += 1
+            await asyncio.sleep(max(due - time.monotonic(), 0))
 
     async def _cycle(self, client: Client) -> None:
         habit = random.choices(list(self.habits), list(self.habits.values()))[0]
