@@ -2326,9 +2326,9 @@ def _jittered(seconds: float) -> float:
 def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
     """As acquire_users.sql takes them."""
     rows = [
-        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client)
+        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client, wish.domain, wish.labels)
         for number, (ask, users) in enumerate(chosen.items())
-        for user, lock_id in zip(users, ask.lock_ids, strict=True)
+        for user, lock_id, wish in zip(users, ask.lock_ids, ask.wishes, strict=True)
     ]
     return [list(column) for column in zip(*rows, strict=True)]
 
@@ -4529,25 +4529,27 @@ class Protocol(HttpToolsProtocol):
         super().pause_writing()
         self._watch_reply()
 
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch_reply()  # what is left of it has to be read too
+
     def _watch_reply(self) -> None:
         """Look again when it is late: whether somebody reads."""
+        if self._unread:
+            self._unread.cancel()
         self._unread = self.loop.call_later(self.LATE, self._look_at_reply, self._left())
 
-    def _look_at_reply(self, left: int) -> None:
-        if self._left() < left:
+    def _look_at_reply(self, before: int) -> None:
+        left = self._left()
+        if 0 < left < before:
             self._watch_reply()
-        else:
+        elif left:
             self.transport.abort()
 
     def _left(self) -> int:
         """Bytes that the caller has not taken yet, also of those that the system has, which may be megabytes."""
         queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._unread:
-            self._unread.cancel()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedBody("The request is not HTTP."))

@@ -6,13 +6,16 @@
 --   $5  ttls      int[]     (seconds)
 --   $6  keys      uuid[]    (the group's idempotency key, or null)
 --   $7  clients   uuid[]    (whose it will be, or null)
+--   $8  domains   text[]    (what was asked for, null: any; $9 too)
+--   $9  labels    jsonb[]
 -- Atomic as acquire_locks.sql is: the users are locked with skip locked, checked in their newest version, and
--- stay locked until the commit; a group of which one is not free any more gets none. A row comes back for
--- each user that was taken; `expired` is the lock that this ended.
+-- stay locked until the commit; a group of which one is not free any more, or was changed so that it does not fit,
+-- gets none. A row comes back for each user that was taken; `expired` is the lock that this ended.
 with chosen as materialized (
     select *
-    from unnest($1::bigint[], $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::uuid[], $7::uuid[])
-        with ordinality as chosen (call, user_id, lock_id, holder, ttl, key, client_id, place)
+    from unnest(
+        $1::bigint[], $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::uuid[], $7::uuid[], $8::text[], $9::jsonb[]
+    ) with ordinality as chosen (call, user_id, lock_id, holder, ttl, key, client_id, domain, labels, place)
 ),
 candidates as materialized (
     select chosen.call, chosen.lock_id as new_lock_id, chosen.holder as new_holder, chosen.ttl as new_ttl, chosen.key,
@@ -25,6 +28,12 @@ candidates as materialized (
             and locks.quarantine is null
             and locks.ready_at <= clock_timestamp()
             and (locks.lock_id is null or locks.expires_at <= clock_timestamp())
+            and (
+                select (chosen.domain is null or users.domain = chosen.domain)
+                    and (chosen.labels is null or users.labels @> chosen.labels)
+                from users
+                where users.id = chosen.user_id
+            )
         order by locks.fence desc
         limit 1
         for update skip locked

@@ -198,26 +198,51 @@ def test_a_reply_that_nobody_reads_is_given_up(service, hasty):
     assert read < 20 * whole
 
 
-def test_a_reply_that_is_read_slowly_goes_on(service, hasty):
-    """At a pace that takes several times as long as nobody may read."""
-    page = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nConnection: close\r\n\r\n"
-    whole = len(raw(service.url, page))
+PAGE = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nConnection: close\r\n\r\n"
+
+
+@contextlib.contextmanager
+def narrow(service):
+    """A connection of which the system takes but 16 KiB on either side, and the service's end of it."""
     host, _, port = service.url.removeprefix("http://").partition(":")
-    read, begin = 0, time.monotonic()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
         known = set(service.server.server_state.connections)
         connection.connect((host, int(port)))
         until(lambda: service.server.server_state.connections - known, 5)
-        for other in service.server.server_state.connections - known:  # so that the system takes but a part of it
-            with socket.socket(fileno=os.dup(other.transport.get_extra_info("socket").fileno())) as theirs:
-                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
-        connection.sendall(page)
+        (other,) = service.server.server_state.connections - known
+        with socket.socket(fileno=os.dup(other.transport.get_extra_info("socket").fileno())) as theirs:
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        yield connection, other
+
+
+def test_a_reply_that_is_read_slowly_goes_on(service, hasty):
+    """At a pace that takes several times as long as nobody may read."""
+    whole = len(raw(service.url, PAGE))
+    read, begin = 0, time.monotonic()
+    with narrow(service) as (connection, _):
+        connection.sendall(PAGE)
         while part := connection.recv(32768):
             read += len(part)
             time.sleep(0.03)
     assert read == whole
     assert time.monotonic() - begin > 3 * botfarm.Protocol.LATE
+
+
+async def test_the_end_of_a_reply_has_to_be_read_too(service, api, project, hasty):
+    """A part that is small enough to pause nobody, after a larger one that was read."""
+    user = {"password": "p", "project_id": project, "env": "stage"}
+    lines = "\n".join(json.dumps(user | {"login": f"bot-{number}"}) for number in range(640))
+    answer = await api.post("/users/import", content=lines, headers={"Content-Type": "application/x-ndjson"})
+    assert answer.json()["created"] == 640
+    with narrow(service) as (connection, other):
+        connection.sendall(f"GET /users/export?project_id={project} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
+        until(lambda: other.cycle, 5)
+        while not other.cycle.response_complete:
+            assert connection.recv(2048)
+            time.sleep(0.001)
+        assert 0 < other.transport.get_write_buffer_size() < 65536
+        until(lambda: other not in service.server.server_state.connections, 5)
 
 
 def test_a_connection_is_not_kept_by_empty_lines(service, monkeypatch):

@@ -631,6 +631,32 @@ async def test_a_call_that_met_a_deadlock_is_repeated_with_the_body_it_had(api, 
     assert (answer.status_code, answer.json()["ttl"], len(met)) == (200, 31, 1)
 
 
+@pytest.mark.parametrize(("domain", "labels"), [(None, '{"role": "guest"}'), ("canary", None)])
+async def test_a_user_that_is_changed_between_the_choice_and_the_grant_goes_to_nobody_whom_it_does_not_fit(
+    api, service, project, monkeypatch, domain, labels
+):
+    (admin,) = await make_users(api, project, labels={"role": "admin"}, domain="regular")
+    held = (await acquire(api, project)).json()
+    waiter = waiting(api, project, labels={"role": "admin"}, domain="regular")
+    await queued(service)
+    fetch, changes = service.farm.hot.fetch, []
+
+    async def changed_meanwhile(sql, *args):
+        if sql == botfarm.SQL["acquire_users"] and not changes:
+            change = admin["id"], None, None, domain, labels
+            changes.append(await service.farm.pool.fetchval(botfarm.SQL["update_user"], *change))
+        return await fetch(sql, *args)
+
+    monkeypatch.setattr(service.farm.hot, "fetch", changed_meanwhile)
+    await api.delete(f"/locks/{held['id']}")
+    await asyncio.sleep(1)  # for some looks
+    assert len(changes) == 1
+    assert (await api.get(f"/users/{admin['id']}")).json()["state"] == "free"
+    await api.patch(f"/users/{admin['id']}", json={"labels": {"role": "admin"}, "domain": "regular"})
+    granted = (await waiter).json()["user"]
+    assert (granted["labels"], granted["domain"]) == ({"role": "admin"}, "regular")
+
+
 async def test_a_server_that_is_no_primary_any_more_is_left_for_the_new_one(server, empty_database, project):
     """A failover: for a moment the address leads to a server that only reads."""
     if os.environ.get("BOTFARM_TEST_POOLER"):
