@@ -99,7 +99,7 @@ from prometheus_client.metrics_core import Metric as MetricFamily
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors import Multiprocess
 from yoyo.backends.base import DatabaseBackend
 
@@ -4477,6 +4477,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.logger = CALLERS
         self._received = self._bodiless = 0
+        self._running: RequestResponseCycle | None = None  # the call that is answered now, or was last
         self._unread: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
         self._watch()
@@ -4567,16 +4568,23 @@ class Protocol(HttpToolsProtocol):
             self.url = b"/%252F" + self.url[2:]
         super().on_headers_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Who closed without reading the reply answers it with a reset; who has read it ends the connection."""
         for timer in (self._late, self._unread):
             if timer:
                 timer.cancel()
         was_reset = exc is not None or self._is_reset()
-        if self.cycle:
-            self.cycle.scope.setdefault("state", {})[GONE] = True
+        running = self._running
+        if running:  # uvicorn tells the last call that it has read of it, and this may be one before that
+            running.scope.setdefault("state", {})[GONE] = True
+            running.disconnected = running.disconnected or not running.response_complete
+            running.message_event.set()
         super().connection_lost(exc)
-        if was_reset and self.cycle and (unread := self.cycle.scope.get("state", {}).get(UNREAD)):
+        if was_reset and running and (unread := running.scope.get("state", {}).get(UNREAD)):
             unread()
 
     def _is_reset(self) -> bool:

@@ -186,7 +186,7 @@ def test_a_large_body_in_large_pieces_is_read_whole(service):
     assert b"urn:botfarm:malformed-body" in answer
 
 
-def test_a_reply_that_nobody_reads_is_given_up(service, hasty):
+def test_a_reply_that_nobody_reads_is_given_up(service, hasty, caplog):
     page = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
     whole = len(raw(service.url, page.replace(b"Host: x", b"Connection: close")))
     with connect(service.url) as connection, contextlib.suppress(ConnectionError):
@@ -196,6 +196,7 @@ def test_a_reply_that_nobody_reads_is_given_up(service, hasty):
         while part := connection.recv(1 << 20):
             read += len(part)
     assert read < 20 * whole
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 PAGE = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nConnection: close\r\n\r\n"
