@@ -1,12 +1,13 @@
 -- The users that are free for those who wait: some for each distinct wish, longest unused first.
 --   $1-$5  filters: user, project, env, domain, labels (null: any), as in acquire_locks.sql
---   $6     how many for each  int
+--   $6     which of them few users fit, by their labels: found by these, and not among the free  boolean[]
+--   $7     how many for each  int
 -- Reads only and locks nothing. Who gets whom is decided by `match`, and acquire_users.sql then takes those
 -- that are still free.
 with filters as materialized (
     select *
-    from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::jsonb[])
-        with ordinality as filters (user_id, project_id, env, domain, labels, filter)
+    from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::jsonb[], $6::boolean[])
+        with ordinality as filters (user_id, project_id, env, domain, labels, is_rare, filter)
 )
 select filters.filter, users.id, users.project_id, users.env, users.domain, users.labels
 from filters
@@ -25,9 +26,10 @@ cross join lateral (
                 or (select labels @> filters.labels from users where id = locks.user_id)
             )
         order by locks.ready_at
-        limit $6::int
+        limit $7::int
     ) as unused
-    where pools.project_id = filters.project_id
+    where not filters.is_rare
+        and pools.project_id = filters.project_id
         and (filters.env is null or pools.env = filters.env)
         and (filters.domain is null or pools.domain = filters.domain)
     union all
@@ -52,9 +54,27 @@ cross join lateral (
                 or (select labels @> filters.labels from users where id = locks.user_id)
             )
         order by locks.ready_at
-        limit $6::int
+        limit $7::int
     ) as expired
-    where filters.project_id is not null
+    where not filters.is_rare
+        and filters.project_id is not null
+    union all
+    select labelled.*
+    from (
+        select locks.user_id, locks.ready_at
+        from users
+        join locks on locks.user_id = users.id
+        where users.project_id = filters.project_id
+            and (filters.env is null or users.env = filters.env)
+            and (filters.domain is null or users.domain = filters.domain)
+            and users.labels @> filters.labels
+            and locks.quarantine is null
+            and locks.ready_at <= (select clock_timestamp())
+            and (locks.lock_id is null or locks.expires_at <= clock_timestamp())
+        order by locks.ready_at
+        limit $7::int
+    ) as labelled
+    where filters.is_rare
     union all
     select locks.user_id, locks.ready_at
     from locks

@@ -1,6 +1,6 @@
 -- A page of users with their states, oldest first.
 --   $1 project_id  $2 env  $3 domain  $4 state  $5 holder  $6 login  (null: any)
---   $7      labels, one object each
+--   $7      labels, in one object (null: any)
 --   $8, $9  created_at and id of the user before the page
 --   $10     how many
 --   $11     projects that the caller is limited to (null: all)
@@ -17,7 +17,7 @@ where (users.created_at, users.id) > ($8::timestamptz, $9::uuid)
     and ($4::text is null or lock_states.state = $4::text)
     and ($5::text is null or (lock_states.state = 'locked' and lock_states.holder = $5::text))
     and ($6::text is null or users.login = $6::text)
-    and users.labels @> all($7::jsonb[])
+    and ($7::jsonb is null or users.labels @> $7::jsonb)
     and ($11::uuid[] is null or users.project_id = any($11::uuid[]))
 order by users.created_at, users.id
 limit $10::int

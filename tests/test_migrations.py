@@ -36,6 +36,7 @@ PINNED = {
     "0004.due_locks": "0983d9475ca964e9",
     "0005.waiting": "c82483f5f30da5d1",
     "0006.clients": "ad455bd3c765e5d1",
+    "0007.labels": "db2f46fd2035485a",
 }
 
 
@@ -93,7 +94,8 @@ async def test_a_migration_that_fails_changes_nothing(empty_database, tmp_path, 
 
 async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(empty_database):
     await asyncio.to_thread(botfarm.migrate, empty_database)
-    await asyncio.to_thread(botfarm.migrate, empty_database, rollback=True)
+    for _ in NAMES[5:]:  # back to before the one that changes locks and history
+        await asyncio.to_thread(botfarm.migrate, empty_database, rollback=True)
     backup = await asyncpg.connect(empty_database)
     try:
         await backup.execute("begin isolation level repeatable read; select from locks, history")
@@ -108,7 +110,7 @@ async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(em
         assert 1 < slowest < 4, "it never waited for the tables" if slowest <= 1 else "calls stood behind it"
     finally:
         await backup.close()
-    assert await migrating == NAMES[-1:]
+    assert await migrating == NAMES[5:]
 
 
 async def test_a_newer_schema_is_refused_with_a_clear_message(empty_database):

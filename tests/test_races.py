@@ -244,7 +244,7 @@ async def test_every_statement_of_locks_reads_by_its_own_index_whatever_the_stat
         async with botfarm.open_pool(empty_database, 1, "force_generic_plan", 10) as pool, pool.acquire() as connection:
             for name, count in (
                 ("release_locks", 4), ("extend_locks", 3), ("get_keyed_locks", 1), ("sweep_locks", 1),
-                ("find_free", 6), ("acquire_users", 9), ("acquire_locks", 15),
+                ("find_free", 7), ("acquire_users", 9), ("acquire_locks", 15),
             ):  # fmt: skip
                 await connection.execute(f"prepare {name} as {botfarm.SQL[name]}")
                 explain = f"explain (format json) execute {name}({', '.join(['null'] * count)})"

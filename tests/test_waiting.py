@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -655,6 +656,77 @@ async def test_a_user_that_is_changed_between_the_choice_and_the_grant_goes_to_n
     await api.patch(f"/users/{admin['id']}", json={"labels": {"role": "admin"}, "domain": "regular"})
     granted = (await waiter).json()["user"]
     assert (granted["labels"], granted["domain"]) == ({"role": "admin"}, "regular")
+
+
+async def test_who_waits_for_a_label_that_few_have_is_found_by_it(api, service, project, monkeypatch):
+    """Who and whether is learned after a slow look; here every look counts as one."""
+    monkeypatch.setattr(botfarm, "SLOW_LOOK", -1)
+    (admin,) = await make_users(api, project, labels={"role": "admin"})
+    (other,) = await make_users(api, project, login="plain")
+    held = (await acquire(api, project, labels={"role": "admin"})).json()
+    waiters = [waiting(api, project, labels={"role": "admin"})]
+    await queued(service)
+    wish = botfarm.Wish(None, uuid.UUID(project), None, None, '{"role":"admin"}')
+    await asyncio.to_thread(until, lambda: service.farm.are_rare([wish]) == [True], 5)
+    waiters.append(waiting(api, project, labels={"role": "admin"}))
+    await queued(service, 2)
+    await api.delete(f"/locks/{held['id']}")
+    assert (await waiters[0]).json()["user"]["id"] == admin["id"]
+    await api.patch(f"/users/{other['id']}", json={"labels": {"role": "admin"}})
+    assert (await waiters[1]).json()["user"]["id"] == other["id"]
+    parts = [{"project_id": project, "labels": {"role": "admin"}}, {"project_id": project}]
+    assert (await set_of(api, *parts)).json()["matching"] == 2
+    assert slug(await set_of(api, *parts[:1] * 3)) == "no-matching-user"
+
+
+async def test_a_label_that_many_have_is_not_looked_up(api, service, project, monkeypatch):
+    monkeypatch.setattr(botfarm, "SLOW_LOOK", -1)
+    monkeypatch.setattr(botfarm, "RARE", 2)
+    await make_users(api, project, 3, labels={"role": "buyer"})
+    assert (await set_of(api, {"project_id": project, "labels": {"role": "buyer"}, "count": 2})).status_code == 201
+    wish = botfarm.Wish(None, uuid.UUID(project), None, None, '{"role":"buyer"}')
+    await asyncio.to_thread(until, lambda: wish in service.farm._rare and not service.farm._spawned, 5)
+    assert service.farm.are_rare([wish]) == [False]
+
+
+async def test_both_ways_to_look_for_labels_find_the_same(api, database, project):
+    """Users in each state, of two domains, with and without the label."""
+    users = []
+    for domain, role, number in itertools.product(("regular", "canary"), ("admin", "buyer"), range(6)):
+        labels = {"role": role, "n": "1"}
+        users += await make_users(api, project, login=f"{domain}-{role}-{number}", domain=domain, labels=labels)
+    states = itertools.cycle(["free", "locked", "expired", "resting", "quarantined", "quarantined while locked"])
+    found = {}
+    for user, state in zip(users, states, strict=False):
+        path = f"/users/{user['id']}"
+        lock = f"/locks/{(await api.put(f'{path}/lock')).json()['id']}"
+        match state:
+            case "free":
+                await api.delete(lock)
+            case "resting":
+                await api.delete(lock, params={"cooldown": 60})
+            case "quarantined":
+                await api.delete(lock, params={"quarantine": "broken"})
+            case "quarantined while locked":
+                await api.post(f"{path}/quarantine", json={"reason": "broken"})
+            case "expired":
+                past = "acquired_at = now() - interval '1 hour', expires_at = now() - interval '1 minute'"
+                await execute(database, f"update locks set {past}, ready_at = now() where user_id = '{user['id']}'")
+    connection = await asyncpg.connect(database)
+    try:
+        for labels in ('{"role": "admin"}', '{"role": "admin", "n": "1"}', '{"role": "nobody"}'):
+            for domain in (None, "canary"):
+                for name in ("find_free", "find_matching"):
+                    wish = [None], [project], [None], [domain], [labels]
+                    ways = [await connection.fetch(botfarm.SQL[name], *wish, [way], 100) for way in (False, True)]
+                    one, two = [{row["id"] for row in rows} for rows in ways]
+                    assert one == two
+                    found[name, labels, domain] = len(one)
+    finally:
+        await connection.close()
+    both, canary = found["find_free", '{"role": "admin"}', None], found["find_free", '{"role": "admin"}', "canary"]
+    assert (both, canary) == (4, 2)
+    assert found["find_matching", '{"role": "admin"}', None] == 12
 
 
 async def test_a_server_that_is_no_primary_any_more_is_left_for_the_new_one(server, empty_database, project):
