@@ -3814,8 +3814,8 @@ async def _acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Resp
     ask.cause = cause_of(request)
     ask.key = _idempotency_key(request, ask.client)
     wishes = tuple(ask.wishes)
-    if wishes in farm.exhausted and not ask.wait and not ask.key and not (refusal := await farm.refusal(wishes)).free:
-        return refusal.response
+    if wishes in farm.exhausted and not ask.wait and not (refusal := await farm.refusal(wishes)).free:
+        return (ask.key and await _repeat(farm, request, ask, grant)) or refusal.response
     for attempt in itertools.count():
         rows = await farm.claim(ask)
         if rows is None:
