@@ -215,7 +215,8 @@ async def test_a_repeat_with_its_key_finds_the_same_lock(api, project):
     assert (again.status_code, again.json()) == (201, first.json())
     await acquire(api, project)
     await acquire(api, project)
-    assert (await acquire(api, project, key=key)).json() == first.json()  # also from an exhausted pool
+    assert slug(await acquire(api, project, key=uuid.uuid4())) == "pool-exhausted"
+    assert (await acquire(api, project, key=key)).json() == first.json()  # also from a pool that is known to be empty
     await api.delete(f"/locks/{first.json()['id']}")
     ended = await acquire(api, project, key=key)
     assert slug(ended) == "lock-ended"
