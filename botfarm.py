@@ -74,7 +74,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 from urllib.parse import parse_qsl, unquote_plus
 
 import argon2
@@ -132,8 +132,10 @@ class BadSettings(Exception):
     """Every setting that has a bad value, one a line."""
 
 
-Names = Annotated[tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,63}(?!\n)$")], ...], Meta(min_length=1)]
-Origin = Annotated[str, Meta(pattern=r"^(https?://[A-Za-z0-9.:\[\]-]+|\*)(?!\n)$")]
+WORD = r"^[A-Za-z0-9_.-]{1,63}(?!\n)$"
+ORIGIN = r"^(https?://[A-Za-z0-9.:\[\]-]+|\*)(?!\n)$"
+Names = Annotated[tuple[Annotated[str, Meta(pattern=WORD)], ...], Meta(min_length=1)]
+Origin = Annotated[str, Meta(pattern=ORIGIN)]
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -215,7 +217,9 @@ def _typed_setting(field: str, text: str) -> Any:
     try:
         return msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{text!r} is not allowed: {error}") from None
+        choices = get_args(get_args(kind)[0]) if get_origin(get_args(kind)[0]) is Literal else ()
+        rule = f"choose one of {', '.join(choices)}" if choices else in_words(error)
+        raise ValueError(f"{text!r} is not allowed: {rule}") from None
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -223,14 +227,15 @@ def _typed_setting(field: str, text: str) -> Any:
 # The patterns end in (?!\n)$ because a bare $ would let a final newline through in Python.
 # ------------------------------------------------------------------------------------------------------
 
-LABEL_KEY = r"^[A-Za-z0-9_.-]{1,63}(?!\n)$"
+LABEL_PAIR = r"^[A-Za-z0-9_.-]{1,63}:[^\x00-\x1f\x7f-\x9f]{0,255}(?!\n)$"
 PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*(?!\n)$"
+NO_NUL = r"^[^\x00]*$"
 Fence = Annotated[int, Meta(ge=0, le=1 << 62)]
-LabelKey = Annotated[str, Meta(pattern=LABEL_KEY)]
+LabelKey = Annotated[str, Meta(pattern=WORD)]
 LabelValue = Annotated[str, Meta(max_length=255, pattern=PLAIN)]
 Labels = Annotated[dict[LabelKey, LabelValue], Meta(max_length=32, examples=[{"role": "admin"}])]
 Login = Annotated[str, Meta(min_length=1, max_length=254, pattern=PLAIN, examples=["bot-1"])]
-Password = Annotated[str, Meta(min_length=1, max_length=1024, pattern=r"^[^\x00]*$", examples=["correct horse"])]
+Password = Annotated[str, Meta(min_length=1, max_length=1024, pattern=NO_NUL, examples=["correct horse"])]
 Holder = Annotated[str, Meta(max_length=200, pattern=PLAIN, description="who asks, for people and bulk release")]
 Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=PLAIN, examples=["login page says: blocked"])]
 ProjectId = Annotated[uuid.UUID, Meta(examples=["11111111-1111-4111-8111-111111111111"])]
@@ -400,6 +405,10 @@ class LockSet(Struct):
     """In the order in which the users were asked for."""
 
     locks: list[Lock]
+
+
+class Health(Struct):
+    status: str
 
 
 class Valid(Struct):
@@ -655,36 +664,77 @@ class InternalError(Problem):
     """An unforeseen error; the service's log has it under this request id."""
 
 
-def _path_of(message: str) -> tuple[str | None, str]:
-    """Split a msgspec message into the field that it is about and what is wrong."""
-    text, _, where = message.partition(" - at ")
-    if found := re.fullmatch(r"Object contains unknown field `(.*)`", text):
-        return found[1], "unknown field"
-    if found := re.fullmatch(r"Object missing required field `(.*)`", text):
-        return found[1], "required, but missing"
+# What msgspec tells by a pattern, in words.
+RULES = {
+    PLAIN: "no control characters here",
+    NO_NUL: "no U+0000 here",
+    WORD: "write words of 1 to 63 of A-Z a-z 0-9 _ . -, separated by commas",
+    ORIGIN: "write origins as https://example.org, separated by commas, or *",
+    LABEL_PAIR: "write key:value, with a key of 1 to 63 of A-Z a-z 0-9 _ . - and no control characters",
+}
+
+
+def in_words(message: Any) -> str:
+    """What msgspec says, without patterns."""
+    return next((rule for pattern, rule in RULES.items() if repr(pattern) in str(message)), str(message))
+
+
+def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, strict: bool = True) -> list[FieldError]:
+    """Tell a failed validation by field and, but for passwords, with the value that was sent.
+
+    msgspec stops at the first fault, so what is told is taken out and the rest is looked at again, up to 20 times.
+    """
+    if not isinstance(raw, Mapping):
+        return [first_fault(error, raw)]
+    faults: list[FieldError] = []
+    left = dict(raw)
+    while len(faults) < 20:
+        fault = first_fault(error, raw)
+        top = re.split(r"[.\[]", fault.field or "")[0]
+        if top not in left:  # missing, maybe because it was told already
+            break
+        faults.append(fault)
+        del left[top]
+        try:
+            msgspec.convert(left, kind, strict=strict)
+        except msgspec.ValidationError as next_error:
+            error = next_error
+    required = [field.name for field in msgspec.structs.fields(kind) if field.required]
+    return faults + [FieldError(name, "required, but missing") for name in required if name not in raw]
+
+
+def first_fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
+    """The field that a failed validation is about, and what is wrong with it."""
+    text, _, where = str(error).partition(" - at ")
     path = re.search(r"`\$\.?(.*)`", where)
-    return (path[1] if path and path[1] else None), text
+    place = path[1].removesuffix("[...]") if path else ""
+    if found := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", text):
+        message = "unknown field" if found[1] == "contains unknown" else "required, but missing"
+        return FieldError(f"{place}.{found[2]}".removeprefix("."), message)
+    value = _value_at(raw, place)
+    if place.endswith("labels") and isinstance(value, Mapping):
+        return _label_error(place, value, text)
+    text = in_words(text)
+    if place and not place.endswith("password"):
+        text = f"{_shown(value)} is not allowed: {text}"
+    return FieldError(place or None, text)
 
 
-def field_errors(error: msgspec.ValidationError, raw: Any) -> list[FieldError]:
-    """Tell a failed validation by field and, but for passwords, with the value that was sent."""
-    field, message = _path_of(str(error))
-    if field and field.startswith("labels") and isinstance(raw, Mapping):
-        return _label_errors(raw.get("labels"), message)
-    if field and field != "password" and isinstance(raw, Mapping) and field in raw and message != "unknown field":
-        message = f"{_shown(raw[field])} is not allowed: {message}"
-    return [FieldError(field, message)]
+def _value_at(raw: Any, place: str) -> Any:
+    """What stands at a place such as users[0].env."""
+    for part in re.findall(r"[^.\[\]]+", place):
+        raw = raw[int(part) if isinstance(raw, Sequence) else part]
+    return raw
 
 
-def _label_errors(labels: Any, message: str) -> list[FieldError]:
-    if isinstance(labels, Mapping):
-        for key, value in labels.items():
-            if not re.match(LABEL_KEY, key):
-                return [FieldError("labels", f"the key {_shown(key)} is not 1 to 63 of A-Z a-z 0-9 _ . -")]
-            if not isinstance(value, str) or len(value) > 255 or not re.match(PLAIN, value):
-                rule = "must be a text of up to 255 characters without control characters"
-                return [FieldError(f"labels.{key}", f"{_shown(value)} {rule}")]
-    return [FieldError("labels", message)]
+def _label_error(place: str, labels: Mapping[str, Any], message: str) -> FieldError:
+    for key, value in labels.items():
+        if not re.match(WORD, key):
+            return FieldError(place, f"the key {_shown(key)} is not 1 to 63 of A-Z a-z 0-9 _ . -")
+        if not isinstance(value, str) or len(value) > 255 or not re.match(PLAIN, value):
+            rule = "must be a text of up to 255 characters without control characters"
+            return FieldError(f"{place}.{key}", f"{_shown(value)} {rule}")
+    return FieldError(place, message)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1309,7 +1359,7 @@ class Gate:
         own, near = await self._count(asking, failures=0 if valid else 1)
         self._limit(own, own["failures"] - (not valid) >= self.FAILURES)
         if row is None or not valid:
-            log.warning("A token was refused to the client %s at %s", id, address)
+            log.warning("A token was refused to %s at %s", f"the client {id}" if row else "an unknown client", address)
             challenge = 'Basic realm="botfarm"'
             raise TokenRefusal("invalid_client", "Unknown client or wrong secret.", 401, WWW_Authenticate=challenge)
         return row
@@ -1619,6 +1669,7 @@ def log_as_lines(events: bool = True) -> None:
     logging.basicConfig(level=logging.INFO if events else logging.WARNING, handlers=[LogHandler()])
     for noisy in ("httpx", "yoyo", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("asyncpg").setLevel(logging.ERROR)  # warns of an outage with a traceback; we tell of it in a line
 
 
 class Cause(Struct, frozen=True):
@@ -2189,6 +2240,7 @@ class Desk:
             self._exchanges_at = now + _jittered(EXCHANGE)
             with contextlib.suppress(*DATABASE_FAULTS):  # what the others told last still counts
                 await self._exchange(now)
+                await self._find_deleted()
         if not self.queue:
             return
         newcomers = [ask for ask in self.queue if not ask.wait]
@@ -2286,6 +2338,15 @@ class Desk:
             for ask, rows in zip(keyed, bound, strict=True):
                 if rows and ask in self.queue:
                     self._answer(ask, [])
+
+    async def _find_deleted(self) -> None:
+        """Users that somebody waits for and that are gone: the handler says so."""
+        asked = [(ask, ask.wishes[0].user_id) for ask in self.queue if ask.wishes[0].user_id]
+        if asked:
+            rows = await self.farm.hot.fetch(SQL["list_existing"], list({user_id for _, user_id in asked}))
+            existing = {row["id"] for row in rows}
+            for ask in [ask for ask, user_id in asked if user_id not in existing]:
+                self._answer(ask, [])
 
     async def _exchange(self, now: float) -> None:
         """Tell the other replicas who has waited here for long, and learn it of them."""
@@ -2687,7 +2748,7 @@ def _columns(items: Iterable[Struct], kind: type[Struct]) -> list[list[Any]]:
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 CSV = "text/csv"
-PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8"
+PROMETHEUS = "text/plain; version=1.0.0"  # Litestar adds the charset
 PAUSE = 30  # seconds that a body may take, and an import pause
 ROUTES: list[Any] = []
 Verb = Callable[..., Callable[[Callable[..., Any]], Any]]
@@ -2719,6 +2780,13 @@ class NoQuery(Body):
     """A call without query parameters."""
 
 
+class NoBody(Body):
+    """A call without a body: what somebody meant as a filter there must not widen it."""
+
+
+NO_BODY = Call("", "open", 204, body=NoBody, body_optional=True)
+
+
 def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awaitable[Response]]], None]:
     """Register a handler; it gets the farm and the request, and id, query and body where it declares them."""
     declaration = Call(**declared)
@@ -2741,6 +2809,10 @@ def call(verb: Verb, path: str, **declared: Any) -> Callable[[Callable[..., Awai
             except KeyFault as fault:
                 log.error("%s", fault, extra={"cause": cause_of(request)})
                 return DatabaseUnavailable("A password is sealed with a key that this replica lacks.").response()
+            except asyncio.CancelledError:  # the server has waited for it as long as it may
+                if not request.app.state.farm.stopping:
+                    raise
+                return ShuttingDown(headers={"Connection": "close"}).response()
 
         async def persist(request: Request) -> Response:
             read: dict[str, Any] = {}
@@ -2814,7 +2886,15 @@ async def _arguments(farm: Farm, request: Request, declared: Call) -> dict[str, 
         arguments["query"] = declared.no_query or _read_query(farm, b"", declared.query)
     if declared.body:
         arguments["body"] = await _read_body(farm, request, declared)
+    elif request.scope["method"] == "DELETE" and _has_body(request):
+        await _read_body(farm, request, NO_BODY)
     return arguments
+
+
+def _has_body(request: Request) -> bool:
+    """Whether a body is announced."""
+    headers = request.scope["headers"]
+    return any(name in (b"content-length", b"transfer-encoding") and value != b"0" for name, value in headers)
 
 
 def _path_id(text: str) -> uuid.UUID:
@@ -2829,25 +2909,36 @@ def header(request: Request, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in request.scope["headers"] if key == name), None)
 
 
-async def _read_all(request: Request, limit: int) -> bytes:
+async def _read_all(request: Request, limit: int, named: str = "BOTFARM_MAX_BODY") -> bytes:
     """The whole body. (request.body() took 8 of the 80 us that a call of a cycle costs.)"""
+    _check_length(request, limit, named)
     event = await _body_part(request)
     if not event.get("more_body", False) and len(event["body"]) <= limit:
         return event["body"]
     try:
         async with asyncio.timeout(PAUSE):
-            return await _read_rest(request, event, limit)
+            return await _read_rest(request, event, limit, named)
     except TimeoutError:
         close = {"Connection": "close"}
         raise MalformedBody(f"The body did not come to its end within {PAUSE} seconds.", headers=close) from None
 
 
-async def _read_rest(request: Request, event: dict[str, Any], limit: int) -> bytes:
+def _check_length(request: Request, limit: int, named: str) -> None:
+    """Refuse a body that is announced as too long before any of it is sent."""
+    if int(header(request, b"content-length") or 0) > limit:
+        raise _too_large(limit, named)
+
+
+def _too_large(limit: int, named: str) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is over {named}, {limit} bytes.", headers={"Connection": "close"})
+
+
+async def _read_rest(request: Request, event: dict[str, Any], limit: int, named: str) -> bytes:
     body = bytearray()
     while True:
         body += event["body"]
         if len(body) > limit:
-            raise BodyTooLarge(f"The body is over BOTFARM_MAX_BODY, {limit} bytes.")
+            raise _too_large(limit, named)
         if not event.get("more_body", False):
             return bytes(body)
         event = await _body_part(request)
@@ -2870,7 +2961,16 @@ async def _read_body(farm: Farm, request: Request, declared: Call) -> Struct:
         media = JSON if header(request, b"origin") is None else "none"
     if media != JSON and (media := media.partition(";")[0].strip().lower()) != JSON:
         raise UnsupportedMediaType(f"The content type is {media!r}, but this call takes {JSON} (curl: --json).")
-    return decode_body(farm.settings, body, kind)
+    try:
+        return decode_body(farm.settings, body, kind)
+    except MalformedBody:
+        if encoding := header(request, b"content-encoding"):
+            raise _encoded(encoding) from None
+        raise
+
+
+def _encoded(encoding: str) -> UnsupportedMediaType:
+    return UnsupportedMediaType(f"The content encoding {encoding!r} is not supported: send it as it is.")
 
 
 # What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
@@ -2884,10 +2984,14 @@ def decode_body(settings: Settings, body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         value = _whole_numbers(error, _raw_json(body), kind)
     except UNREADABLE as error:
-        raise MalformedBody(f"The body is not JSON in UTF-8: {str(error) or 'nested too deep'}.") from None
+        raise _no_json(error) from None
     if faults := check_words(settings, value):
         raise Invalid(faults)
     return value
+
+
+def _no_json(error: Exception) -> MalformedBody:
+    return MalformedBody(f"The body is not JSON in UTF-8 that can be read: {str(error) or 'nested too deep'}.")
 
 
 def _whole_numbers(error: msgspec.ValidationError, raw: Any, kind: type[T]) -> T:
@@ -2903,14 +3007,14 @@ def _whole_numbers(error: msgspec.ValidationError, raw: Any, kind: type[T]) -> T
     try:
         return msgspec.convert(whole(raw), kind)
     except msgspec.ValidationError:
-        raise Invalid(field_errors(error, raw)) from None
+        raise Invalid(field_errors(error, raw, kind)) from None
 
 
 def _raw_json(body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
-    except UNREADABLE:
-        raise MalformedBody("The body is not JSON in UTF-8.") from None
+    except UNREADABLE as error:
+        raise _no_json(error) from None
 
 
 def _read_query(farm: Farm, query: bytes, kind: type[T]) -> T:
@@ -2929,7 +3033,7 @@ def _read_query(farm: Farm, query: bytes, kind: type[T]) -> T:
     try:
         parsed = msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise Invalid(field_errors(error, values)) from None
+        raise Invalid(field_errors(error, values, kind, strict=False)) from None
     nulls = [name for name in values if getattr(parsed, name) is None]  # "null" would drop a filter
     faults = [FieldError(name, f"{_shown(values[name])} is not allowed; leave it out") for name in nulls]
     if faults := faults + check_words(farm.settings, parsed):
@@ -3049,7 +3153,7 @@ async def _token_form(request: Request) -> dict[str, str]:
         raise TokenRefusal("invalid_request", "Parameters belong into the body, not into the query string.")
     if (header(request, b"content-type") or "").partition(";")[0].strip().lower() != FORM:
         raise TokenRefusal("invalid_request", f"The content type has to be {FORM}.")
-    body = await _read_all(request, LONGEST_FORM)
+    body = await _read_all(request, LONGEST_FORM, "what a form may have")
     try:
         pairs = parse_qsl(body.decode("ascii"), errors="strict", max_num_fields=100)
     except ValueError:
@@ -3092,9 +3196,7 @@ def _granted_scope(asked: str, scopes: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 State_ = Literal["free", "locked", "resting", "quarantined"]
-Label = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,63}:[^\x00-\x1f\x7f-\x9f]{0,255}(?!\n)$", examples=["role:admin"])
-]
+Label = Annotated[str, Meta(pattern=LABEL_PAIR, examples=["role:admin"])]
 Limit = Annotated[int, Meta(ge=1, le=1000)]
 CursorText = Annotated[str, Meta(max_length=200, description="`next` of the page before")]
 FIRST_CURSOR = (datetime(1, 1, 1, tzinfo=UTC), uuid.UUID(int=0))
@@ -3395,10 +3497,11 @@ class ImportFile:
         for number, line in lines:
             if line is None:
                 self.fail(number, None, f"the line is over {LONGEST_LINE} bytes")
-            elif user := self.parse(number, line):
-                yield number, user
+            elif numbered := self.parse(number, line):
+                yield numbered
 
-    def parse(self, number: int, line: bytes) -> ImportedUser | None:
+    def parse(self, number: int, line: bytes) -> Numbered | None:
+        """The user of a line and the line it began on."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -3412,17 +3515,18 @@ class ImportFile:
     def first_errors(self) -> list[LineError]:
         return sorted(self.errors, key=lambda error: error.line)[:100]
 
-    def check(self, number: int, user: ImportedUser) -> ImportedUser | None:
+    def check(self, number: int, user: ImportedUser) -> Numbered | None:
         if self.projects is not None and user.project_id not in self.projects:
             raise Forbidden.project(user.project_id, f"Line {number}: ")
         faults = check_words(self.settings, user)
         for fault in faults:
             self.fail(number, fault.field, fault.message)
-        return None if faults else user
+        return None if faults else (number, user)
 
-    def fail_fields(self, number: int, error: msgspec.ValidationError, raw: Any) -> None:
-        for fault in field_errors(error, raw):
-            self.fail(number, fault.field, fault.message)
+    def fail_field(self, number: int, error: msgspec.ValidationError, raw: Any) -> None:
+        """The first fault of a line, so that the first 100 tell of as many lines."""
+        fault = first_fault(error, raw)
+        self.fail(number, fault.field, fault.message)
 
 
 class NdjsonFile(ImportFile):
@@ -3430,14 +3534,14 @@ class NdjsonFile(ImportFile):
 
     _decoder = msgspec.json.Decoder(ImportedUser)
 
-    def parse(self, number: int, line: bytes) -> ImportedUser | None:
+    def parse(self, number: int, line: bytes) -> Numbered | None:
         if not line.strip():
             return None
         try:
             return self.check(number, self._decoder.decode(line))
         except msgspec.ValidationError as error:
             with contextlib.suppress(*UNREADABLE):
-                self.fail_fields(number, error, msgspec.json.decode(line))
+                self.fail_field(number, error, msgspec.json.decode(line))
                 return None
         except UNREADABLE:
             pass
@@ -3454,7 +3558,7 @@ class CsvFile(ImportFile):
         self._parts: list[bytes] = []  # a record whose quotes are not closed yet, and the line it began on
         self._size = self._quotes = self._began = 0
 
-    def parse(self, number: int, line: bytes) -> ImportedUser | None:
+    def parse(self, number: int, line: bytes) -> Numbered | None:
         self._parts.append(line)
         self._began = self._began or number
         self._size += len(line) + 1
@@ -3474,7 +3578,7 @@ class CsvFile(ImportFile):
         elif self.header is None:
             self.fail(1, None, "the file is empty; a CSV file begins with a header line")
 
-    def _parse_record(self, number: int, record: bytes) -> ImportedUser | None:
+    def _parse_record(self, number: int, record: bytes) -> Numbered | None:
         try:
             text = record.decode("utf-8-sig" if self.header is None else "utf-8")
             records = list(csv.reader(io.StringIO(text, newline=""), strict=True))
@@ -3493,7 +3597,7 @@ class CsvFile(ImportFile):
     def _read_header(self, cells: list[str]) -> None:
         self.header = [cell.strip() for cell in cells]
         for column, name in enumerate(self.header, 1):  # by number: without a header, a name would be a password
-            if name not in FIELDS and not (name.startswith("label.") and re.match(LABEL_KEY, name[6:])):
+            if name not in FIELDS and not (name.startswith("label.") and re.match(WORD, name[6:])):
                 known = f"{', '.join(FIELDS)} or label.<key>"
                 self.fail(1, None, f"column {column} is not one of {known}; is the header line missing?")
             elif name in self.header[: column - 1]:
@@ -3503,7 +3607,7 @@ class CsvFile(ImportFile):
                 self.fail(1, name, f"the column {name} is missing")
         self.header = [] if self.errors else self.header
 
-    def _read_cells(self, number: int, cells: list[str]) -> ImportedUser | None:
+    def _read_cells(self, number: int, cells: list[str]) -> Numbered | None:
         header = cast("list[str]", self.header)
         if len(cells) != len(header):
             self.fail(number, None, f"the line has {len(cells)} columns, the header has {len(header)}")
@@ -3514,7 +3618,7 @@ class CsvFile(ImportFile):
         try:
             return self.check(number, msgspec.convert(values, ImportedUser))
         except msgspec.ValidationError as error:
-            self.fail_fields(number, error, values)
+            self.fail_field(number, error, values)
             return None
 
 
@@ -3661,6 +3765,9 @@ async def import_users(farm: Farm, request: Request) -> Response:
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media not in (NDJSON, CSV):
         raise UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
+    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise _encoded(encoding)
+    _check_length(request, farm.settings.max_import, "BOTFARM_MAX_IMPORT")
     file = (NdjsonFile if media == NDJSON else CsvFile)(farm.settings, caller_of(request).projects)
     async with _turn(farm.imports), farm.pool.acquire() as connection:
         async with connection.transaction():
@@ -3796,6 +3903,8 @@ def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | 
     text = header(request, b"idempotency-key")
     if text is None:
         return None
+    if len([name for name, _ in request.scope["headers"] if name == b"idempotency-key"]) > 1:
+        raise Invalid([FieldError("Idempotency-Key", "is given twice")])
     try:
         key = msgspec.convert(text, uuid.UUID)
     except msgspec.ValidationError:
@@ -4079,13 +4188,13 @@ async def force_release(farm: Farm, request: Request, id: uuid.UUID) -> Response
 # ------------------------------------------------------------------------------------------------------
 
 
-@call(get, "/livez", tag="service", scope="open", status=200)
+@call(get, "/livez", tag="service", scope="open", status=200, answer=Health)
 async def livez(farm: Farm, request: Request) -> Response:
     """The process serves. Touches no database."""
     return Response(content=b'{"status":"ok"}', media_type=JSON)
 
 
-@call(get, "/readyz", tag="service", scope="open", status=200, problems=(DatabaseUnavailable,))
+@call(get, "/readyz", tag="service", scope="open", status=200, answer=Health, problems=(DatabaseUnavailable,))
 async def readyz(farm: Farm, request: Request) -> Response:
     """The database answers, and its schema is there."""
     try:
@@ -4095,7 +4204,7 @@ async def readyz(farm: Farm, request: Request) -> Response:
     missing = [migration.id for migration in MIGRATIONS if migration.id not in applied]
     if missing:
         raise DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
-    return reply({"status": "ok"})
+    return reply(Health("ok"))
 
 
 class Census:
@@ -4388,7 +4497,7 @@ def _operation(handler: Any, declared: Call, path: str, secured: bool) -> dict[s
         "summary": summary.rstrip("."),
         "description": " ".join(text.split()) or summary,
         "parameters": [*_path_parameters(path), *_query_parameters(declared), *_header_parameters(declared)],
-        "responses": _responses(declared, path, secured),
+        "responses": _responses(handler, declared, path, secured),
     }
     if secured:
         operation["security"] = [] if declared.scope == "open" else [{"oauth2": [declared.scope]}]
@@ -4433,7 +4542,7 @@ def _header_parameters(declared: Call) -> list[dict[str, Any]]:
     )
 
 
-def _responses(declared: Call, path: str, secured: bool) -> dict[str, Any]:
+def _responses(handler: Any, declared: Call, path: str, secured: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": "Done"}
     if declared.answer:
         schema = {"$ref": f"#/components/schemas/{declared.answer.__name__}"}
@@ -4441,7 +4550,7 @@ def _responses(declared: Call, path: str, secured: bool) -> dict[str, Any]:
     elif declared.media != JSON:
         answer["content"] = {declared.media.partition(";")[0]: {"schema": {"type": "string"}}}
     problems: dict[str, list[type[Problem]]] = {}
-    for problem in _problems(declared, path, secured):
+    for problem in _problems(handler, declared, path, secured):
         problems.setdefault(str(problem.status), []).append(problem)
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     described = {
@@ -4454,13 +4563,14 @@ def _responses(declared: Call, path: str, secured: bool) -> dict[str, Any]:
     return {str(declared.status): answer, **described}
 
 
-def _problems(declared: Call, path: str, secured: bool) -> list[type[Problem]]:
+def _problems(handler: Any, declared: Call, path: str, secured: bool) -> list[type[Problem]]:
     """What a call can refuse: what it declares, and what its form brings along."""
     problems = [*declared.problems, Invalid, HeadTooLarge, InternalError]
     problems += [DatabaseUnavailable] if declared.tag != "service" else []
     problems += [NotFound] if "{id" in path else []
     problems += [Unauthenticated, Forbidden] if secured and declared.scope != "open" else []
-    problems += [MalformedBody, UnsupportedMediaType, BodyTooLarge] if declared.body else []
+    if declared.body or "DELETE" in handler.http_methods:
+        problems += [MalformedBody, UnsupportedMediaType, BodyTooLarge]
     return list(dict.fromkeys(problems))
 
 
@@ -4516,6 +4626,7 @@ class Protocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # the call that is answered now, or was last
         self._unread: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
+        self._watched: Any = None
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -4525,7 +4636,7 @@ class Protocol(HttpToolsProtocol):
             self._received += len(data)
             if self._bodiless > self.HEAD and not self.transport.is_closing():
                 self._refuse(HeadTooLarge())
-            elif self._late is None:
+            elif self._watched is not self.scope:
                 self._watch()
         else:
             self._bodiless = 0
@@ -4549,10 +4660,13 @@ class Protocol(HttpToolsProtocol):
 
     def _watch(self) -> None:
         """Look again when it is late: whether this very request is still there, and has brought enough."""
+        if self._late:
+            self._late.cancel()
+        self._watched = self.scope
         self._late = self.loop.call_later(self.LATE, self._look, self.scope, self._received)
 
     def _look(self, scope: Any, received: int) -> None:
-        self._late = None
+        self._late = self._watched = None
         if not self._is_partial() or self.transport.is_closing():
             return
         has_body = self.cycle is not None and self.cycle.scope is scope and not self.cycle.response_complete
@@ -4705,8 +4819,8 @@ def _cors(settings: Settings) -> CORSConfig | None:
         return None
     return CORSConfig(
         allow_origins=list(settings.cors_origins),
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
-        expose_headers=["Location", "Retry-After", "WWW-Authenticate"],
+        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id", "traceparent"],
+        expose_headers=["Location", "Retry-After", "WWW-Authenticate", "X-Request-Id", "traceparent"],
     )
 
 
@@ -5196,7 +5310,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except (SchemaError, KeyFault, embedded.EmbeddedError, httpx.HTTPError, OSError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 3 if arguments.command == "serve" else 1
 
 
 if __name__ == "__main__":

@@ -12,11 +12,27 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import KEY, ROOT, client, command, connect, make_users, raw, serving, settings, slug, until
+from conftest import (
+    KEY,
+    ROOT,
+    client,
+    command,
+    connect,
+    free_port,
+    make_users,
+    process,
+    raw,
+    serving,
+    settings,
+    slug,
+    until,
+    wait_ready,
+)
 
 import botfarm
 
@@ -138,6 +154,46 @@ def test_half_a_request_is_given_up(service, hasty, parts):
     answer = raw(service.url, *parts, pause=0.05, seconds=20)
     assert time.monotonic() - begin < 4  # the slow ones would take five seconds
     assert answer[9:12] in (b"", b"200", b"405")
+
+
+def test_a_head_has_its_time_and_not_twice_as_long(service, monkeypatch):
+    monkeypatch.setattr(botfarm.Protocol, "LATE", 3)
+    begin = time.monotonic()
+    assert raw(service.url, b"GET /livez HTTP/1.1\r\nHost", seconds=20) == b""
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("head", "limit"),
+    [
+        (JSON, "BOTFARM_MAX_BODY, 1048576 bytes"),
+        (
+            JSON.replace(b"json", b"x-ndjson").replace(b"/locks", b"/users/import"),
+            "BOTFARM_MAX_IMPORT, 1073741824 bytes",
+        ),
+    ],
+)
+def test_a_body_that_is_announced_as_too_long_is_refused_unseen(service, head, limit):
+    answer = raw(service.url, head + b"Expect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n").decode()
+    assert answer.startswith("HTTP/1.1 413")
+    assert limit in answer
+
+
+def test_a_body_that_does_not_end_before_the_service_is_told_so(empty_database):
+    """Twice: the service waits for it for eight seconds, as for all that runs."""
+    port = free_port()
+    with process("--port", str(port), env={"DATABASE_URL": empty_database, "BOTFARM_KEYS": KEY}) as running:
+        wait_ready(f"http://127.0.0.1:{port}")
+        upload = JSON.replace(b"json", b"x-ndjson").replace(b"/locks", b"/users/import")
+        parts = [JSON + b"Content-Length: 100\r\n\r\n{", upload + b"Content-Length: 100\r\n\r\n"]
+        with ThreadPoolExecutor(2) as threads:
+            answers = [threads.submit(raw, f"http://127.0.0.1:{port}", part, seconds=20) for part in parts]
+            time.sleep(1)
+            running.terminate()
+            for answer in answers:
+                assert answer.result().startswith(b"HTTP/1.1 503")
+                assert b"urn:botfarm:shutting-down" in answer.result()
+        assert running.wait(10) == 0
 
 
 def test_a_body_that_takes_long_is_given_up(service, monkeypatch):

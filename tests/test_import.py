@@ -65,6 +65,16 @@ async def test_csv_has_quotes_labels_and_windows_line_ends(api, project):
     assert (await send(api, text.encode(), CSV)).json() == {"created": 0, "updated": 0, "unchanged": 3}
 
 
+async def test_a_csv_record_of_several_lines_counts_as_its_first(api, project):
+    """Also in the error about a login that stands there twice."""
+    text = (
+        f'login,password,project_id,env\none,"p\n\nq",{project},stage\none,p,{project},stage\ntwo,"\n",{project},moon\n'
+    )
+    errors = (await send(api, text.encode(), CSV)).json()["errors"]
+    assert [(error["line"], error["field"]) for error in errors] == [(5, "login"), (6, "env")]
+    assert "stands in the lines 2 and 5" in errors[0]["message"]
+
+
 @pytest.mark.parametrize(
     ("lines", "errors"),
     [

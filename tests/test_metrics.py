@@ -51,7 +51,7 @@ def scraped(url: str) -> dict[str, float]:
     """A scrape on a connection of its own, so that several workers take turns."""
     answer = httpx.get(f"{url}/metrics", timeout=30)
     assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert answer.headers["content-type"] == "text/plain; version=1.0.0; charset=utf-8"
     return parsed(answer.text)
 
 

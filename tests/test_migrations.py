@@ -117,9 +117,9 @@ async def test_a_newer_schema_is_refused_with_a_clear_message(empty_database):
     await asyncio.to_thread(botfarm.migrate, empty_database)
     await execute(empty_database, "insert into _yoyo_migration values ('x', '0999.future', now())")
     env = {"DATABASE_URL": empty_database}
-    for words in (("migrate",), ("serve", "--port", "1")):
+    for status, *words in ((1, "migrate"), (3, "serve", "--port", "1")):
         refused = command(*words, env=env)
-        assert refused.returncode == 1
+        assert refused.returncode == status
         assert "0999.future" in refused.stderr
         assert "newer version" in refused.stderr
         assert "Traceback" not in refused.stderr

@@ -143,14 +143,14 @@ def test_a_wrong_or_missing_key_is_found_at_the_start(empty_database, project):
     env = {"DATABASE_URL": empty_database}
     wrong = "k1:" + base64.b64encode(b"x" * 32).decode()
     refused = command("serve", "--port", "1", env=env | {"BOTFARM_KEYS": wrong})
-    assert refused.returncode == 1
+    assert refused.returncode == 3
     assert "'k1' is not the one" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert wrong[3:] not in refused.stderr
     asyncio.run(fill(empty_database, project))
     for keys in ({}, {"BOTFARM_KEYS": OTHER}):
         refused = command("serve", "--port", "1", env=env | keys)
-        assert refused.returncode == 1
+        assert refused.returncode == 3
         assert "'k1' is missing" in refused.stderr
 
 

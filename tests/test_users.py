@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import uuid
 
@@ -71,6 +72,62 @@ async def test_a_bad_value_is_named(api, project, changes, field):
     assert slug(answer) == "invalid"
     assert [error["field"] for error in answer.json()["errors"]] == [field]
     assert "hunter2" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "errors"),
+    [
+        (
+            "/users",
+            {"login": "a\n", "password": "\0", "env": "x", "shoe": 1, "labels": {"k": None}},
+            [
+                ("login", '"a\\n" is not allowed: no control characters here'),
+                ("password", "no U+0000 here"),
+                ("shoe", "unknown field"),
+                ("labels.k", "null must be a text of up to 255 characters without control characters"),
+                ("project_id", "required, but missing"),
+            ],
+        ),
+        ("/locks/sets", {"users": [{}], "ttl": 0}, [
+            ("users[0].project_id", "required, but missing"), ("ttl", "0 is not allowed: Expected `int` >= 1"),
+        ]),
+        ("/locks/sets", {"users": [{"project_id": "1" * 32}, {"x": 1}]}, [("users[1].x", "unknown field")]),
+        ("/locks/sets", {"users": [{"project_id": "1" * 32, "labels": {"a b": "c"}}]}, [
+            ("users[0].labels", 'the key "a b" is not 1 to 63 of A-Z a-z 0-9 _ . -'),
+        ]),
+        ("/locks/sets", {"users": [{"project_id": 5}]}, [
+            ("users[0].project_id", "5 is not allowed: Expected `uuid`, got `int`"),
+        ]),
+        ("/locks", [], [(None, "Expected `object`, got `array`")]),
+    ],
+)  # fmt: skip
+async def test_each_fault_of_a_body_is_told_with_its_place_its_value_and_the_rule(api, path, body, errors):
+    answer = await api.post(path, json=body)
+    assert slug(answer) == "invalid"
+    assert [(error["field"], error["message"]) for error in answer.json()["errors"]] == errors
+
+
+async def test_a_body_where_none_belongs_widens_nothing(api, project):
+    """What stands in it was meant as a filter; it is read whether its length is announced or not."""
+
+    async def chunks():
+        yield b"{"
+
+    await make_users(api, project)
+    lock = (await acquire(api, project, holder="ci")).json()
+    meant = {"project_id": str(uuid.uuid4())}
+    for path in ("/locks?holder=ci", f"/locks/{lock['id']}", f"/users/{lock['user']['id']}?force=true"):
+        assert slug(await api.request("DELETE", path, json=meant)) == "invalid"
+        assert slug(await api.request("DELETE", path, content=chunks())) == "malformed-body"
+    assert (await api.get(f"/locks/{lock['id']}")).status_code == 200
+    assert (await api.request("DELETE", f"/locks/{lock['id']}", json={})).status_code == 204
+
+
+async def test_what_is_encoded_is_refused_as_such(api, project):
+    packed = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    assert slug(await api.post("/locks", content=gzip.compress(b"{}"), headers=packed)) == "unsupported-media-type"
+    packed["Content-Type"] = "text/csv"
+    assert slug(await api.post("/users/import", content=b"x", headers=packed)) == "unsupported-media-type"
 
 
 async def test_every_missing_or_extra_thing_is_refused(api, project):

@@ -210,6 +210,17 @@ async def test_one_waits_for_this_very_user(api, service, project):
     assert (await waiter).json()["user"]["id"] == first["id"]
 
 
+async def test_who_waits_for_a_user_that_is_deleted_is_told_so(api, other, service, project):
+    (user,) = await make_users(api, project)
+    path = f"/users/{user['id']}"
+    await api.put(f"{path}/lock")
+    waiter = asyncio.create_task(api.put(f"{path}/lock", json={"wait": 20}))
+    await queued(service)
+    await asyncio.sleep(0.5)  # it was there when the wait began
+    assert (await other.delete(path, params={"force": True})).status_code == 204
+    assert slug(await asyncio.wait_for(waiter, 5)) == "user-not-found"
+
+
 async def test_a_wait_that_has_run_out_is_refused_and_takes_nobody(api, service, project):
     await make_users(api, project)
     lock = (await acquire(api, project)).json()
