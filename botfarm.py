@@ -2930,7 +2930,8 @@ def _check_length(request: Request, limit: int, named: str) -> None:
 
 
 def _too_large(limit: int, named: str) -> BodyTooLarge:
-    return BodyTooLarge(f"The body is over {named}, {limit} bytes.", headers={"Connection": "close"})
+    """Without an end of the connection, which would reset it under a caller that still sends, and lose the reply."""
+    return BodyTooLarge(f"The body is over {named}, {limit} bytes.")
 
 
 async def _read_rest(request: Request, event: dict[str, Any], limit: int, named: str) -> bytes:

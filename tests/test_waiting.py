@@ -406,11 +406,11 @@ async def test_a_set_that_can_never_be_complete_is_not_found(api, project):
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ({"users": []}, "users"), ({"users": [{}]}, "project_id"), ({}, "users"),
+        ({"users": []}, "users"), ({"users": [{}]}, "users[0].project_id"), ({}, "users"),
         ({"users": [{"project_id": str(uuid.uuid4()), "count": 0}]}, "users[0].count"),
         ({"users": [{"project_id": str(uuid.uuid4()), "count": 60}] * 2}, "users"),
         ({"users": [{"project_id": str(uuid.uuid4()), "env": "x"}]}, "users[0].env"),
-        ({"users": [{"project_id": str(uuid.uuid4()), "role": "x"}]}, "role"),
+        ({"users": [{"project_id": str(uuid.uuid4()), "role": "x"}]}, "users[0].role"),
         ({"users": [{"project_id": str(uuid.uuid4())}], "ttl": 86401}, "ttl"),
     ],
 )  # fmt: skip
