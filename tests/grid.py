@@ -668,7 +668,8 @@ class Evidence:
         for event in self.of("acquire", 201):
             assert event.reply
             lock = event.reply.body
-            spans.setdefault(lock["user"]["id"], []).append((event.answered, self._believed_end(lock), lock["id"]))
+            if event.answered < (end := self._believed_end(lock)):  # else it knows that it got nothing any more
+                spans.setdefault(lock["user"]["id"], []).append((event.answered, end, lock["id"]))
         pairs = (pair for found in spans.values() for pair in itertools.pairwise(sorted(found)))
         return [(one, two) for one, two in pairs if two[0] < one[1] - SLACK and one[2] != two[2]]
 
