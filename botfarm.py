@@ -451,7 +451,10 @@ def _check_set(settings: Settings, body: AcquireSet) -> list[FieldError]:
 
 def _shown(value: Any) -> str:
     """A value as an error message shows it, cut when long."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=str)
+    except RecursionError:
+        return "what is nested so deep"
     return text if len(text) <= 80 else text[:77] + '..."'
 
 
@@ -680,38 +683,44 @@ def in_words(message: Any) -> str:
 
 
 def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, strict: bool = True) -> list[FieldError]:
-    """Tell a failed validation by field and, but for passwords, with the value that was sent.
+    """Tell a failed validation by field and, but for passwords, with the value that was sent; never nothing.
 
     msgspec stops at the first fault, so what is told is taken out and the rest is looked at again, up to 20 times.
     """
     if not isinstance(raw, Mapping):
-        return [first_fault(error, raw)]
-    faults: list[FieldError] = []
-    left = dict(raw)
+        return [_fault(error, raw)]
+    fields = {field.name: field.required for field in msgspec.structs.fields(kind)}
+    faults = [FieldError(name, "unknown field") for name in raw if name not in fields][:20]
+    left = {name: value for name, value in raw.items() if name in fields}
     while len(faults) < 20:
-        fault = first_fault(error, raw)
+        try:
+            msgspec.convert(left, kind, strict=strict)
+            break
+        except msgspec.ValidationError as found:
+            fault = _fault(found, raw)
         top = re.split(r"[.\[]", fault.field or "")[0]
         if top not in left:  # missing, maybe because it was told already
             break
         faults.append(fault)
         del left[top]
-        try:
-            msgspec.convert(left, kind, strict=strict)
-        except msgspec.ValidationError as next_error:
-            error = next_error
-    required = [field.name for field in msgspec.structs.fields(kind) if field.required]
-    return faults + [FieldError(name, "required, but missing") for name in required if name not in raw]
+    faults += [
+        FieldError(name, "required, but missing") for name, needed in fields.items() if needed and name not in raw
+    ]
+    return faults or [_fault(error, raw)]
 
 
-def first_fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
+def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
     """The field that a failed validation is about, and what is wrong with it."""
-    text, _, where = str(error).partition(" - at ")
+    text, _, where = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
     path = re.search(r"`\$\.?(.*)`", where)
     place = path[1].removesuffix("[...]") if path else ""
     if found := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", text):
         message = "unknown field" if found[1] == "contains unknown" else "required, but missing"
         return FieldError(f"{place}.{found[2]}".removeprefix("."), message)
-    value = _value_at(raw, place)
+    try:
+        value = _value_at(raw, place)
+    except (LookupError, ValueError, TypeError):  # not a place, but a name that was sent and reads like one
+        return FieldError(None, text)
     if place.endswith("labels") and isinstance(value, Mapping):
         return _label_error(place, value, text)
     text = in_words(text)
@@ -2982,8 +2991,8 @@ def decode_body(settings: Settings, body: bytes, kind: type[T]) -> T:
     """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
     try:
         value = msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        value = _whole_numbers(error, _raw_json(body), kind)
+    except msgspec.ValidationError:
+        value = _whole_numbers(_raw_json(body), kind)
     except UNREADABLE as error:
         raise _no_json(error) from None
     if faults := check_words(settings, value):
@@ -2995,7 +3004,7 @@ def _no_json(error: Exception) -> MalformedBody:
     return MalformedBody(f"The body is not JSON in UTF-8 that can be read: {str(error) or 'nested too deep'}.")
 
 
-def _whole_numbers(error: msgspec.ValidationError, raw: Any, kind: type[T]) -> T:
+def _whole_numbers(raw: Any, kind: type[T]) -> T:
     """What was refused because a whole number is written as 60.0, which is the same in JSON."""
 
     def whole(node: Any) -> Any:
@@ -3006,9 +3015,12 @@ def _whole_numbers(error: msgspec.ValidationError, raw: Any, kind: type[T]) -> T
         return int(node) if isinstance(node, float) and node.is_integer() else node
 
     try:
-        return msgspec.convert(whole(raw), kind)
-    except msgspec.ValidationError:
-        raise Invalid(field_errors(error, raw, kind)) from None
+        raw = whole(raw)
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as left:
+        raise Invalid(field_errors(left, raw, kind)) from None
+    except RecursionError as left:
+        raise _no_json(left) from None
 
 
 def _raw_json(body: bytes) -> Any:
@@ -3526,7 +3538,7 @@ class ImportFile:
 
     def fail_field(self, number: int, error: msgspec.ValidationError, raw: Any) -> None:
         """The first fault of a line, so that the first 100 tell of as many lines."""
-        fault = first_fault(error, raw)
+        fault = field_errors(error, raw, ImportedUser)[0]
         self.fail(number, fault.field, fault.message)
 
 

@@ -81,9 +81,9 @@ async def test_a_bad_value_is_named(api, project, changes, field):
             "/users",
             {"login": "a\n", "password": "\0", "env": "x", "shoe": 1, "labels": {"k": None}},
             [
+                ("shoe", "unknown field"),
                 ("login", '"a\\n" is not allowed: no control characters here'),
                 ("password", "no U+0000 here"),
-                ("shoe", "unknown field"),
                 ("labels.k", "null must be a text of up to 255 characters without control characters"),
                 ("project_id", "required, but missing"),
             ],
@@ -99,12 +99,31 @@ async def test_a_bad_value_is_named(api, project, changes, field):
             ("users[0].project_id", "5 is not allowed: Expected `uuid`, got `int`"),
         ]),
         ("/locks", [], [(None, "Expected `object`, got `array`")]),
+        ("/locks", {"project_id": "1" * 32, "ttl": 60.0, "shoe": 1}, [("shoe", "unknown field")]),
     ],
 )  # fmt: skip
 async def test_each_fault_of_a_body_is_told_with_its_place_its_value_and_the_rule(api, path, body, errors):
     answer = await api.post(path, json=body)
     assert slug(answer) == "invalid"
     assert [(error["field"], error["message"]) for error in answer.json()["errors"]] == errors
+
+
+@pytest.mark.parametrize(
+    "name", ["a.b", "a\nb", "[0]", "q - at `$.zzz", "q` - at `$.ttl", "users[0]", "labels[...]", ""]
+)
+async def test_a_name_that_reads_like_a_place_is_unknown_too(api, project, name):
+    """msgspec's message holds the name as it was sent."""
+    for path, body in (("/locks", {"project_id": project}), ("/users", {})):
+        answer = await api.post(path, json=body | {name: 1})
+        assert slug(answer) == "invalid"
+        assert answer.json()["errors"][0] == {"field": name, "message": "unknown field"}
+    nested = await api.post("/locks/sets", json={"users": [{"project_id": project, name: 1}]})
+    assert slug(nested) == "invalid"
+    assert nested.json()["errors"]
+    line = await api.post(
+        "/users/import", content=json.dumps({name: 1}), headers={"Content-Type": "application/x-ndjson"}
+    )
+    assert line.json()["errors"][0] == {"line": 1, "field": name, "message": "unknown field"}
 
 
 async def test_a_body_where_none_belongs_widens_nothing(api, project):
