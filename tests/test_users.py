@@ -126,6 +126,18 @@ async def test_a_name_that_reads_like_a_place_is_unknown_too(api, project, name)
     assert line.json()["errors"][0] == {"line": 1, "field": name, "message": "unknown field"}
 
 
+@pytest.mark.parametrize("depth", [100, 300, 480, 600, 900, 5000])
+async def test_a_deep_value_is_refused_wherever_it_stands(api, depth):
+    deep = "[" * depth + "]" * depth
+    for path, media, body in (
+        ("/locks", "application/json", f'{{"x": {deep}}}'),
+        ("/locks", "application/json", f'{{"ttl": {deep}}}'),
+        ("/users/import", "application/x-ndjson", f'{{"login": {deep}}}'),
+    ):
+        answer = await api.post(path, content=body, headers={"Content-Type": media})
+        assert slug(answer) in ("invalid", "malformed-body")
+
+
 async def test_a_body_where_none_belongs_widens_nothing(api, project):
     """What stands in it was meant as a filter; it is read whether its length is announced or not."""
 
