@@ -13,7 +13,8 @@ FROM python:3.13-slim-trixie
 RUN install -d -m 700 -o 65532 -g 65532 /secrets/service /secrets/database
 COPY --from=build /venv /venv
 WORKDIR /botfarm
-COPY LICENSE botfarm.py embedded.py ./
+COPY LICENSE botfarm.py ./
+COPY farm farm
 COPY migrations migrations
 COPY sql sql
 # What several workers share lies in memory, which is there on a read-only root too.

@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import botfarm  # noqa: E402
-import embedded  # noqa: E402
+import farm.server  # noqa: E402
+import farm.settings  # noqa: E402
+import farm.telemetry  # noqa: E402
+from farm import embedded  # noqa: E402
 
 KEY = "k1:" + "A" * 43 + "="
 
@@ -48,7 +51,7 @@ def long(request: pytest.FixtureRequest) -> bool:
 def whole_log() -> Iterator[None]:
     """What a test makes a service tell is written, and so kept with it, before the next one begins."""
     yield
-    botfarm.JOURNAL.flush()
+    farm.telemetry.JOURNAL.flush()
 
 
 @pytest.fixture(scope="session")
@@ -113,21 +116,24 @@ def pooled(env: dict[str, str]) -> dict[str, str]:
     return env | {"DATABASE_URL": by_pooler, "BOTFARM_POOLER": "on"}
 
 
-def settings(url: str, **changes: Any) -> botfarm.Settings:
+def settings(url: str, **changes: Any) -> farm.settings.Settings:
     env = pooled({"DATABASE_URL": url})
-    values: dict[str, Any] = {"database_url": botfarm.Secret(env["DATABASE_URL"]), "keys": botfarm.Secret(KEY)}
-    return botfarm.Settings(**(values | {"pooler": env.get("BOTFARM_POOLER", "off")} | changes))
+    values: dict[str, Any] = {
+        "database_url": farm.settings.Secret(env["DATABASE_URL"]),
+        "keys": farm.settings.Secret(KEY),
+    }
+    return farm.settings.Settings(**(values | {"pooler": env.get("BOTFARM_POOLER", "off")} | changes))
 
 
 @contextmanager
-def serving(configured: botfarm.Settings) -> Iterator[Any]:
+def serving(configured: farm.settings.Settings) -> Iterator[Any]:
     """A service in a thread of its own, on a free port: its `url`, its `server`, its `app` and its `farm`."""
     app = botfarm.create_app(configured)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     options: dict[str, Any] = {"access_log": False, "log_config": None, "ws": "none", "lifespan": "on"}
-    options["headers"] = botfarm.HEADERS
-    config = uvicorn.Config(app, backlog=2048, http=botfarm.Protocol, **options)
+    options["headers"] = farm.server.HEADERS
+    config = uvicorn.Config(app, backlog=2048, http=farm.server.Protocol, **options)
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -35,7 +35,7 @@ import asyncpg
 import psutil
 from conftest import KEY, ROOT, pooled
 
-import embedded
+from farm import embedded
 
 # ---- Replicas and servers ----------------------------------------------------------------------------------
 

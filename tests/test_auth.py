@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,15 @@ from conftest import (
 )
 from hypothesis import strategies as st
 
-import botfarm
+import farm.clients
+import farm.database
+import farm.locks
+import farm.migrations
+import farm.passwords
+import farm.settings
+import farm.telemetry
+import farm.waiting
+import farm.words
 
 SIGNING = "s1:" + "B" * 43 + "="
 OTHER = "s2:" + "C" * 43 + "="
@@ -56,16 +65,16 @@ def secured(server):
 
 
 def secure(url, keys=SIGNING, **changes):
-    return settings(url, auth="on", signing_keys=botfarm.Secret(keys), **changes)
+    return settings(url, auth="on", signing_keys=farm.settings.Secret(keys), **changes)
 
 
 async def add_client(url, scope, projects=None):
     """As `client add` does, which takes a second: its id and its secret."""
-    secret = botfarm.secrets.token_urlsafe(32)
-    row = (uuid.uuid4(), uuid.uuid4().hex, botfarm.HASHER.hash(secret), scope.split(), projects)
+    secret = secrets.token_urlsafe(32)
+    row = (uuid.uuid4(), uuid.uuid4().hex, farm.passwords.HASHER.hash(secret), scope.split(), projects)
     connection = await asyncpg.connect(url)
     try:
-        await connection.fetch(botfarm.SQL["add_client"], *row)
+        await connection.fetch(farm.database.SQL["add_client"], *row)
     finally:
         await connection.close()
     return SimpleNamespace(id=str(row[0]), name=row[1], secret=secret)
@@ -178,7 +187,7 @@ async def test_only_a_form_in_the_body_is_read(secured):
 
 async def test_an_unknown_client_and_a_wrong_secret_are_told_alike_and_take_as_long(secured, monkeypatch):
     compared = []
-    monkeypatch.setattr(botfarm, "matches", lambda stored, secret: compared.append(stored))
+    monkeypatch.setattr(farm.clients, "matches", lambda stored, secret: compared.append(stored))
     who = await add_client(secured.database, "locks")
     rotated = await add_client(secured.database, "locks")
     await execute(
@@ -222,7 +231,7 @@ async def test_wrong_secrets_are_limited_to_ten_a_minute_over_two_services(secur
 
 
 async def test_failures_under_ever_new_names_are_limited_by_address(secured, monkeypatch):
-    monkeypatch.setattr(botfarm.Gate, "STRAY_FAILURES", 6)
+    monkeypatch.setattr(farm.clients.Gate, "STRAY_FAILURES", 6)
     await execute(secured.database, "delete from token_requests", "select")
     async with client(secured.url) as api:
         strangers = [SimpleNamespace(id=str(uuid.uuid4()), secret="guess") for _ in range(10)]
@@ -234,8 +243,8 @@ OTHERS = ["192.0.2.1", "::ffff:192.0.2.1", "", "unix"]
 
 
 def test_addresses_of_one_customer_count_as_one():
-    assert botfarm._network("2001:db8::1") == botfarm._network("2001:db8::ffff:1") == "2001:db8::/64"
-    assert [botfarm._network(text) for text in OTHERS] == OTHERS
+    assert farm.clients._network("2001:db8::1") == farm.clients._network("2001:db8::ffff:1") == "2001:db8::/64"
+    assert [farm.clients._network(text) for text in OTHERS] == OTHERS
 
 
 async def test_one_token_in_many_spellings_is_kept_once(secured):
@@ -248,20 +257,20 @@ async def test_one_token_in_many_spellings_is_kept_once(secured):
 
 
 async def test_all_requests_are_limited_too_and_checked_for_that_first(secured, monkeypatch):
-    monkeypatch.setattr(botfarm.Gate, "REQUESTS", 5)
+    monkeypatch.setattr(farm.clients.Gate, "REQUESTS", 5)
     async with client(secured.url) as api:
         who = await add_client(secured.database, "locks")
         answers = await asyncio.gather(*(ask(api, who) for _ in range(8)))
         assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 3
-        monkeypatch.setattr(botfarm, "matches", lambda *_: pytest.fail("checked a secret after the limit"))
+        monkeypatch.setattr(farm.clients, "matches", lambda *_: pytest.fail("checked a secret after the limit"))
         assert (await ask(api, who)).status_code == 429
     await execute(secured.database, "update token_requests set since = since - interval '2 minutes'", "select")
-    await execute(secured.database, botfarm.SQL["prune_token_requests"], "select")
+    await execute(secured.database, farm.database.SQL["prune_token_requests"], "select")
     assert not await execute(secured.database, "select from token_requests")
 
 
 async def test_too_many_secrets_at_once_are_refused_and_do_not_stop_calls(secured, monkeypatch):
-    monkeypatch.setattr(botfarm.Gate, "CROWD", 2)
+    monkeypatch.setattr(farm.clients.Gate, "CROWD", 2)
     async with caller(secured, "locks") as api:
         clients = [await add_client(secured.database, "locks") for _ in range(20)]
         asked = asyncio.gather(*(ask(api, who) for who in clients))
@@ -337,7 +346,7 @@ async def test_a_token_that_is_not_right_is_refused(secured):
 
 async def test_a_token_ends_though_its_claims_are_kept(secured, monkeypatch):
     who = await add_client(secured.database, ALL)
-    monkeypatch.setattr(botfarm.Gate, "LEEWAY", 0)
+    monkeypatch.setattr(farm.clients.Gate, "LEEWAY", 0)
     token = forge(who, exp=int(time.time()) + 2)
     async with client(secured.url) as api:
         assert (await api.get("/users", headers=bearer(token))).status_code == 200
@@ -354,7 +363,7 @@ async def test_a_checked_token_is_checked_no_more_for_a_while(secured, monkeypat
         monkeypatch.setattr(jwt, "decode", lambda *_, **__: pytest.fail("checked again"))
         assert (await api.get("/users")).status_code == 200
         monkeypatch.undo()
-        monkeypatch.setattr(botfarm.Gate, "MOST", 3)
+        monkeypatch.setattr(farm.clients.Gate, "MOST", 3)
         for _ in range(10):
             headers = bearer(forge(api.who, jti=uuid.uuid4().hex))
             assert (await api.get("/users", headers=headers)).status_code == 200
@@ -468,7 +477,7 @@ async def test_the_api_page_can_ask_for_a_token(secured):
     async with client(secured.url) as api:
         document = (await api.get("/docs/openapi.json")).json()
         flow = document["components"]["securitySchemes"]["oauth2"]["flows"]["clientCredentials"]
-        assert flow["scopes"].keys() == set(botfarm.SCOPES)
+        assert flow["scopes"].keys() == set(farm.words.SCOPES)
         form = {"grant_type": "client_credentials", "scope": "users:write locks"}
         answer = await api.post(
             flow["tokenUrl"], data=form, auth=(who.id, who.secret), headers={"X-Requested-With": "XMLHttpRequest"}
@@ -527,14 +536,14 @@ async def test_the_batch_itself_keeps_clients_apart(secured, project):
         await make_users(mine, project)
         lock = uuid.UUID((await acquire(mine, project)).json()["id"])
         me, them = uuid.UUID(mine.who.id), uuid.UUID(other.who.id)
-        async with botfarm.open_pool(secured.database, 1, "force_generic_plan", 10) as pool:
-            farm = botfarm.Farm(secured.farm.settings, pool, pool, secured.farm.passwords, secured.farm.events)
-            renewals = [botfarm.Renewal(lock, 50 + n, client) for n, client in enumerate((them, me, them))]
-            assert [bool(row) for row in await farm._extend(renewals)] == [False, True, False]
-            releases = [botfarm.Release(lock, 0, None, client) for client in (them, me, them, me)]
-            assert await farm._release(releases) == [False, True, False, False]
+        async with farm.database.open_pool(secured.database, 1, "force_generic_plan", 10) as pool:
+            own_farm = farm.locks.Farm(secured.farm.settings, pool, pool, secured.farm.passwords, secured.farm.events)
+            renewals = [farm.locks.Renewal(lock, 50 + n, client) for n, client in enumerate((them, me, them))]
+            assert [bool(row) for row in await own_farm._extend(renewals)] == [False, True, False]
+            releases = [farm.locks.Release(lock, 0, None, client) for client in (them, me, them, me)]
+            assert await own_farm._release(releases) == [False, True, False, False]
             lock = uuid.UUID((await acquire(mine, project)).json()["id"])
-            both = await farm._release([botfarm.Release(lock, 0, None, client) for client in (me, None)])
+            both = await own_farm._release([farm.locks.Release(lock, 0, None, client) for client in (me, None)])
             assert sorted(both) == [False, True]
 
 
@@ -553,42 +562,46 @@ async def test_an_expired_lock_is_told_to_its_client_alone(secured, project):
 
 async def test_however_a_lock_ends_its_record_says_whose_it_was(empty_database):
     """On the statements themselves, because a running sweep would be first."""
-    await asyncio.to_thread(botfarm.migrate, empty_database)
+    await asyncio.to_thread(farm.migrations.migrate, empty_database)
     me, other, project, made = (uuid.uuid4() for _ in range(4))
     over = "update locks set ready_at = now() - interval '1 hour', expires_at = acquired_at"
-    async with botfarm.open_pool(empty_database, 1, "force_generic_plan", 10) as pool:
-        farm = botfarm.Farm(
-            settings(empty_database), pool, pool, cast("Any", None), botfarm.Events(botfarm.Tally(None), None)
+    async with farm.database.open_pool(empty_database, 1, "force_generic_plan", 10) as pool:
+        own_farm = farm.locks.Farm(
+            settings(empty_database),
+            pool,
+            pool,
+            cast("Any", None),
+            farm.telemetry.Events(farm.telemetry.Tally(None), None),
         )
         secret = "$argon2id$"
-        await pool.fetch(botfarm.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}")
+        await pool.fetch(farm.database.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}")
 
         async def take(client):
-            (row,) = await farm._claim(
+            (row,) = await own_farm._claim(
                 [
-                    botfarm.Ask(
-                        wishes=[botfarm.Wish(None, project)],
+                    farm.waiting.Ask(
+                        wishes=[farm.words.Wish(None, project)],
                         holder="h",
                         ttl=60,
                         client=client,
-                        lock_ids=[botfarm.new_id()],
+                        lock_ids=[farm.database.new_id()],
                     )
                 ]
             )
             return row["lock_id"]
 
-        ask = botfarm.Ask(wishes=[botfarm.Wish(made)], client=other, ttl=60, lock_ids=[botfarm.new_id()])
+        ask = farm.waiting.Ask(wishes=[farm.words.Wish(made)], client=other, ttl=60, lock_ids=[farm.database.new_id()])
         ends = {
-            "released": lambda id: farm._release([botfarm.Release(id)]),
-            "released by holder": lambda _: pool.fetch(botfarm.SQL["release_holder"], "h", None, None, None),
-            "swept": lambda _: pool.fetch(botfarm.SQL["sweep_locks"], 10),
-            "forced": lambda _: pool.fetch(botfarm.SQL["force_release"], made),
+            "released": lambda id: own_farm._release([farm.locks.Release(id)]),
+            "released by holder": lambda _: pool.fetch(farm.database.SQL["release_holder"], "h", None, None, None),
+            "swept": lambda _: pool.fetch(farm.database.SQL["sweep_locks"], 10),
+            "forced": lambda _: pool.fetch(farm.database.SQL["force_release"], made),
             "taken over": lambda _: take(other),
             "taken over by one who waited": lambda _: pool.fetch(
-                botfarm.SQL["acquire_users"], *botfarm._groups({ask: [made]})
+                farm.database.SQL["acquire_users"], *farm.waiting._groups({ask: [made]})
             ),
-            "restored": lambda _: pool.fetch(botfarm.SQL["rest_after_restore"], 0),
-            "deleted": lambda _: pool.fetch(botfarm.SQL["delete_user"], made, True, None),
+            "restored": lambda _: pool.fetch(farm.database.SQL["rest_after_restore"], 0),
+            "deleted": lambda _: pool.fetch(farm.database.SQL["delete_user"], made, True, None),
         }
         for how, end in ends.items():
             await pool.execute("update locks set lock_id = null, ready_at = now() - interval '1 day'")
@@ -720,12 +733,12 @@ async def test_a_client_that_is_limited_to_projects_sees_nothing_else(secured, s
         ]
         columns = "login,password,project_id,env"
         csv = "\n".join([columns, f"a,p,{own},stage", f"b,p,{foreign},stage"])
-        for text, media, number in (("\n".join(lines), botfarm.NDJSON, 2), (csv, botfarm.CSV, 3)):
+        for text, media, number in (("\n".join(lines), farm.words.NDJSON, 2), (csv, farm.words.CSV, 3)):
             refused = await api.post("/users/import", content=text, headers={"Content-Type": media})
             assert slug(refused) == "forbidden"
             assert f"Line {number}" in refused.json()["detail"]
         assert len((await api.get(f"/users?project_id={own}")).json()["items"]) == 2
-        imported = await api.post("/users/import", content=lines[0], headers={"Content-Type": botfarm.NDJSON})
+        imported = await api.post("/users/import", content=lines[0], headers={"Content-Type": farm.words.NDJSON})
         assert imported.json()["created"] == 1
 
         assert (await admin.get(f"/locks/{taken['id']}")).status_code == 200
@@ -854,9 +867,9 @@ async def test_after_a_rotation_the_old_secret_is_valid_for_a_while(secured):
 
 async def test_tokens_of_a_removed_client_end_at_all_services(empty_database, monkeypatch):
     url = empty_database
-    assert botfarm.Gate.REFRESH * 1.25 + 10 < botfarm.Gate.STALE
-    assert botfarm.Gate.STALE + 10 <= 60
-    monkeypatch.setattr(botfarm.Gate, "REFRESH", 0.2)
+    assert farm.clients.Gate.REFRESH * 1.25 + 10 < farm.clients.Gate.STALE
+    assert farm.clients.Gate.STALE + 10 <= 60
+    monkeypatch.setattr(farm.clients.Gate, "REFRESH", 0.2)
     with serving(secure(url)) as one, serving(secure(url)) as two:
         who, fewer = await add_client(url, ALL), await add_client(url, ALL)
         async with client(one.url) as api, client(two.url) as other:
@@ -886,17 +899,17 @@ async def test_what_was_read_of_clients_counts_for_less_than_a_minute(empty_data
         async with client(running.url) as api:
             headers = bearer((await ask(api, who)).json()["access_token"])
             assert (await api.get("/users", headers=headers)).status_code == 200
-            monkeypatch.setitem(botfarm.SQL, "list_clients", "select pg_sleep(1) from clients_gone")
-            failing = botfarm.Connections.fetch
+            monkeypatch.setitem(farm.database.SQL, "list_clients", "select pg_sleep(1) from clients_gone")
+            failing = farm.database.Connections.fetch
 
             async def away(self, sql, *values, **options):
                 if "clients_gone" in sql:
                     raise OSError("away")
                 return await failing(self, sql, *values, **options)
 
-            monkeypatch.setattr(botfarm.Connections, "fetch", away)
+            monkeypatch.setattr(farm.database.Connections, "fetch", away)
             assert (await api.get("/users", headers=headers)).status_code == 200
-            monkeypatch.setattr(botfarm.Gate, "STALE", 0)
+            monkeypatch.setattr(farm.clients.Gate, "STALE", 0)
             assert slug(await api.get("/users", headers=headers)) == "database-unavailable"
             monkeypatch.undo()
             assert (await api.get("/users", headers=headers)).status_code == 200

@@ -15,7 +15,9 @@ import yaml
 from conftest import KEY, ROOT
 
 import botfarm
-from botfarm import SECRET_SETTINGS, Settings
+import farm
+import farm.commands
+from farm.settings import SECRET_SETTINGS, Settings
 
 README = (ROOT / "README.md").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -84,7 +86,7 @@ def test_what_containers_run_is_a_command():
     (check,) = re.findall(r'HEALTHCHECK .* CMD \["python", "botfarm.py", "(\w+)"\]', DOCKERFILE)
     (default,) = re.findall(r'^CMD \["(\w+)"\]', DOCKERFILE, re.M)
     for arguments in ([check], [default], SERVICE["args"], MIGRATION["args"]):
-        botfarm._parser().parse_args(arguments)
+        farm.commands._parser().parse_args(arguments)
     assert "python /botfarm/botfarm.py keygen" in COMPOSE["secrets"]["command"][0]
 
 
@@ -104,7 +106,7 @@ def test_the_image_holds_all_of_the_program():
 
 
 def test_images_bear_the_version():
-    name = f"botfarm:{botfarm.VERSION}"
+    name = f"botfarm:{farm.VERSION}"
     assert f"docker build -t {name} ." in README
     images = [COMPOSE["secrets"]["image"], COMPOSE["botfarm"]["image"], SERVICE["image"], MIGRATION["image"]]
     assert set(images) == {name}

@@ -24,7 +24,7 @@ import asyncpg
 import pytest
 from conftest import ROOT, execute, until
 
-import embedded
+from farm import embedded
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: PostgreSQL runs as another user only then")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs the death signal of Linux")
@@ -32,7 +32,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs the death
 SERVICE = """
 import os, pathlib, sys
 sys.path[:0] = sys.argv[3:]
-import embedded
+from farm import embedded
 if uid := int(sys.argv[2]):
     os.setgroups([]), os.setgid(uid), os.setuid(uid)
 try:
@@ -345,7 +345,7 @@ def test_root_follows_no_link_in_a_home(folder: Path, home: Path) -> None:
 
 @root_only
 def test_a_plain_user_needs_no_root(folder: Path, wheel: Path) -> None:
-    shutil.copy2(ROOT / "embedded.py", wheel)
+    shutil.copy2(ROOT / "farm" / "embedded.py", wheel)
     nobody, home = pwd.getpwnam("nobody"), folder / "of-nobody" / "home"
     home.parent.mkdir()
     os.chown(home.parent, nobody.pw_uid, nobody.pw_gid)
@@ -366,7 +366,7 @@ def test_a_plain_user_needs_no_root(folder: Path, wheel: Path) -> None:
 
 @root_only
 def test_another_users_home_is_refused(folder: Path, home: Path, wheel: Path) -> None:
-    shutil.copy2(ROOT / "embedded.py", wheel)
+    shutil.copy2(ROOT / "farm" / "embedded.py", wheel)
     embedded.settle_home(home)
     os.chown(home, 1, 1)
     with service(home, pwd.getpwnam("nobody").pw_uid, wheel) as process:
@@ -377,7 +377,7 @@ def test_another_users_home_is_refused(folder: Path, home: Path, wheel: Path) ->
 
 @root_only
 def test_a_user_without_a_passwd_entry_is_told_so(folder: Path, home: Path, wheel: Path) -> None:
-    shutil.copy2(ROOT / "embedded.py", wheel)
+    shutil.copy2(ROOT / "farm" / "embedded.py", wheel)
     home.mkdir()
     os.chown(home, 54321, 54321)
     with service(home, 54321, wheel) as process:

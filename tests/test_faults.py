@@ -41,7 +41,7 @@ from grid import (
     replicas,
 )
 
-import botfarm
+import farm.database
 
 
 @pytest.fixture
@@ -414,6 +414,6 @@ async def prune(url: str) -> None:
     connection = await asyncpg.connect(url)
     try:
         for statement in ("prune_history", "prune_keys"):
-            await connection.execute(botfarm.SQL[statement], 1, 1000)
+            await connection.execute(farm.database.SQL[statement], 1, 1000)
     finally:
         await connection.close()

@@ -14,7 +14,8 @@ from conftest import raw
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import botfarm
+import farm.server
+import farm.words
 
 relaxed = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 PROJECT = "44444444-4444-4444-8444-444444444444"
@@ -69,9 +70,9 @@ login_texts = st.text(max_size=12)
 @st.composite
 def files(draw: st.DrawFn) -> tuple[str, bytes]:
     """A file that is right but for some lines in other encodings, and some bytes that are put in anywhere."""
-    media = draw(st.sampled_from([botfarm.CSV, botfarm.NDJSON, f"{botfarm.CSV}; charset=utf-16"]))
+    media = draw(st.sampled_from([farm.words.CSV, farm.words.NDJSON, f"{farm.words.CSV}; charset=utf-16"]))
     logins = draw(st.lists(login_texts, max_size=6))
-    if media == botfarm.NDJSON:
+    if media == farm.words.NDJSON:
         user = {"password": "p", "project_id": PROJECT, "env": "stage"}
         lines = [json.dumps({"login": login, **user}, ensure_ascii=draw(st.booleans())) for login in logins]
     else:
@@ -94,17 +95,17 @@ def many_columns(count: int) -> bytes:
 
 
 @relaxed
-@given(files() | st.tuples(st.sampled_from([botfarm.CSV, botfarm.NDJSON]), st.binary(max_size=200)))
-@example((botfarm.CSV, many_columns(32)))
-@example((botfarm.CSV, many_columns(33)))
-@example((botfarm.CSV, many_columns(5000)))
-@example((botfarm.CSV, many_columns(20_000)))
-@example((botfarm.CSV, b"login,password,project_id,env\n" + b"," * 60_000))
-@example((botfarm.CSV, b"login,password,project_id,env\n" + b'"\n' * 100_001))
-@example((botfarm.NDJSON, b"{}\n" * 50_000))
-@example((botfarm.NDJSON, b"\x00" * 1_000_000))
-@example((botfarm.NDJSON, b'{"labels":' + b"[" * 60_000))
-@example((botfarm.NDJSON, b'{"login": "x", "login": "y", "labels": {"a": 1e999}, "env": 1' + b"0" * 5000 + b"}"))
+@given(files() | st.tuples(st.sampled_from([farm.words.CSV, farm.words.NDJSON]), st.binary(max_size=200)))
+@example((farm.words.CSV, many_columns(32)))
+@example((farm.words.CSV, many_columns(33)))
+@example((farm.words.CSV, many_columns(5000)))
+@example((farm.words.CSV, many_columns(20_000)))
+@example((farm.words.CSV, b"login,password,project_id,env\n" + b"," * 60_000))
+@example((farm.words.CSV, b"login,password,project_id,env\n" + b'"\n' * 100_001))
+@example((farm.words.NDJSON, b"{}\n" * 50_000))
+@example((farm.words.NDJSON, b"\x00" * 1_000_000))
+@example((farm.words.NDJSON, b'{"labels":' + b"[" * 60_000))
+@example((farm.words.NDJSON, b'{"login": "x", "login": "y", "labels": {"a": 1e999}, "env": 1' + b"0" * 5000 + b"}"))
 def test_an_import_is_stored_whole_or_not_at_all(http, file):
     media, body = file
     before = stored(http)
@@ -228,7 +229,9 @@ names = st.sampled_from(
         "X-HTTP-Method-Override",
     ]
 )
-media = st.tuples(st.just("Content-Type"), st.sampled_from([botfarm.JSON, botfarm.NDJSON, botfarm.CSV, "x;charset=x"]))
+media = st.tuples(
+    st.just("Content-Type"), st.sampled_from([farm.words.JSON, farm.words.NDJSON, farm.words.CSV, "x;charset=x"])
+)
 key = st.tuples(st.just("Idempotency-Key"), st.uuids().map(str))
 fields = st.lists(
     st.one_of(st.tuples(names, word | latin), media, media, key, framing, st.tuples(word | wild, wild)), max_size=3
@@ -281,7 +284,7 @@ bodies = st.binary(max_size=60) | st.sampled_from(
 @pytest.fixture
 def hasty(monkeypatch):
     """Requests that never come to their end are given up at once."""
-    monkeypatch.setattr(botfarm.Protocol, "LATE", 0.2)
+    monkeypatch.setattr(farm.server.Protocol, "LATE", 0.2)
 
 
 @settings(relaxed, max_examples=400)

@@ -35,6 +35,11 @@ from conftest import (
 )
 
 import botfarm
+import farm.clients
+import farm.imports
+import farm.problems
+import farm.server
+import farm.settings
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 EXAMPLE = "11111111-1111-4111-8111-111111111111"  # the project of tests/schemathesis.toml
@@ -68,7 +73,7 @@ async def test_every_reply_is_as_the_openapi_document_says(empty_database, long,
 
 async def test_so_it_is_with_authentication(empty_database, long, tmp_path, caplog):
     """And no call that wants a token does without one, which is one of the checks."""
-    signing = botfarm.Secret(KEY.replace("k1", "s1"))
+    signing = farm.settings.Secret(KEY.replace("k1", "s1"))
     with serving(settings(empty_database, max_wait=1, auth="on", signing_keys=signing)) as alone:
         made = command("client", "add", "hostile", "--scope", "admin", env={"DATABASE_URL": empty_database})
         who = json.loads(made.stdout)
@@ -130,7 +135,7 @@ JSON = b"POST /locks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 @pytest.fixture
 def hasty(monkeypatch):
     """Senders that are late are so after a moment."""
-    monkeypatch.setattr(botfarm.Protocol, "LATE", 0.4)
+    monkeypatch.setattr(farm.server.Protocol, "LATE", 0.4)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +162,7 @@ def test_half_a_request_is_given_up(service, hasty, parts):
 
 
 def test_a_head_has_its_time_and_not_twice_as_long(service, monkeypatch):
-    monkeypatch.setattr(botfarm.Protocol, "LATE", 3)
+    monkeypatch.setattr(farm.server.Protocol, "LATE", 3)
     begin = time.monotonic()
     assert raw(service.url, b"GET /livez HTTP/1.1\r\nHost", seconds=20) == b""
     assert time.monotonic() - begin < 5
@@ -205,7 +210,7 @@ def test_a_body_that_takes_long_is_given_up(service, monkeypatch):
 
 
 async def test_an_import_that_drips_is_given_up(service, api, project, monkeypatch):
-    monkeypatch.setattr(botfarm, "PAUSE", 0.4)
+    monkeypatch.setattr(farm.imports, "PAUSE", 0.4)
     head = b"POST /users/import HTTP/1.1\r\nContent-Type: application/x-ndjson\r\nContent-Length: 9999\r\n\r\n"
     line = f'{{"login": "a", "password": "p", "project_id": "{project}", "env": "stage"}}\n'.encode()
     answer = await asyncio.to_thread(raw, service.url, head, line, *[b"\n"] * 30, pause=0.1)
@@ -283,7 +288,7 @@ def test_a_reply_that_is_read_slowly_goes_on(service, hasty):
             read += len(part)
             time.sleep(0.03)
     assert read == whole
-    assert time.monotonic() - begin > 3 * botfarm.Protocol.LATE
+    assert time.monotonic() - begin > 3 * farm.server.Protocol.LATE
 
 
 async def test_the_end_of_a_reply_has_to_be_read_too(service, api, project, hasty):
@@ -397,8 +402,8 @@ async def test_a_page_of_another_origin_changes_nothing_unasked(api, project):
 
 @pytest.mark.parametrize("origins", ["grid.example", "https://a,ftp://b", "https://a/path", "https://a b"])
 def test_an_origin_that_is_none_is_refused_at_the_start(origins):
-    with pytest.raises(botfarm.BadSettings, match="BOTFARM_CORS_ORIGINS"):
-        botfarm.Settings.load({"BOTFARM_CORS_ORIGINS": origins})
+    with pytest.raises(farm.settings.BadSettings, match="BOTFARM_CORS_ORIGINS"):
+        farm.settings.Settings.load({"BOTFARM_CORS_ORIGINS": origins})
 
 
 # -- odd JSON -------------------------------------------------------------------------------------------
@@ -436,9 +441,9 @@ async def test_odd_numbers_and_double_keys_are_answered(api, project, ttl, statu
 
 def test_the_limits_of_the_readme_are_those_of_the_program():
     text = " ".join((ROOT / "README.md").read_text().split())
-    late, pause, pace = botfarm.Protocol.LATE, botfarm.PAUSE, botfarm.SLOWEST // 1024
+    late, pause, pace = farm.server.Protocol.LATE, farm.imports.PAUSE, farm.imports.SLOWEST // 1024
     bodies = f"{pause} s for a body, {pace} KiB/s for an import after its first {pause} s"
     assert f"{late} s for a head, {bodies}, {late} s for a reply that is not read" in text
-    lines, heads = botfarm.LONGEST_LINE // 1024, botfarm.Protocol.HEAD // 1024
-    assert f"import lines of {lines} KiB, heads of {heads} KiB (431 `{botfarm.HeadTooLarge.slug}`)" in text
-    assert f"its end after {botfarm.Gate.LIFE // 60} minutes" in text
+    lines, heads = farm.imports.LONGEST_LINE // 1024, farm.server.Protocol.HEAD // 1024
+    assert f"import lines of {lines} KiB, heads of {heads} KiB (431 `{farm.problems.HeadTooLarge.slug}`)" in text
+    assert f"its end after {farm.clients.Gate.LIFE // 60} minutes" in text

@@ -10,7 +10,8 @@ import uuid
 import pytest
 from conftest import acquire, make_users, slug
 
-import botfarm
+import farm.imports
+import farm.settings
 
 CSV = {"Content-Type": "text/csv"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -139,7 +140,7 @@ async def test_only_the_first_hundred_errors_are_told(api, project):
 async def test_what_is_no_import_is_refused(api, project, service, monkeypatch):
     assert slug(await send(api, "{}", {"Content-Type": "application/json"})) == "unsupported-media-type"
     assert (await send(api, "")).json() == {"created": 0, "updated": 0, "unchanged": 0}
-    monkeypatch.setattr(service.farm, "settings", botfarm.Settings(max_import=2000))
+    monkeypatch.setattr(service.farm, "settings", farm.settings.Settings(max_import=2000))
     assert slug(await send(api, "\n" * 2001)) == "body-too-large"
 
 
@@ -148,7 +149,7 @@ async def test_a_login_that_is_created_meanwhile_is_updated(api, project):
     arrived = asyncio.Event()
 
     async def slowly():
-        yield ndjson(project, *({"login": f"u{n}"} for n in range(botfarm.CHUNK))).encode() + b"\n"
+        yield ndjson(project, *({"login": f"u{n}"} for n in range(farm.imports.CHUNK))).encode() + b"\n"
         await asyncio.sleep(0.5)
         await make_users(api, project, 1, login="u7", password="other")
         arrived.set()
@@ -156,7 +157,7 @@ async def test_a_login_that_is_created_meanwhile_is_updated(api, project):
 
     answer = await send(api, slowly())
     assert arrived.is_set()
-    assert answer.json() == {"created": botfarm.CHUNK, "updated": 1, "unchanged": 0}
+    assert answer.json() == {"created": farm.imports.CHUNK, "updated": 1, "unchanged": 0}
     user = await known(api, project, "u7")
     assert (await api.put(f"/users/{user['id']}/lock")).json()["user"]["password"] == "p"
 
@@ -166,7 +167,7 @@ async def test_users_that_go_or_are_renamed_meanwhile_are_made_anew(api, project
 
     async def slowly():
         lines = [{"login": f"bot-{n}", "password": f"pw-{n}", "labels": {"n": "1"}} for n in range(3)]
-        yield ndjson(project, *lines, *({"login": f"u{n}"} for n in range(botfarm.CHUNK))).encode() + b"\n"
+        yield ndjson(project, *lines, *({"login": f"u{n}"} for n in range(farm.imports.CHUNK))).encode() + b"\n"
         await asyncio.sleep(0.5)
         await api.delete(f"/users/{users[0]['id']}")
         await api.delete(f"/users/{users[1]['id']}")
@@ -174,7 +175,7 @@ async def test_users_that_go_or_are_renamed_meanwhile_are_made_anew(api, project
         await api.patch(f"/users/{users[2]['id']}", json={"login": "renamed"})
         yield ndjson(project, {"login": "last"}).encode()
 
-    assert (await send(api, slowly())).json() == {"created": botfarm.CHUNK + 3, "updated": 1, "unchanged": 0}
+    assert (await send(api, slowly())).json() == {"created": farm.imports.CHUNK + 3, "updated": 1, "unchanged": 0}
     for number in range(3):
         user = await known(api, project, f"bot-{number}")
         assert user["labels"] == {"n": "1"}

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
+from array import array
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,8 +43,10 @@ from conftest import (
 from test_auth import caller, secure
 from test_metrics import scraped
 
-import botfarm
-from botfarm import SQL, Entry, Journal
+import farm.imports
+import farm.telemetry
+from farm.database import SQL
+from farm.telemetry import Entry, Journal
 
 README = (ROOT / "README.md").read_text()
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -217,9 +220,10 @@ async def test_an_import_waits_for_the_log_rather_than_to_lose_its_lines(monkeyp
     reading, writing = os.pipe()
     os.set_blocking(writing, False)  # as a program that shares standard error may leave it
     journal = Journal(writing)
-    changed = botfarm.Changed()
+    changed = farm.imports.Changed()
     changed.add({"id": uuid.UUID(int=number), "kind": "created"} for number in range(10_000))
-    telling = asyncio.create_task(changed.tell(botfarm.Events(botfarm.Tally(), journal), botfarm.NOWHERE))
+    events = farm.telemetry.Events(farm.telemetry.Tally(), journal)
+    telling = asyncio.create_task(changed.tell(events, farm.telemetry.NOWHERE))
     await asyncio.sleep(0.2)
     assert not telling.done()
     data = b""
@@ -303,9 +307,9 @@ async def test_the_log_tells_the_same_as_the_history_after_a_storm(service, api,
     for user in users:
         await api.delete(f"/users/{user}/lock")
     await asyncio.sleep(1.5)
-    farm = service.farm
+    own_farm = service.farm
     rows = await execute(
-        farm.settings.database_url.reveal(),
+        own_farm.settings.database_url.reveal(),
         f"select * from history where user_id in (select id from users where project_id = '{project}')",
     )
     kept = Counter((str(r["user_id"]), r["fence"], f"lock-{r['ended_by']}", r["holder"]) for r in rows)
@@ -377,8 +381,8 @@ async def test_an_id_that_is_not_well_formed_is_not_taken(api, project, log, sen
 
 
 async def test_an_unforeseen_error_is_one_line_with_its_request_id(api, service, log, monkeypatch):
-    monkeypatch.setattr(botfarm, "JOURNAL", log.journal)
-    handler = botfarm.LogHandler()
+    monkeypatch.setattr(farm.telemetry, "JOURNAL", log.journal)
+    handler = farm.telemetry.LogHandler()
     logging.getLogger().addHandler(handler)
     try:
         monkeypatch.setitem(SQL, "get_user", "select 1 / 0 where $1::uuid is not null")
@@ -429,10 +433,10 @@ def test_what_nobody_reads_is_lost_in_the_end_and_told(monkeypatch):
     monkeypatch.setattr(Journal, "LIMIT", 2000)
     reading, writing = os.pipe()
     journal = Journal(writing)
-    events = botfarm.Events(botfarm.Tally(), journal)
+    events = farm.telemetry.Events(farm.telemetry.Tally(), journal)
     begin = time.monotonic()
     for number in range(5000):
-        events.user("created", uuid.UUID(int=number), botfarm.NOWHERE)
+        events.user("created", uuid.UUID(int=number), farm.telemetry.NOWHERE)
     assert time.monotonic() - begin < 5, "nobody waits for the reader"
     events.count_losses()
     events.count_losses()
@@ -447,7 +451,7 @@ def test_what_nobody_reads_is_lost_in_the_end_and_told(monkeypatch):
     assert told == lost
     assert len([line for line in lines if line["event"] == "user-created"]) == 5000 - lost
     os.close(reading)
-    events.user("created", uuid.UUID(int=1), botfarm.NOWHERE)  # the reader is gone
+    events.user("created", uuid.UUID(int=1), farm.telemetry.NOWHERE)  # the reader is gone
     journal.flush(5)
     events.count_losses()
     cells = {sample.name: sample.value for family in events.tally.families() for sample in family.samples}
@@ -516,7 +520,7 @@ async def test_two_workers_share_a_pipe_and_neither_breaks_a_line_of_the_other(e
 
         def served() -> list[float]:
             """Acquires of each worker."""
-            return [botfarm.array("d", file.read_bytes())[0] for file in tmp_path.glob("botfarm-*/*.cells")]
+            return [array("d", file.read_bytes())[0] for file in tmp_path.glob("botfarm-*/*.cells")]
 
         async with client(service.url) as api:
             await make_users(api, project, 40)

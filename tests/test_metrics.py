@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from array import array
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,8 +33,8 @@ from conftest import (
 from prometheus_client.parser import text_string_to_metric_families
 from test_auth import secure
 
-import botfarm
-from botfarm import SQL
+import farm.telemetry
+from farm.database import SQL
 
 README = (ROOT / "README.md").read_text()
 
@@ -283,7 +284,7 @@ async def test_a_scrape_of_any_worker_tells_of_all_also_after_one_was_killed(emp
 
         def served() -> list[float]:
             """Acquires of each worker."""
-            return [botfarm.array("d", file.read_bytes())[0] for file in tmp_path.glob("botfarm-*/*.cells")]
+            return [array("d", file.read_bytes())[0] for file in tmp_path.glob("botfarm-*/*.cells")]
 
         done = 0
         while done < 400 and (len(served()) < 2 or min(served()) < 5):
@@ -309,7 +310,7 @@ async def test_a_scrape_of_any_worker_tells_of_all_also_after_one_was_killed(emp
 
 
 def test_the_gauges_of_a_dead_worker_are_not_told_and_its_counts_go_on(tmp_path):
-    worker = botfarm.Tally(str(tmp_path))
+    worker = farm.telemetry.Tally(str(tmp_path))
     worker.count("botfarm_acquires", by=3)
     dead = tmp_path / "7.cells"
     shutil.copy(tmp_path / "0.cells", dead)
@@ -317,9 +318,9 @@ def test_the_gauges_of_a_dead_worker_are_not_told_and_its_counts_go_on(tmp_path)
     assert worker.others() == []
     taken = [family for family in worker.families() if family.name == "botfarm_acquires"]
     assert [sample.value for sample in taken[0].samples] == [6]
-    other = botfarm.Tally(str(tmp_path))
-    other.publish(botfarm.Snapshot([], {"locks": (1, 2, 3, 4)}))
-    assert worker.others() == [botfarm.Snapshot([], {"locks": (1, 2, 3, 4)})]
+    other = farm.telemetry.Tally(str(tmp_path))
+    other.publish(farm.telemetry.Snapshot([], {"locks": (1, 2, 3, 4)}))
+    assert worker.others() == [farm.telemetry.Snapshot([], {"locks": (1, 2, 3, 4)})]
 
 
 async def test_those_who_wait_are_told_over_all_workers(empty_database, project):

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 from conftest import ROOT, command, execute
 
-import botfarm
+import farm.migrations
 
 CATALOGUE = """
     select table_name, column_name, data_type, is_nullable, column_default
@@ -45,24 +45,24 @@ async def catalogue(url):
 
 
 async def test_up_down_and_up_again_give_the_same_catalogue(empty_database):
-    assert await asyncio.to_thread(botfarm.migrate, empty_database) == NAMES
+    assert await asyncio.to_thread(farm.migrations.migrate, empty_database) == NAMES
     first = await catalogue(empty_database)
-    assert await asyncio.to_thread(botfarm.migrate, empty_database) == []
+    assert await asyncio.to_thread(farm.migrations.migrate, empty_database) == []
     for name in reversed(NAMES):
-        assert await asyncio.to_thread(botfarm.migrate, empty_database, rollback=True) == [name]
+        assert await asyncio.to_thread(farm.migrations.migrate, empty_database, rollback=True) == [name]
     assert await catalogue(empty_database) == []
-    assert await asyncio.to_thread(botfarm.migrate, empty_database, rollback=True) == []
-    assert await asyncio.to_thread(botfarm.migrate, empty_database) == NAMES
+    assert await asyncio.to_thread(farm.migrations.migrate, empty_database, rollback=True) == []
+    assert await asyncio.to_thread(farm.migrations.migrate, empty_database) == NAMES
     assert await catalogue(empty_database) == first
 
 
 def test_several_at_once_apply_each_migration_once(empty_database):
     with ThreadPoolExecutor(6) as threads:
-        runs = list(threads.map(botfarm.migrate, [empty_database] * 6))
+        runs = list(threads.map(farm.migrations.migrate, [empty_database] * 6))
     assert sorted(runs) == [[]] * 5 + [NAMES]
-    botfarm.migrate(empty_database, rollback=True)
+    farm.migrations.migrate(empty_database, rollback=True)
     with ThreadPoolExecutor(6) as threads:
-        runs = list(threads.map(botfarm.migrate, [empty_database] * 6))
+        runs = list(threads.map(farm.migrations.migrate, [empty_database] * 6))
     assert sorted(runs) == [[]] * 5 + [NAMES[-1:]]
 
 
@@ -70,9 +70,9 @@ async def test_a_migrator_killed_in_the_middle_leaves_nothing_and_blocks_nobody(
     code = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 import botfarm
-backend = botfarm.MigrationBackend({empty_database!r})
+backend = farm.migrations.MigrationBackend({empty_database!r})
 with backend.exclusive():
-    backend.apply_migrations(backend.to_apply(botfarm.MIGRATIONS)[:2])
+    backend.apply_migrations(backend.to_apply(farm.migrations.MIGRATIONS)[:2])
     print("half", flush=True)
     time.sleep(60)
 """
@@ -81,25 +81,25 @@ with backend.exclusive():
     assert half.stdout.readline() == "half\n"
     half.kill()
     half.communicate()
-    assert await asyncio.to_thread(botfarm.migrate, empty_database) == NAMES
+    assert await asyncio.to_thread(farm.migrations.migrate, empty_database) == NAMES
 
 
 async def test_a_migration_that_fails_changes_nothing(empty_database, tmp_path, monkeypatch):
     (tmp_path / "0001.bad.sql").write_text("create table half (id int);\n\nselect 1/0;\n")
-    monkeypatch.setattr(botfarm, "MIGRATIONS", botfarm.yoyo.read_migrations(str(tmp_path)))
+    monkeypatch.setattr(farm.migrations, "MIGRATIONS", farm.migrations.yoyo.read_migrations(str(tmp_path)))
     with pytest.raises(asyncpg.DivisionByZeroError):
-        await asyncio.to_thread(botfarm.migrate, empty_database)
+        await asyncio.to_thread(farm.migrations.migrate, empty_database)
     assert await catalogue(empty_database) == []
 
 
 async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(empty_database):
-    await asyncio.to_thread(botfarm.migrate, empty_database)
+    await asyncio.to_thread(farm.migrations.migrate, empty_database)
     for _ in NAMES[5:]:  # back to before the one that changes locks and history
-        await asyncio.to_thread(botfarm.migrate, empty_database, rollback=True)
+        await asyncio.to_thread(farm.migrations.migrate, empty_database, rollback=True)
     backup = await asyncpg.connect(empty_database)
     try:
         await backup.execute("begin isolation level repeatable read; select from locks, history")
-        migrating = asyncio.create_task(asyncio.to_thread(botfarm.migrate, empty_database))
+        migrating = asyncio.create_task(asyncio.to_thread(farm.migrations.migrate, empty_database))
         slowest, end = 0.0, time.monotonic() + 5
         while time.monotonic() < end:
             began = time.monotonic()
@@ -114,7 +114,7 @@ async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(em
 
 
 async def test_a_newer_schema_is_refused_with_a_clear_message(empty_database):
-    await asyncio.to_thread(botfarm.migrate, empty_database)
+    await asyncio.to_thread(farm.migrations.migrate, empty_database)
     await execute(empty_database, "insert into _yoyo_migration values ('x', '0999.future', now())")
     env = {"DATABASE_URL": empty_database}
     for status, *words in ((1, "migrate"), (3, "serve", "--port", "1")):

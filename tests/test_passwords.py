@@ -14,7 +14,8 @@ import asyncpg
 import pytest
 from conftest import KEY, acquire, client, command, execute, make_users, serving, settings, slug
 
-import botfarm
+import farm.passwords
+import farm.settings
 
 OTHER = "k2:" + base64.b64encode(b"2" * 32).decode()
 CANARY = "canary-7f3a9"
@@ -103,7 +104,7 @@ async def test_hashing_stalls_no_acquire(empty_database, project, monkeypatch):
             finally:
                 running -= 1
 
-    monkeypatch.setattr(botfarm, "HASHER", Watched(time_cost=2, memory_cost=19456, parallelism=1))
+    monkeypatch.setattr(farm.passwords, "HASHER", Watched(time_cost=2, memory_cost=19456, parallelism=1))
     with serving(settings(empty_database, keys=None)) as alone:
         async with client(alone.url) as api:
             await make_users(api, project, 2)
@@ -117,15 +118,15 @@ async def test_hashing_stalls_no_acquire(empty_database, project, monkeypatch):
 
 
 def test_a_secret_moved_to_another_user_does_not_open():
-    keyring = botfarm.Keyring.parse(KEY)
+    keyring = farm.passwords.Keyring.parse(KEY)
     one, two = uuid.uuid4(), uuid.uuid4()
     secret = keyring.seal(one, CANARY)
     assert keyring.open(one, secret) == CANARY
     assert keyring.seal(one, CANARY) != secret
-    with pytest.raises(botfarm.KeyFault):
+    with pytest.raises(farm.passwords.KeyFault):
         keyring.open(two, secret)
-    with pytest.raises(botfarm.KeyFault):
-        botfarm.Passwords(None).reveal(one, secret)
+    with pytest.raises(farm.passwords.KeyFault):
+        farm.passwords.Passwords(None).reveal(one, secret)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_secret_moved_to_another_user_does_not_open():
 )
 def test_a_malformed_key_is_refused_without_showing_it(text):
     with pytest.raises(ValueError, match=r"key") as refused:
-        botfarm.Keyring.parse(text)
+        farm.passwords.Keyring.parse(text)
     assert "AAAA" not in str(refused.value)
 
 
@@ -163,7 +164,7 @@ async def fill(url, project, count=3):
 async def test_keys_are_rotated_while_locks_are_taken(empty_database, project):
     await fill(empty_database, project, 5)
     both = f"{OTHER},{KEY}"
-    with serving(settings(empty_database, keys=botfarm.Secret(both))) as alone:
+    with serving(settings(empty_database, keys=farm.settings.Secret(both))) as alone:
         async with client(alone.url) as api:
             env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": both}
             job = asyncio.create_task(asyncio.to_thread(command, "reseal", env=env))
@@ -175,7 +176,7 @@ async def test_keys_are_rotated_while_locks_are_taken(empty_database, project):
             done = await job
             assert (done.returncode, done.stdout) == (0, "5 passwords are now sealed under the key 'k2'\n"), done.stderr
             assert seen == {(f"bot-{n}", f"pw-{n}") for n in range(5)}
-    with serving(settings(empty_database, keys=botfarm.Secret(OTHER))) as alone:
+    with serving(settings(empty_database, keys=farm.settings.Secret(OTHER))) as alone:
         async with client(alone.url) as api:
             assert (await acquire(api, project)).json()["user"]["password"].startswith("pw-")
     assert [row["id"] for row in await execute(empty_database, "select id from sealing_keys")] == ["k2"]
@@ -188,7 +189,7 @@ async def test_the_schema_refuses_a_clear_password(empty_database, project):
 
 
 def test_secrets_in_settings_never_print():
-    configured = botfarm.Settings.load({"DATABASE_URL": f"postgresql://u:{CANARY}@h/d", "BOTFARM_KEYS": KEY})
+    configured = farm.settings.Settings.load({"DATABASE_URL": f"postgresql://u:{CANARY}@h/d", "BOTFARM_KEYS": KEY})
     assert CANARY not in repr(configured)
     assert "AAAA" not in repr(configured)
     assert configured.database_url
@@ -198,7 +199,7 @@ def test_secrets_in_settings_never_print():
 async def test_a_password_that_does_not_open_locks_nobody(api, project, service, database):
     """A replica that lacks the key: the user goes back at once."""
     (user,) = await make_users(api, project, password=CANARY)
-    other = botfarm.Keyring.parse(OTHER).seal(uuid.UUID(user["id"]), CANARY)
+    other = farm.passwords.Keyring.parse(OTHER).seal(uuid.UUID(user["id"]), CANARY)
     await execute(database, f"update users set secret = '{other}' where id = '{user['id']}'")
     for _ in range(2):
         assert slug(await acquire(api, project)) == "database-unavailable"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import botfarm
+import farm.words
 
 KEYS, VALUES = ["role", "team"], ["a", "b", ""]
 labels = st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES))
@@ -45,7 +45,7 @@ def test_lists_and_acquires_take_exactly_what_fits(http, made, wish):
         json.dumps(user | {"login": f"u{n}", "password": "p", "project_id": project}) for n, user in enumerate(made)
     ]
     assert (
-        http.post("/users/import", content="\n".join(lines), headers={"Content-Type": botfarm.NDJSON}).status_code
+        http.post("/users/import", content="\n".join(lines), headers={"Content-Type": farm.words.NDJSON}).status_code
         == 200
     )
     expected = {f"u{number}" for number, user in enumerate(made) if fits(user, wish)}
@@ -96,7 +96,7 @@ def test_any_bytes_as_a_body_are_a_clear_refusal(http, body):
 
 
 @relaxed
-@given(st.binary(max_size=400), st.sampled_from([botfarm.CSV, botfarm.NDJSON]))
+@given(st.binary(max_size=400), st.sampled_from([farm.words.CSV, farm.words.NDJSON]))
 def test_any_bytes_as_an_import_are_a_clear_refusal(http, body, media):
     answer = http.post("/users/import", content=body, headers={"Content-Type": media})
     assert answer.status_code in (200, 422)

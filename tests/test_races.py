@@ -15,7 +15,7 @@ import httpx
 import pytest
 from conftest import KEY, acquire, client, execute, free_port, make_users, process, serving, settings, slug, wait_ready
 
-import botfarm
+import farm.database
 
 
 @pytest.fixture(scope="module")
@@ -241,12 +241,15 @@ async def test_every_statement_of_locks_reads_by_its_own_index_whatever_the_stat
                 "vacuum analyze",
             )
         readers: dict[str, set[str]] = {}
-        async with botfarm.open_pool(empty_database, 1, "force_generic_plan", 10) as pool, pool.acquire() as connection:
+        async with (
+            farm.database.open_pool(empty_database, 1, "force_generic_plan", 10) as pool,
+            pool.acquire() as connection,
+        ):
             for name, count in (
                 ("release_locks", 4), ("extend_locks", 3), ("get_keyed_locks", 1), ("sweep_locks", 1),
                 ("find_free", 7), ("acquire_users", 9), ("acquire_locks", 15),
             ):  # fmt: skip
-                await connection.execute(f"prepare {name} as {botfarm.SQL[name]}")
+                await connection.execute(f"prepare {name} as {farm.database.SQL[name]}")
                 explain = f"explain (format json) execute {name}({', '.join(['null'] * count)})"
                 (plan,) = json.loads((await connection.fetch(explain))[0][0])
                 scans = [node for node in nodes(plan["Plan"]) if "Scan" in node["Node Type"]]
@@ -266,30 +269,30 @@ def nodes(plan):
 
 
 async def test_a_queue_that_is_full_refuses_at_once_and_serves_those_who_stand_in_it(monkeypatch):
-    monkeypatch.setattr(botfarm, "BACKLOG", 2)
+    monkeypatch.setattr(farm.database, "BACKLOG", 2)
     over = asyncio.Event()
 
     async def run(items):
         await over.wait()
         return items
 
-    shared = botfarm.Coalescer(run, 10)
+    shared = farm.database.Coalescer(run, 10)
     first = shared(1)
     await asyncio.sleep(0)
     others = [shared(2), shared(3)]
-    with pytest.raises(botfarm.Busy, match="2 calls wait"):
+    with pytest.raises(farm.database.Busy, match="2 calls wait"):
         shared(4)
     over.set()
     assert await asyncio.gather(first, *others) == [1, 2, 3]
 
 
 async def test_one_too_many_for_a_connection_is_refused_at_once(monkeypatch, empty_database):
-    monkeypatch.setattr(botfarm.Connections, "CROWD", 1)
-    monkeypatch.setattr(botfarm.Connections, "PATIENCE", 0.5)
-    async with botfarm.open_pool(empty_database, 1, "auto", 10) as pool, pool.acquire():
+    monkeypatch.setattr(farm.database.Connections, "CROWD", 1)
+    monkeypatch.setattr(farm.database.Connections, "PATIENCE", 0.5)
+    async with farm.database.open_pool(empty_database, 1, "auto", 10) as pool, pool.acquire():
         waits = asyncio.create_task(pool.fetch("select 1"))
         await asyncio.sleep(0)
-        with pytest.raises(botfarm.Busy, match="1 calls wait"):
+        with pytest.raises(farm.database.Busy, match="1 calls wait"):
             await pool.fetch("select 1")
-        with pytest.raises(botfarm.Busy, match="no database connection: TimeoutError"):
+        with pytest.raises(farm.database.Busy, match="no database connection: TimeoutError"):
             await waits

@@ -34,8 +34,11 @@ from conftest import (
     wait_ready,
 )
 
-import botfarm
-import embedded
+import farm.database
+import farm.passwords
+import farm.settings
+import farm.telemetry
+from farm import embedded
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
@@ -223,7 +226,7 @@ def logged(caplog):
 
 async def test_no_reply_log_line_metric_or_dump_holds_a_secret(canaries, project, caplog, capfd, monkeypatch):
     caplog.set_level(logging.DEBUG)
-    keys = {"keys": botfarm.Secret(canaries.sealing), "signing_keys": botfarm.Secret(canaries.signing)}
+    keys = {"keys": farm.settings.Secret(canaries.sealing), "signing_keys": farm.settings.Secret(canaries.signing)}
     with serving(settings(canaries.url, auth="on", **keys)) as alone:
         async with client(alone.url) as api:
             await add_client(canaries)
@@ -240,7 +243,7 @@ async def test_no_reply_log_line_metric_or_dump_holds_a_secret(canaries, project
                 raise RuntimeError(f"unforeseen, with {args!r}")
 
             with monkeypatch.context() as patched:
-                patched.setattr(botfarm.Connections, "fetch", broken)
+                patched.setattr(farm.database.Connections, "fetch", broken)
                 failed = await carry_out(api, canaries, planned)
             assert {name for name, status in failed if status == 500} > {"create_user", "acquire_lock", "get_lock"}
             name = urlsplit(canaries.url).path[1:]
@@ -250,7 +253,7 @@ async def test_no_reply_log_line_metric_or_dump_holds_a_secret(canaries, project
             assert {name for name, status in away if status == 503} > {"create_user", "acquire_lock", "get_lock"}
             await execute(canaries.server, f"alter database {name} allow_connections true")
     hidden = [canaries.password, canaries.secret, canaries.token, canaries.sealing, canaries.signing, canaries.database]
-    botfarm.JOURNAL.flush(10)
+    farm.telemetry.JOURNAL.flush(10)
     seen = logged(caplog) + "".join(capfd.readouterr())
     for told in ("unforeseen, with", '"event":"lock-acquired"', '"event":"password-revealed"'):
         assert told in seen
@@ -264,8 +267,8 @@ async def test_no_reply_log_line_metric_or_dump_holds_a_secret(canaries, project
 
 async def add_client(canaries):
     connection = await asyncpg.connect(canaries.url)
-    values = (uuid.UUID(canaries.client), "canary", botfarm.HASHER.hash(canaries.secret), ["admin"], None)
-    await connection.fetch(botfarm.SQL["add_client"], *values)
+    values = (uuid.UUID(canaries.client), "canary", farm.passwords.HASHER.hash(canaries.secret), ["admin"], None)
+    await connection.fetch(farm.database.SQL["add_client"], *values)
     await connection.close()
 
 
@@ -326,8 +329,8 @@ async def test_an_error_of_the_database_shows_no_row(server, capfd):
         await execute(server, "create temporary table t (a text check (a = 'x'))", f"insert into t values ('{row}')")
     fault = (caught.type, caught.value, caught.tb)
     record = logging.LogRecord("botfarm", logging.ERROR, "", 0, "failed: %s", (caught.value,), fault)
-    botfarm.LogHandler().emit(record)
-    botfarm.JOURNAL.flush(10)
+    farm.telemetry.LogHandler().emit(record)
+    farm.telemetry.JOURNAL.flush(10)
     told = "".join(capfd.readouterr())
     assert told.count("violates check constraint") == 2
     assert row not in told
@@ -383,11 +386,11 @@ async def test_a_key_is_rotated_under_load_and_nothing_is_lost(empty_database, p
             assert (await api.delete(f"/locks/{lock['id']}")).status_code == 204
             await make(api, 1, f"new-{number}-{turn}")
 
-    with serving(settings(empty_database, keys=botfarm.Secret(old))) as alone:
+    with serving(settings(empty_database, keys=farm.settings.Secret(old))) as alone:
         async with client(alone.url) as api:
             await make(api, 2000, "old")
     both = f"{new},{old}"
-    with serving(settings(empty_database, keys=botfarm.Secret(both))) as alone:
+    with serving(settings(empty_database, keys=farm.settings.Secret(both))) as alone:
         async with client(alone.url) as api:
             env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": both}
             job = asyncio.create_task(asyncio.to_thread(command, "reseal", env=env))
@@ -395,7 +398,7 @@ async def test_a_key_is_rotated_under_load_and_nothing_is_lost(empty_database, p
             done = await job
             assert done.returncode == 0, done.stderr
             assert len(clear) > 2000
-    with serving(settings(empty_database, keys=botfarm.Secret(new))) as alone:
+    with serving(settings(empty_database, keys=farm.settings.Secret(new))) as alone:
         async with client(alone.url) as api:
             wish = {"users": [{"project_id": project, "count": 100}]}
             found = {}

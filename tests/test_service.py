@@ -30,6 +30,10 @@ from conftest import (
 from conftest import settings as configured
 
 import botfarm
+import farm.database
+import farm.passwords
+import farm.server
+import farm.settings
 
 README = (ROOT / "README.md").read_text()
 
@@ -62,7 +66,7 @@ async def test_a_body_without_an_announced_length_is_limited_too(api):
 
 
 async def test_an_unforeseen_error_tells_only_its_id(api, project, service, monkeypatch, caplog):
-    monkeypatch.setitem(botfarm.SQL, "get_user", "select 1 / 0 where $1::uuid is not null")
+    monkeypatch.setitem(farm.database.SQL, "get_user", "select 1 / 0 where $1::uuid is not null")
     answer = await api.get(f"/users/{uuid.uuid4()}")
     assert slug(answer) == "internal-error"
     assert answer.status_code == 500
@@ -78,7 +82,7 @@ async def test_one_bad_call_in_a_batch_fails_alone(service):
             raise asyncpg.DataError("bad")
         return [item.upper() for item in items]
 
-    coalescer = botfarm.Coalescer(run, 10)
+    coalescer = farm.database.Coalescer(run, 10)
     results = await asyncio.gather(*(coalescer(item) for item in ("a", "bad", "c")), return_exceptions=True)
     assert (results[0], results[2]) == ("A", "C")
     assert isinstance(results[1], asyncpg.DataError)
@@ -92,7 +96,7 @@ async def test_calls_that_arrive_while_a_statement_runs_share_the_next():
         await asyncio.sleep(0.01)
         return items
 
-    coalescer = botfarm.Coalescer(run, 3)
+    coalescer = farm.database.Coalescer(run, 3)
     await asyncio.gather(*(coalescer(number) for number in range(1, 3)))
     first = asyncio.ensure_future(coalescer(0))
     await asyncio.sleep(0.001)
@@ -147,12 +151,12 @@ def test_flags_override_variables_and_secrets_come_from_files(tmp_path):
     assert "--port" in command("serve", "--help").stdout
     assert command("openapi", env={"BOTFARM_ENVS": "alpha"}).stdout.count("alpha") > 1
     (tmp_path / "keys").write_text(KEY + "\n")
-    loaded = botfarm.Settings.load({"BOTFARM_KEYS_FILE": str(tmp_path / "keys"), "BOTFARM_ENVS": "a, b"})
+    loaded = farm.settings.Settings.load({"BOTFARM_KEYS_FILE": str(tmp_path / "keys"), "BOTFARM_ENVS": "a, b"})
     assert loaded.keys
     assert loaded.keys.reveal() == KEY
     assert loaded.envs == ("a", "b")
-    with pytest.raises(botfarm.BadSettings, match="not both"):
-        botfarm.Settings.load({"BOTFARM_KEYS_FILE": "x", "BOTFARM_KEYS": KEY})
+    with pytest.raises(farm.settings.BadSettings, match="not both"):
+        farm.settings.Settings.load({"BOTFARM_KEYS_FILE": "x", "BOTFARM_KEYS": KEY})
     assert command("serve", "--port", "0").returncode == 2
 
 
@@ -189,7 +193,7 @@ def test_commands_import_export_and_check_a_service(empty_database, project, tmp
 
 
 def test_keygen_prints_a_key_that_works():
-    assert botfarm.Keyring.parse(command("keygen").stdout.strip())
+    assert farm.passwords.Keyring.parse(command("keygen").stdout.strip())
 
 
 def test_reseal_needs_a_key(empty_database):
@@ -204,8 +208,8 @@ def test_every_statement_is_used_and_there(tmp_path):
         "prune_history", "prune_keys", "import_create", "import_unlock", "import_update", "import_move",
         "add_client", "rotate_client", "remove_client",
     }  # fmt: skip
-    assert named == set(botfarm.SQL)
-    assert all(text.startswith("-- ") for text in botfarm.SQL.values())
+    assert named == set(farm.database.SQL)
+    assert all(text.startswith("-- ") for text in farm.database.SQL.values())
 
 
 async def test_the_openapi_document_declares_every_call(api):
@@ -242,12 +246,12 @@ async def test_the_pages_work_without_internet(api):
 
 
 def test_the_readme_has_every_setting_call_and_command():
-    for field, variable in botfarm.Settings.variables().items():
-        default = botfarm.Settings.__struct_defaults__[botfarm.Settings.__struct_fields__.index(field)]
+    for field, variable in farm.settings.Settings.variables().items():
+        default = farm.settings.Settings.__struct_defaults__[farm.settings.Settings.__struct_fields__.index(field)]
         shown = ",".join(default) if isinstance(default, tuple) else str(default)
         (row,) = re.findall(rf"^\| `{variable}` \| (.*?) \|", README, re.M)
         assert shown in row.replace("none", "None").replace("`", ""), variable
-    for path, operations in botfarm.openapi_document(botfarm.Settings(auth="on"))["paths"].items():
+    for path, operations in botfarm.openapi_document(farm.settings.Settings(auth="on"))["paths"].items():
         for method in operations:
             assert f"`{method.upper()} {path}`" in README
     for name in ("serve", "migrate", "check", "import", "export", "keygen", "client", "reseal", "openapi"):
@@ -272,7 +276,7 @@ def test_the_first_curl_lines_of_the_readme_work(service):
 
 @needs_curl
 def test_the_banner_has_lines_that_work(service):
-    lines = botfarm.banner(botfarm.Settings()).splitlines()[1:]
+    lines = farm.server.banner(farm.settings.Settings()).splitlines()[1:]
     httpx.delete(f"{service.url}/locks?holder=me")  # of other tests
     for line, expected in zip(lines, ('"login":"bot-1"', '"password":"secret"', '{"released":1}'), strict=True):
         text = line.partition(": ")[2].strip().replace("http://127.0.0.1:8000", service.url)
@@ -282,7 +286,7 @@ def test_the_banner_has_lines_that_work(service):
 
 
 def test_new_ids_are_of_version_7_and_in_order():
-    ids = [botfarm.new_id() for _ in range(100)]
+    ids = [farm.database.new_id() for _ in range(100)]
     assert {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
     assert len(set(ids)) == 100
     assert ids[0].int >> 80 <= ids[-1].int >> 80

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-SOURCES = [ROOT / "botfarm.py", ROOT / "embedded.py"]
+SOURCES = [ROOT / "botfarm.py", *sorted(ROOT.glob("farm/*.py"))]
 RUNS_SQL = {
     "fetch",
     "fetchrow",

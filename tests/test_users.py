@@ -10,7 +10,7 @@ import uuid
 import pytest
 from conftest import acquire, make_users, slug
 
-import botfarm
+import farm.words
 
 
 async def test_a_created_user_is_answered_whole_and_without_its_password(api, project):
@@ -205,7 +205,7 @@ async def test_pages_show_each_user_once_while_others_are_created_and_deleted(ap
     assert len(seen) == len(set(seen))
 
 
-LATE = botfarm.write_cursor("9999-12-31T23:59:59-12:00", uuid.UUID(int=0))
+LATE = farm.words.write_cursor("9999-12-31T23:59:59-12:00", uuid.UUID(int=0))
 
 
 @pytest.mark.parametrize("cursor", ["x", "!!!", "WyJhIl0", "W10", "bnVsbA", "é", "", LATE])

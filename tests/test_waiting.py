@@ -11,6 +11,7 @@ import random
 import socket
 import time
 import uuid
+from datetime import datetime
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -21,7 +22,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import botfarm
+import farm.database
+import farm.locks
+import farm.settings
+import farm.waiting
+import farm.words
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ async def test_a_waiter_gets_the_user_that_is_released_and_its_ttl_begins_then(a
     assert answer.status_code == 201
     lock = answer.json()
     assert (lock["holder"], lock["ttl"], lock["fence"], lock["user"]["password"]) == ("second", 77, 2, "pw-0")
-    taken, ends = (botfarm.datetime.fromisoformat(lock[name]) for name in ("acquired_at", "expires_at"))
+    taken, ends = (datetime.fromisoformat(lock[name]) for name in ("acquired_at", "expires_at"))
     assert (ends - taken).total_seconds() == 77
     history = (await api.get(f"/users/{lock['user']['id']}/history")).json()["items"]
     assert history[0]["acquired_at"] >= history[1]["ended_at"]
@@ -459,7 +464,7 @@ async def test_a_waiting_set_does_not_starve_behind_singles(api, service, projec
     began = time.monotonic()
     answer = await set_of(api, {"project_id": project, "count": 4}, wait=20)
     assert answer.status_code == 201
-    assert time.monotonic() - began < botfarm.PATIENCE + 3
+    assert time.monotonic() - began < farm.waiting.PATIENCE + 3
     await asyncio.gather(*(api.delete(f"/locks/{lock['id']}") for lock in answer.json()["locks"]))
     done.set()
     await asyncio.gather(*singles)
@@ -503,10 +508,10 @@ def test_match_serves_all_or_none_first_come_first_served(asked):
     ids = [uuid.UUID(int=number) for number in range(8)]
     asks, fitting = [], {}
     for number, (needs, patient) in enumerate(asked):
-        wishes = [botfarm.Wish(env=f"{number}.{unit}") for unit in range(len(needs))]
+        wishes = [farm.words.Wish(env=f"{number}.{unit}") for unit in range(len(needs))]
         fitting |= {wish: [ids[user] for user in users] for wish, users in zip(wishes, needs, strict=True)}
-        asks.append(botfarm.Ask(wishes=wishes, arrived=now - (0 if patient else 100)))
-    served = botfarm.match(asks, fitting, now)
+        asks.append(farm.waiting.Ask(wishes=wishes, arrived=now - (0 if patient else 100)))
+    served = farm.waiting.match(asks, fitting, now)
     for ask, users in served.items():
         assert all(user in fitting[wish] for wish, user in zip(ask.wishes, users, strict=True))
     assert len({user for users in served.values() for user in users}) == sum(map(len, served.values()))
@@ -530,7 +535,7 @@ def can_be_had(needs, taken=frozenset()):
 async def test_the_waiters_wake_when_nobody_tells_them(database, project):
     """A connection for news that has died, or none: the poll stands behind it."""
     url = database.replace("?", "?") + ("&" if "?" in database else "?") + "application_name=direct"
-    with serving(settings(database, listen_url=botfarm.Secret("postgresql://127.0.0.1:9/none"))) as deaf:
+    with serving(settings(database, listen_url=farm.settings.Secret("postgresql://127.0.0.1:9/none"))) as deaf:
         async with client(deaf.url) as api:
             (user,) = await make_users(api, project)
             await acquire(api, project)
@@ -570,14 +575,14 @@ async def test_a_set_that_was_refused_is_granted_once_its_users_are_free(api, pr
 async def test_a_set_that_waits_at_another_replica_keeps_no_more_users_than_it_needs(
     api, other, replica, project, monkeypatch
 ):
-    monkeypatch.setattr(botfarm, "BREADTH", 1)
+    monkeypatch.setattr(farm.waiting, "BREADTH", 1)
     await make_users(api, project, 1, login="admin", labels={"role": "admin"})
     assert (await acquire(api, project, labels={"role": "admin"})).status_code == 201
     await make_users(api, project, 6)
     parts = {"project_id": project, "labels": {"role": "admin"}}, {"project_id": project, "count": 5}
     patient = asyncio.create_task(set_of(other, *parts, wait=7))
     await queued(replica)
-    await asyncio.sleep(botfarm.PATIENCE + 2)
+    await asyncio.sleep(farm.waiting.PATIENCE + 2)
     assert (await acquire(api, project, wait=1)).status_code == 201
     assert slug(await acquire(api, project)) == "pool-exhausted"  # the other five are kept for it
     assert slug(await patient) == "pool-exhausted"
@@ -654,9 +659,9 @@ async def test_a_user_that_is_changed_between_the_choice_and_the_grant_goes_to_n
     fetch, changes = service.farm.hot.fetch, []
 
     async def changed_meanwhile(sql, *args):
-        if sql == botfarm.SQL["acquire_users"] and not changes:
+        if sql == farm.database.SQL["acquire_users"] and not changes:
             change = admin["id"], None, None, domain, labels
-            changes.append(await service.farm.pool.fetchval(botfarm.SQL["update_user"], *change))
+            changes.append(await service.farm.pool.fetchval(farm.database.SQL["update_user"], *change))
         return await fetch(sql, *args)
 
     monkeypatch.setattr(service.farm.hot, "fetch", changed_meanwhile)
@@ -671,13 +676,13 @@ async def test_a_user_that_is_changed_between_the_choice_and_the_grant_goes_to_n
 
 async def test_who_waits_for_a_label_that_few_have_is_found_by_it(api, service, project, monkeypatch):
     """Who and whether is learned after a slow look; here every look counts as one."""
-    monkeypatch.setattr(botfarm, "SLOW_LOOK", -1)
+    monkeypatch.setattr(farm.locks, "SLOW_LOOK", -1)
     (admin,) = await make_users(api, project, labels={"role": "admin"})
     (other,) = await make_users(api, project, login="plain")
     held = (await acquire(api, project, labels={"role": "admin"})).json()
     waiters = [waiting(api, project, labels={"role": "admin"})]
     await queued(service)
-    wish = botfarm.Wish(None, uuid.UUID(project), None, None, '{"role":"admin"}')
+    wish = farm.words.Wish(None, uuid.UUID(project), None, None, '{"role":"admin"}')
     await asyncio.to_thread(until, lambda: service.farm.are_rare([wish]) == [True], 5)
     waiters.append(waiting(api, project, labels={"role": "admin"}))
     await queued(service, 2)
@@ -691,11 +696,11 @@ async def test_who_waits_for_a_label_that_few_have_is_found_by_it(api, service, 
 
 
 async def test_a_label_that_many_have_is_not_looked_up(api, service, project, monkeypatch):
-    monkeypatch.setattr(botfarm, "SLOW_LOOK", -1)
-    monkeypatch.setattr(botfarm, "RARE", 2)
+    monkeypatch.setattr(farm.locks, "SLOW_LOOK", -1)
+    monkeypatch.setattr(farm.locks, "RARE", 2)
     await make_users(api, project, 3, labels={"role": "buyer"})
     assert (await set_of(api, {"project_id": project, "labels": {"role": "buyer"}, "count": 2})).status_code == 201
-    wish = botfarm.Wish(None, uuid.UUID(project), None, None, '{"role":"buyer"}')
+    wish = farm.words.Wish(None, uuid.UUID(project), None, None, '{"role":"buyer"}')
     await asyncio.to_thread(until, lambda: wish in service.farm._rare and not service.farm._spawned, 5)
     assert service.farm.are_rare([wish]) == [False]
 
@@ -729,7 +734,7 @@ async def test_both_ways_to_look_for_labels_find_the_same(api, database, project
             for domain in (None, "canary"):
                 for name in ("find_free", "find_matching"):
                     wish = [None], [project], [None], [domain], [labels]
-                    ways = [await connection.fetch(botfarm.SQL[name], *wish, [way], 100) for way in (False, True)]
+                    ways = [await connection.fetch(farm.database.SQL[name], *wish, [way], 100) for way in (False, True)]
                     one, two = [{row["id"] for row in rows} for rows in ways]
                     assert one == two
                     found[name, labels, domain] = len(one)

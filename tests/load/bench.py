@@ -434,7 +434,7 @@ def crowd(bench: Bench) -> Sequence[float]:
 @row(15, Target("cycle requests/s with authentication on to off", 0.9, 0.95))
 def authentication(bench: Bench) -> Sequence[float]:
     with ExitStack() as stack:
-        guarded = bench.start(stack, auth="on", signing_keys=harness.botfarm.generate_key()).wait()
+        guarded = bench.start(stack, auth="on", signing_keys=harness.farm.passwords.generate_key()).wait()
         guarded.authorize()
         bench.fill(guarded)
         runs = bench.alternate({

@@ -27,8 +27,9 @@ import asyncpg  # noqa: E402
 import conftest  # noqa: E402
 import httpx  # noqa: E402
 
-import botfarm  # noqa: E402
-import embedded  # noqa: E402
+import farm.database  # noqa: E402
+import farm.locks  # noqa: E402
+from farm import embedded  # noqa: E402
 
 TICK = os.sysconf("SC_CLK_TCK")
 HOLDER = "bench"  # whoever holds what the load has taken; users that are locked beforehand are held by another
@@ -284,7 +285,7 @@ def renew(service: Service, connections: int, seconds: int, paths: Path) -> Run:
 
 def filled_in(name: str, values: list[str]) -> str:
     """A statement of sql/ for pgbench: values instead of parameters, and no comments (a colon names a variable)."""
-    text = re.sub(r"--.*", "", botfarm.SQL[name])
+    text = re.sub(r"--.*", "", farm.database.SQL[name])
     found = {int(number) for number in re.findall(r"\$(\d+)", text)}
     if found != set(range(1, len(values) + 1)):
         raise BenchError(f"{name}.sql has the parameters {sorted(found)}; harness.py fills in {len(values)}")
@@ -298,7 +299,7 @@ def direct_script(url: str) -> str:
     """
     pool, version = sql(url, "select min(id), current_setting('server_version_num')::int from pools")[0]
     lock_id = "uuidv7()" if version >= 180000 else "gen_random_uuid()"  # the service's ids are of version 7, too
-    since = f":since::timestamptz - interval '{botfarm.STRAGGLERS.total_seconds()} seconds'"
+    since = f":since::timestamptz - interval '{farm.locks.STRAGGLERS.total_seconds()} seconds'"
     none = [f"array[null]::{kind}[]" for kind in ("uuid", "text", "text", "jsonb")]
     wish = [none[0], f"array['{project(1)}']::uuid[]", *none[1:], "array[1]::int[]"]
     cursor = ["array[1]::bigint[]", f"array[{pool}]::int[]", f"array[{since}]::timestamptz[]"]
@@ -311,7 +312,7 @@ def direct_script(url: str) -> str:
 
 async def hot_settings(url: str) -> str:
     """PGOPTIONS with the planner settings of the connections that the service uses for locks."""
-    async with botfarm.open_pool(url, 1, "force_generic_plan", 10) as pool:
+    async with farm.database.open_pool(url, 1, "force_generic_plan", 10) as pool:
         rows = await pool.fetch("select name, setting from pg_settings where source = 'client'")
     skipped = ("application_name", "client_encoding")
     return " ".join(f"-c {row['name']}={row['setting']}" for row in rows if row["name"] not in skipped)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import ipaddress
+import secrets
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import asyncpg
+import jwt
+import msgspec
+from msgspec import Struct
+
+from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections
+from farm.passwords import HASHER, matches
+from farm.problems import Forbidden, TokenRefusal, Unauthenticated
+from farm.settings import NO_SIGNING_KEY, BadSettings, Settings, jittered, log
+from farm.words import Caller, with_implied
+
+
+class Client(Struct, frozen=True):
+    """What a replica knows of a client: its scopes with those that they imply, and its projects (null: all)."""
+
+    scopes: frozenset[str]
+    projects: tuple[uuid.UUID, ...] | None
+
+
+class Claims(Struct):
+    """What is read of a token whose signature is right."""
+
+    sub: uuid.UUID
+    scope: str
+    exp: float
+
+
+class Gate:
+    """Checks tokens, and gives them to those who know a client's secret.
+
+    Each replica has all clients in memory, and what it read last counts for STALE seconds: so the tokens of a
+    removed client stop working within a minute, whether the database can be reached or not.
+    """
+
+    ISSUER = "botfarm"
+    LIFE = 600  # seconds for which a token is valid
+    LEEWAY = 5  # seconds by which the clocks of two replicas may differ
+    REFRESH = 20  # seconds between two looks at the clients
+    STALE = 50
+    CHECKED = 30  # seconds for which the claims of a checked token are kept
+    MOST = 10_000  # tokens whose claims are kept
+    FAILURES, REQUESTS = 10, 120  # a minute, of one client from one address
+    STRAY_FAILURES = 100  # a minute, from one address under whatever names
+    LONGEST = 2048  # characters of an Authorization header; our tokens have some 400
+    CROWD = 100  # secrets that may wait for their check
+
+    def __init__(self, pool: Connections, keys: dict[str, bytes]) -> None:
+        self._pool = pool
+        self._keys = keys
+        self._clients: dict[uuid.UUID, Client] = {}
+        self._read_at = -self.STALE
+        self._checked: dict[str, tuple[Caller | None, float]] = {}  # None: the client is gone
+        self.refresh = Coalescer(self._read, 10_000)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="secrets")
+        self._waiting = 0
+        self._nobody = HASHER.hash(secrets.token_urlsafe(32))  # what the secret of an unknown client is compared with
+
+    async def admit(self, sent: str | None, scope: str) -> Caller:
+        """Who sent this Authorization header. Unauthenticated, or Forbidden where the scope is lacking."""
+        now = time.monotonic()
+        caller, until = self._checked.get(sent or "", (None, 0))
+        if now >= until or now >= self._read_at + self.STALE:
+            caller = await self._check(sent)
+        if caller is None:
+            raise Unauthenticated("The client of the token is gone")
+        if scope not in caller.scopes:
+            raise Forbidden.scope(scope)
+        return caller
+
+    def still(self, client: uuid.UUID | None) -> bool:
+        """Whether a client that was admitted some time ago may still take locks."""
+        known = self._clients.get(client) if client else None
+        return known is not None and "locks" in known.scopes
+
+    async def _check(self, sent: str | None) -> Caller | None:
+        """Who sent a token that is not known or was checked long ago; None where its client is gone.
+
+        One who is not known yet may have been added a moment ago: look, but once for each token.
+        """
+        kind, _, token = (sent or "").partition(" ")
+        if sent is None or kind.lower() != "bearer":
+            raise Unauthenticated
+        if len(sent) > self.LONGEST or " " in token:  # else one token in many spellings would fill the memory
+            raise Unauthenticated("The token is not valid here")
+        claims = self._claims(token)
+        if claims.sub not in self._clients or time.monotonic() >= self._read_at + self.STALE:
+            await self.refresh(None)
+        client = self._clients.get(claims.sub)
+        scopes = with_implied(claims.scope.split())
+        caller = Caller(claims.sub, scopes & client.scopes, client.projects) if client else None
+        if len(self._checked) >= self.MOST:
+            self._checked.clear()
+        self._checked[sent] = caller, time.monotonic() + min(self.CHECKED, claims.exp - time.time())
+        return caller
+
+    def _claims(self, token: str) -> Claims:
+        try:
+            key = self._keys[jwt.get_unverified_header(token)["kid"]]
+            claims = jwt.decode(
+                token, key, algorithms=["HS256"], issuer=self.ISSUER, audience=self.ISSUER, leeway=self.LEEWAY,
+                options={"require": ["iss", "aud", "sub", "exp", "iat", "jti"]},
+            )  # fmt: skip
+            return msgspec.convert(claims, Claims)
+        except jwt.ExpiredSignatureError:
+            raise Unauthenticated("The token has expired") from None
+        except (jwt.InvalidTokenError, msgspec.ValidationError, KeyError):
+            raise Unauthenticated("The token is not valid here") from None
+
+    async def _read(self, asked: list[None]) -> list[None]:
+        """Read the clients. Where one has changed, what was checked does not count any more."""
+        began = time.monotonic()
+        rows = await self._pool.fetch(SQL["list_clients"])
+        projects = {row["id"]: None if row["projects"] is None else tuple(row["projects"]) for row in rows}
+        clients = {row["id"]: Client(with_implied(row["scopes"]), projects[row["id"]]) for row in rows}
+        if clients != self._clients:
+            self._checked.clear()
+        self._clients, self._read_at = clients, began
+        return asked
+
+    async def keep_fresh(self) -> None:
+        """Read the clients again and again (for ever)."""
+        while True:
+            pause = jittered(self.REFRESH)
+            try:
+                await self.refresh(None)
+            except (asyncpg.PostgresError, *DATABASE_FAULTS) as fault:
+                log.warning("The clients cannot be read: %s: %s", type(fault).__name__, fault)
+                pause = min(pause, 2)
+            await asyncio.sleep(pause)
+
+    async def authenticate(self, client_id: str, secret: str, address: str) -> asyncpg.Record:
+        """The client with this secret. TokenRefusal for a wrong one, and for one who asks too often.
+
+        Failures are counted after the check and before the answer, so those who guess at the same time learn no
+        more than those who guess one after the other.
+        """
+        id = _uuid_or_none(client_id)
+        network = _network(address)
+        asking = [hashlib.sha256(who.encode()).digest() for who in (f"{id or client_id}\n{address}", network)]
+        own, near = await self._count(asking, requests=1)
+        self._limit(own, own["requests"] > self.REQUESTS or own["failures"] >= self.FAILURES)
+        self._limit(near, near["failures"] >= self.STRAY_FAILURES)
+        row = await self._pool.fetchrow(SQL["get_client"], id)
+        known = (row["secret_hash"], row["previous_hash"]) if row else (None, None)
+        valid = await self._verify([stored or self._nobody for stored in known], secret)
+        own, near = await self._count(asking, failures=0 if valid else 1)
+        self._limit(own, own["failures"] - (not valid) >= self.FAILURES)
+        if row is None or not valid:
+            log.warning("A token was refused to %s at %s", f"the client {id}" if row else "an unknown client", address)
+            challenge = 'Basic realm="botfarm"'
+            raise TokenRefusal("invalid_client", "Unknown client or wrong secret.", 401, WWW_Authenticate=challenge)
+        return row
+
+    async def _count(self, asking: list[bytes], requests: int = 0, failures: int = 0) -> list[asyncpg.Record]:
+        rows = await self._pool.fetch(SQL["count_token_request"], sorted(asking), requests, failures)
+        counted = {row["caller"]: row for row in rows}
+        return [counted[who] for who in asking]
+
+    def _limit(self, counted: asyncpg.Record, exceeded: bool) -> None:
+        if exceeded:
+            wait = counted["retry_after"]
+            text = f"Too many requests or failures of this client at this address; try again in {wait} seconds."
+            raise TokenRefusal("temporarily_unavailable", text, 429, Retry_After=str(wait))
+
+    async def _verify(self, stored: list[str], secret: str) -> bool:
+        """Whether the secret is that of one of the hashes: as slow for an unknown client as for a known one."""
+        if self._waiting >= self.CROWD:
+            raise TokenRefusal("temporarily_unavailable", "Too many ask for tokens; try again.", 503, Retry_After="1")
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, lambda: any(matches(each, secret) for each in stored))
+        finally:
+            self._waiting -= 1
+
+    def issue(self, client_id: uuid.UUID, scope: str) -> str:
+        """A signed token."""
+        now = int(time.time())
+        claims = {
+            "iss": self.ISSUER,
+            "aud": self.ISSUER,
+            "sub": str(client_id),
+            "iat": now,
+            "exp": now + self.LIFE,
+            "jti": uuid.uuid4().hex,
+            "scope": scope,
+        }
+        first = next(iter(self._keys))
+        return jwt.encode(claims, self._keys[first], "HS256", headers={"kid": first})
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _network(address: str) -> str:
+    """An address, or where it is of IPv6 the network of 64 bits that one customer has."""
+    with contextlib.suppress(ValueError):
+        parsed = ipaddress.ip_address(address)
+        if parsed.version == 6 and not parsed.ipv4_mapped:
+            return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address
+
+
+def _uuid_or_none(text: str) -> uuid.UUID | None:
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(text, uuid.UUID)
+    return None
+
+
+def signing_keys(settings: Settings) -> str:
+    if settings.signing_keys is None:
+        raise BadSettings(f"BOTFARM_SIGNING_KEYS: {NO_SIGNING_KEY}")
+    return settings.signing_keys.reveal()

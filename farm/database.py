@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import asyncpg
+from msgspec import Struct
+
+HERE = Path(__file__).resolve().parent.parent
+SQL = {path.stem: path.read_text(encoding="utf-8") for path in sorted((HERE / "sql").glob("*.sql"))}
+
+
+# What asyncpg raises when the database is away, restarting, too busy, or cut us off.
+DATABASE_FAULTS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+
+
+STATEMENT = 6  # seconds for a statement; with a connection to wait for and to give back, ten for a call
+
+
+class Busy(asyncpg.InterfaceError):
+    """Too many calls wait for the database, or none gets a connection: nothing was sent."""
+
+
+async def _keep(connection: asyncpg.Connection) -> None:
+    """No reset on the return of a connection: we keep no session state (87 -> 59 us a query)."""
+
+
+class Connections:
+    """A pool of connections whose callers are told within seconds when there is none for them."""
+
+    PATIENCE = 3  # seconds to wait for a connection
+    CROWD = 500  # so many may wait for one
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator[asyncpg.Connection]:
+        if self._waiting >= self.CROWD:
+            raise Busy(f"{self._waiting} calls wait for a database connection already")
+        self._waiting += 1
+        try:
+            connection = await self._pool.acquire(timeout=self.PATIENCE)
+        except DATABASE_FAULTS as fault:  # told apart, because nothing was sent
+            raise Busy(f"there is no database connection: {type(fault).__name__}: {fault}") from fault
+        finally:
+            self._waiting -= 1
+        try:
+            yield cast("asyncpg.Connection", connection)
+        finally:  # bounded, because it waits for a cancelled statement, which a frozen server never ends
+            await self._pool.release(connection, timeout=1)
+
+    def gauges(self) -> tuple[int, int, int, int]:
+        """Connections that work, that are idle, that may be opened in all, and calls that wait for one."""
+        size, idle = self._pool.get_size(), self._pool.get_idle_size()
+        return size - idle, idle, self._pool.get_max_size(), self._waiting
+
+    async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> list[asyncpg.Record]:  # noqa: ASYNC109
+        async with self.acquire() as connection:
+            return await connection.fetch(sql, *args, timeout=timeout)
+
+    async def fetchrow(self, sql: str, *args: Any) -> asyncpg.Record | None:
+        return next(iter(await self.fetch(sql, *args)), None)
+
+    async def fetchval(self, sql: str, *args: Any) -> Any:
+        row = await self.fetchrow(sql, *args)
+        return row[0] if row else None
+
+    async def execute(self, sql: str, *args: Any) -> str:
+        async with self.acquire() as connection:
+            return await connection.execute(sql, *args)
+
+
+@asynccontextmanager
+async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str = "off") -> AsyncIterator[Connections]:
+    """Connections whose statements are planned in the given way: force_generic_plan once, force_custom_plan each time.
+
+    The statements of the hot path take arrays, which PostgreSQL would plan anew each time (database CPU
+    60 -> 41 us a request); lists and filters want a plan that knows which filters are set.
+    """
+    tuning = {"plan_cache_mode": plans, "jit": "off", "application_name": "botfarm"}
+    if plans == "force_generic_plan":  # a plan made while a table was small must not scan it when it has grown
+        tuning |= {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+    options: dict[str, Any] = {"server_settings": tuning, "target_session_attrs": "read-write"}
+    if pooler == "on":  # PgBouncer knows no prepared statements (before 1.21) and refuses unknown start-up parameters
+        options = {"statement_cache_size": 0}
+    pool = await asyncpg.create_pool(
+        url, min_size=1, max_size=size, command_timeout=seconds, timeout=5, reset=_keep, **options
+    )
+    try:
+        yield Connections(pool)
+    finally:
+        try:
+            await asyncio.wait_for(pool.close(), 2)
+        except TimeoutError:
+            pool.terminate()
+
+
+BACKLOG = 5000  # calls that may wait for a statement
+
+
+UNBATCHED = 16  # statements at once where BOTFARM_BATCH is 1
+
+
+T = TypeVar("T")
+
+
+R = TypeVar("R")
+
+
+class Coalescer(Generic[T, R]):
+    """Calls `run` with the items that have gathered, at most `limit` at once; `run` answers in their order.
+
+    One statement runs at a time (two gave nothing), but for a limit of one, which is there to compare with.
+    """
+
+    def __init__(
+        self, run: Callable[[list[T]], Awaitable[Sequence[R]]], limit: int, tell: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self._run = run
+        self._limit = limit
+        self._tell = tell  # hears the size of each batch
+        self._lanes = UNBATCHED if limit == 1 else 1
+        self._gathered: deque[tuple[T, asyncio.Future[R]]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __call__(self, item: T) -> asyncio.Future[R]:
+        """The result to come. Busy where too many wait already."""
+        if len(self._gathered) >= BACKLOG:
+            raise Busy(f"{len(self._gathered)} calls wait for the database already")
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._gathered.append((item, future))
+        if len(self._tasks) < self._lanes:
+            self._tasks.add(asyncio.create_task(self._drain()))
+        return future
+
+    async def _drain(self) -> None:
+        try:
+            while self._gathered:
+                count = min(len(self._gathered), self._limit)
+                self._tell(count)
+                await self._serve([self._gathered.popleft() for _ in range(count)])
+        finally:
+            self._tasks.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+
+    async def _serve(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
+        """One statement for all; where it fails for a reason that may be one call's alone, one for each."""
+        try:
+            for (_, future), result in zip(batch, await self._run([item for item, _ in batch]), strict=True):
+                if not future.done():
+                    future.set_result(result)
+        except Exception as error:
+            if len(batch) > 1 and not isinstance(error, DATABASE_FAULTS):
+                for one in batch:
+                    await self._serve([one])
+            else:
+                if isinstance(error, (TimeoutError, Busy)):  # those behind have waited as long
+                    batch += self._gathered
+                    self._gathered.clear()
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+
+
+def new_id() -> uuid.UUID:
+    """A UUID of version 7 (RFC 9562): a millisecond, then 74 random bits.
+
+    The time keeps the indexes of what is written together together; it decides nothing.
+    """
+    bits = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
+    return uuid.UUID(int=bits & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62)
+
+
+def columns(items: Iterable[Struct], kind: type[Struct]) -> list[list[Any]]:
+    """A list for each field of the items but their cause, as unnest() takes them."""
+    kept = list(items)
+    return [[getattr(item, name) for item in kept] for name in kind.__struct_fields__ if name != "cause"]

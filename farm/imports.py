@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import io
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import asyncpg
+import msgspec
+from litestar import Request
+
+from farm.database import SQL, new_id
+from farm.locks import Farm
+from farm.problems import (
+    BodyTooLarge,
+    DatabaseUnavailable,
+    Forbidden,
+    Invalid,
+    LineError,
+    LoginTaken,
+    MalformedBody,
+    shown,
+)
+from farm.settings import WORD, Settings
+from farm.telemetry import Cause, Events
+from farm.words import UNREADABLE, Caller, Imported, ImportedUser, UserFilter, check_words, field_errors, user_of
+
+PAUSE = 30  # seconds that a body may take, and an import pause
+
+
+LONGEST_LINE = 64 * 1024
+
+
+SLOWEST = 16 * 1024  # bytes a second that an import has to bring, after its first PAUSE
+
+
+CHUNK = 500
+
+
+FIELDS = ("login", "password", "project_id", "env", "domain")
+
+
+Numbered = tuple[int, ImportedUser]
+
+
+class Lines:
+    """Splits a stream of bytes into numbered lines; `None` stands for a line that is too long."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes | None]]:
+        *whole, rest = (self._rest + chunk).split(b"\n")
+        self._rest = rest[: LONGEST_LINE + 1]  # of a line that is too long, as much as tells so
+        for line in whole:
+            self.number += 1
+            yield self.number, line if len(line) <= LONGEST_LINE else None
+
+    def close(self) -> Iterator[tuple[int, bytes | None]]:
+        if self._rest:
+            yield from self.feed(b"\n")
+
+
+class ImportFile:
+    """Reads the lines of an import; what is wrong with them gathers in `errors`, the first 100."""
+
+    def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
+        """`projects` are what the caller is limited to; None: all."""
+        self.settings = settings
+        self.projects = projects
+        self.errors: list[LineError] = []
+
+    def read(self, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[Numbered]:
+        for number, line in lines:
+            if line is None:
+                self.fail(number, None, f"the line is over {LONGEST_LINE} bytes")
+            elif numbered := self.parse(number, line):
+                yield numbered
+
+    def parse(self, number: int, line: bytes) -> Numbered | None:
+        """The user of a line and the line it began on."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Called after the last line."""
+
+    def fail(self, line: int, field: str | None, message: str) -> None:
+        self.errors.append(LineError(line, field, message))
+        if len(self.errors) > 200:
+            self.errors = self.first_errors()
+
+    def first_errors(self) -> list[LineError]:
+        return sorted(self.errors, key=lambda error: error.line)[:100]
+
+    def check(self, number: int, user: ImportedUser) -> Numbered | None:
+        if self.projects is not None and user.project_id not in self.projects:
+            raise Forbidden.project(user.project_id, f"Line {number}: ")
+        faults = check_words(self.settings, user)
+        for fault in faults:
+            self.fail(number, fault.field, fault.message)
+        return None if faults else (number, user)
+
+    def fail_field(self, number: int, error: msgspec.ValidationError, raw: Any) -> None:
+        """The first fault of a line, so that the first 100 tell of as many lines."""
+        fault = field_errors(error, raw, ImportedUser)[0]
+        self.fail(number, fault.field, fault.message)
+
+
+class NdjsonFile(ImportFile):
+    """A JSON object a line; blank lines are passed over."""
+
+    _decoder = msgspec.json.Decoder(ImportedUser)
+
+    def parse(self, number: int, line: bytes) -> Numbered | None:
+        if not line.strip():
+            return None
+        try:
+            return self.check(number, self._decoder.decode(line))
+        except msgspec.ValidationError as error:
+            with contextlib.suppress(*UNREADABLE):
+                self.fail_field(number, error, msgspec.json.decode(line))
+                return None
+        except UNREADABLE:
+            pass
+        self.fail(number, None, "the line is not JSON in UTF-8")
+        return None
+
+
+class CsvFile(ImportFile):
+    """RFC 4180 with a header line. Empty cells of password, domain and labels count as left out."""
+
+    def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
+        super().__init__(settings, projects)
+        self.header: list[str] | None = None
+        self._parts: list[bytes] = []  # a record whose quotes are not closed yet, and the line it began on
+        self._size = self._quotes = self._began = 0
+
+    def parse(self, number: int, line: bytes) -> Numbered | None:
+        self._parts.append(line)
+        self._began = self._began or number
+        self._size += len(line) + 1
+        self._quotes += line.count(b'"')
+        if self._quotes % 2 and self._size <= LONGEST_LINE:
+            return None
+        began, size, record = self._began, self._size, b"\n".join(self._parts)
+        self._parts, self._size, self._quotes, self._began = [], 0, 0, 0
+        if size > LONGEST_LINE + 1:
+            self.fail(began, None, f"the record is over {LONGEST_LINE} bytes; is a quote not closed?")
+            return None
+        return self._parse_record(began, record)
+
+    def close(self) -> None:
+        if self._parts:
+            self.fail(self._began, None, "a quote is not closed")
+        elif self.header is None:
+            self.fail(1, None, "the file is empty; a CSV file begins with a header line")
+
+    def _parse_record(self, number: int, record: bytes) -> Numbered | None:
+        try:
+            text = record.decode("utf-8-sig" if self.header is None else "utf-8")
+            records = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+            if len(records) > 1:
+                raise csv.Error("a stray quote or carriage return")
+            cells = records[0] if records else []
+        except (UnicodeError, csv.Error) as error:
+            self.fail(number, None, f"the line is not CSV in UTF-8: {error}")
+            self.header = self.header if self.header is not None else []
+            return None
+        if self.header is None:
+            self._read_header(cells)
+            return None
+        return self._read_cells(number, cells) if cells and self.header else None
+
+    def _read_header(self, cells: list[str]) -> None:
+        self.header = [cell.strip() for cell in cells]
+        for column, name in enumerate(self.header, 1):  # by number: without a header, a name would be a password
+            if name not in FIELDS and not (name.startswith("label.") and re.match(WORD, name[6:])):
+                known = f"{', '.join(FIELDS)} or label.<key>"
+                self.fail(1, None, f"column {column} is not one of {known}; is the header line missing?")
+            elif name in self.header[: column - 1]:
+                self.fail(1, name, f"the column {shown(name)} is there twice")
+        for name in ("login", "project_id", "env"):
+            if name not in self.header:
+                self.fail(1, name, f"the column {name} is missing")
+        self.header = [] if self.errors else self.header
+
+    def _read_cells(self, number: int, cells: list[str]) -> Numbered | None:
+        header = cast("list[str]", self.header)
+        if len(cells) != len(header):
+            self.fail(number, None, f"the line has {len(cells)} columns, the header has {len(header)}")
+            return None
+        named = dict(zip(header, cells, strict=True))
+        values: dict[str, Any] = {k: v for k, v in named.items() if k in FIELDS and (v or k in ("login", "env"))}
+        values["labels"] = {k[6:]: v for k, v in named.items() if k.startswith("label.") and v}
+        try:
+            return self.check(number, msgspec.convert(values, ImportedUser))
+        except msgspec.ValidationError as error:
+            self.fail_field(number, error, values)
+            return None
+
+
+class Changed:
+    """The users that an import creates and changes, to be told when it is committed: 17 bytes for each, so that a
+    million need no more memory than a few chunks of lines."""
+
+    KINDS = ("created", "updated")
+
+    def __init__(self) -> None:
+        self._ids = bytearray()
+        self._kinds = bytearray()
+
+    def add(self, rows: Iterable[asyncpg.Record]) -> None:
+        for row in rows:
+            self._ids += row["id"].bytes
+            self._kinds.append(self.KINDS.index(row["kind"]))
+
+    async def tell(self, events: Events, cause: Cause) -> None:
+        """A line for each, no faster than the log is written; where its reader stands still, half a minute at most."""
+        patience = time.monotonic() + 30
+        for number, kind in enumerate(self._kinds):
+            if number % CHUNK == 0:
+                await asyncio.sleep(0)
+                while events.journal and events.journal.is_full() and time.monotonic() < patience:
+                    await asyncio.sleep(0.01)
+            id = uuid.UUID(bytes=bytes(self._ids[16 * number : 16 * number + 16]))
+            events.user("changed" if kind else "created", id, cause)
+
+
+class Import:
+    """One import: a temporary table in one transaction, filled chunk by chunk and applied at the end."""
+
+    def __init__(self, farm: Farm, connection: asyncpg.Connection, file: ImportFile) -> None:
+        self.farm = farm
+        self.passwords = farm.passwords
+        self.connection = connection
+        self.file = file
+        self.changed = Changed()
+
+    async def stage(self, users: list[Numbered]) -> None:
+        """Compare with the users that are known, seal the passwords that are new, and keep both for `apply`."""
+        known = await self.connection.fetch(
+            SQL["find_known_users"],
+            [user.project_id for _, user in users],
+            [user.env for _, user in users],
+            [user.login for _, user in users],
+        )
+        by_ordinal = {row["ordinal"]: row for row in known}
+        pairs = enumerate(users, 1)
+        rows = [await self._row(line, user, by_ordinal.get(ordinal)) for ordinal, (line, user) in pairs]
+        await self.connection.copy_records_to_table(
+            "import_rows", schema_name="pg_temp", columns=IMPORT_COLUMNS, records=[row for row in rows if row]
+        )
+
+    async def _row(self, line: int, user: ImportedUser, known: asyncpg.Record | None) -> tuple[Any, ...] | None:
+        if known is None and user.password is None:
+            self.file.fail(line, "password", "a password is needed: this user is new")
+            return None
+        labels = msgspec.json.encode(user.labels).decode()
+        id = known["id"] if known else new_id()
+        secret = await self._secret(id, user, known)
+        kind = "created"
+        if known:
+            same = known["domain"] == user.domain and msgspec.json.decode(known["labels"]) == user.labels
+            kind = "unchanged" if same and secret in (None, known["secret"]) else "updated"
+        return line, kind, id, user.project_id, user.env, user.domain, user.login, labels, secret
+
+    async def _secret(self, id: uuid.UUID, user: ImportedUser, known: asyncpg.Record | None) -> str | None:
+        """What to store: nothing new without a password, and what stands already where that is the same."""
+        if user.password is None:
+            return None
+        if known and await self.passwords.verify(id, known["secret"], user.password):
+            return known["secret"]
+        return await self.passwords.store(id, user.password)
+
+    async def apply(self) -> Imported:
+        """All or nothing. Invalid when the file has errors, logins that stand in it twice among them."""
+        connection = self.connection
+        for row in await connection.fetch(SQL["import_duplicates"], timeout=600):
+            message = f"{shown(row['login'])} stands in the lines {row['first']} and {row['line']}"
+            self.file.errors.append(LineError(row["line"], "login", message))
+        if self.file.errors:
+            raise Invalid(self.file.first_errors())
+        if pools := await connection.fetch(SQL["import_pools"], timeout=600):
+            await self.farm.hot.execute(SQL["make_pools"], *zip(*pools, strict=True))
+        for attempt in range(10):
+            try:
+                async with connection.transaction():
+                    await self._write()
+                break
+            except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
+                if attempt == 9:
+                    raise LoginTaken("Others keep changing the users of this file; send it again.") from None
+        if self.farm.events.journal:
+            async for row in connection.cursor(SQL["import_changed"], prefetch=CHUNK, timeout=600):
+                self.changed.add([row])
+        kinds = dict(await connection.fetch(SQL["import_kinds"], timeout=600))
+        return Imported(*(kinds.get(kind, 0) for kind in Imported.__struct_fields__))
+
+    async def _write(self) -> None:
+        """Others may create, rename or delete users of the file until now: look once more, then write."""
+        await self.connection.execute(SQL["import_lock"], timeout=600)
+        await self._renew()
+        await self._adopt()
+        for statement in ("import_create", "import_unlock", "import_update", "import_move"):
+            await self.connection.execute(SQL[statement], timeout=3600)
+
+    async def _renew(self) -> None:
+        """Users that were known when they were staged, and are gone: make them anew."""
+        rows = await self.connection.fetch(SQL["import_lost"], timeout=600)
+        for row in rows:
+            if row["secret"] is None:
+                self.file.fail(row["line"], "password", "a password is needed: this user was deleted meanwhile")
+        if self.file.errors:
+            raise Invalid(self.file.first_errors())
+        ids = [new_id() for _ in rows]
+        pairs = zip(ids, rows, strict=True)
+        secrets = [self.passwords.reseal(row["id"], id, row["secret"]) for id, row in pairs]
+        await self.connection.execute(SQL["import_renew"], [row["line"] for row in rows], ids, secrets)
+
+    async def _adopt(self) -> None:
+        """Users of the file that another call made since they were staged: seal for them, and update them."""
+        rows = await self.connection.fetch(SQL["import_overtaken"], timeout=600)
+        secrets = [self.passwords.reseal(row["staged_id"], row["id"], row["secret"]) for row in rows]
+        await self.connection.execute(
+            SQL["import_adopt"], [row["staged_id"] for row in rows], [row["id"] for row in rows], secrets
+        )
+
+
+IMPORT_COLUMNS = ("line", "kind", "id", "project_id", "env", "domain", "login", "labels", "secret")
+
+
+@asynccontextmanager
+async def turn(imports: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Two imports at a time, so that they leave connections to others; a third waits its turn, but not for ever."""
+    try:
+        async with asyncio.timeout(30):
+            await imports.acquire()
+    except TimeoutError:
+        raise DatabaseUnavailable("Two imports are running already; try again when one is done.") from None
+    try:
+        yield
+    finally:
+        imports.release()
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    """The body as it arrives. One that pauses or drips holds a transaction and a turn, and is given up."""
+    stream, waited, size = request.stream(), 0.0, 0
+    while True:
+        begin = time.monotonic()
+        try:
+            async with asyncio.timeout(min(PAUSE, PAUSE + size / SLOWEST - waited)):
+                part = await anext(stream, None)
+        except TimeoutError:
+            text = f"The import paused for {PAUSE} seconds, or brought under {SLOWEST} bytes a second"
+            raise MalformedBody(f"{text}; nothing was stored.", headers={"Connection": "close"}) from None
+        if part is None:
+            return
+        waited += time.monotonic() - begin
+        size += len(part)
+        yield part
+
+
+async def chunks(request: Request, file: ImportFile, limit: int) -> AsyncIterator[list[Numbered]]:
+    """The users of a body, CHUNK at a time. After 100 errors the rest is read and dropped."""
+    lines, size, users = Lines(), 0, []
+    async for part in _parts(request):
+        size += len(part)
+        if size > limit:
+            raise BodyTooLarge(f"The import is over BOTFARM_MAX_IMPORT, {limit} bytes: send it in parts.")
+        if len(file.errors) >= 100:
+            continue
+        for user in file.read(lines.feed(part)):
+            users.append(user)
+            if len(users) == CHUNK:
+                yield users
+                users = []
+    users += file.read(lines.close())
+    file.close()
+    if users:
+        yield users
+
+
+async def exported(farm: Farm, query: UserFilter, caller: Caller, rows: list[asyncpg.Record]) -> AsyncIterator[bytes]:
+    while rows:
+        yield b"".join(msgspec.json.encode(user_of(row)) + b"\n" for row in rows)
+        page = (rows[-1]["created_at"], rows[-1]["id"], 500)
+        rows = await farm.pool.fetch(SQL["list_users"], *query.columns(page, caller))

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import os
+import secrets
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import argon2
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from farm import embedded
+from farm.database import SQL, Connections
+from farm.settings import Secret, Settings, parse_keys
+
+SEALED = "$aes-256-gcm$"
+
+
+class KeyFault(Exception):
+    """A sealing key is missing or wrong."""
+
+
+class Keyring:
+    """The sealing keys: the first seals, all unseal.
+
+    A sealed secret reads $aes-256-gcm$KEY-ID$base64(nonce + ciphertext + tag). The nonce is random (96 bits,
+    NIST SP 800-38D), and the user's id is associated data, so a secret moved to another user does not open.
+    """
+
+    def __init__(self, keys: dict[str, bytes]) -> None:
+        self.first = next(iter(keys))
+        self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
+
+    @classmethod
+    def parse(cls, text: str) -> Keyring:
+        return cls(parse_keys(text))
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._ciphers)
+
+    def seal(self, owner: uuid.UUID, clear: str, key_id: str | None = None) -> str:
+        key_id = key_id or self.first
+        nonce = os.urandom(12)
+        sealed = nonce + self._ciphers[key_id].encrypt(nonce, clear.encode(), owner.bytes)
+        return f"{SEALED}{key_id}${base64.b64encode(sealed).decode()}"
+
+    def open(self, owner: uuid.UUID, secret: str) -> str:
+        """KeyFault when the key is not there, or is another one, or the secret is another user's."""
+        key_id, _, text = secret.removeprefix(SEALED).partition("$")
+        sealed = base64.b64decode(text)
+        try:
+            return self._ciphers[key_id].decrypt(sealed[:12], sealed[12:], owner.bytes).decode()
+        except KeyError:
+            raise KeyFault(f"No key {key_id!r} in BOTFARM_KEYS, but a password is sealed with it.") from None
+        except InvalidTag:
+            raise KeyFault(f"The key {key_id!r} does not open a password that was sealed under that id.") from None
+
+
+def generate_key() -> str:
+    """A new key as BOTFARM_KEYS and BOTFARM_SIGNING_KEYS take it."""
+    return f"k{secrets.token_hex(3)}:{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
+# OWASP's minimum (19 MiB, t=2, p=1; 15 ms): always in a thread of a small pool, so that hashing never stalls an
+# acquire and never takes more than 38 MiB.
+HASHER = argon2.PasswordHasher(time_cost=2, memory_cost=19456, parallelism=1)
+
+
+def matches(stored: str, clear: str) -> bool:
+    """Whether an Argon2id hash is that of a text. Takes 15 ms."""
+    try:
+        return HASHER.verify(stored, clear)
+    except argon2.exceptions.VerifyMismatchError:
+        return False
+
+
+class Passwords:
+    """How this deployment stores passwords."""
+
+    def __init__(self, keyring: Keyring | None) -> None:
+        self.keyring = keyring
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="argon2")
+
+    async def store(self, owner: uuid.UUID, clear: str) -> str:
+        if self.keyring:
+            return self.keyring.seal(owner, clear)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, HASHER.hash, clear)
+
+    async def verify(self, owner: uuid.UUID, secret: str, clear: str) -> bool:
+        if secret.startswith(SEALED):
+            return hmac.compare_digest(self._open(owner, secret).encode(), clear.encode())
+        return await asyncio.get_running_loop().run_in_executor(self._threads, matches, secret, clear)
+
+    def reveal(self, owner: uuid.UUID, secret: str) -> str | None:
+        """The clear password for the reply that grants a lock; None where only a hash is stored."""
+        return self._open(owner, secret) if secret.startswith(SEALED) else None
+
+    def reseal(self, old: uuid.UUID, new: uuid.UUID, secret: str) -> str:
+        """The same password for another user. A hash holds for anybody."""
+        if not secret.startswith(SEALED):
+            return secret
+        return cast("Keyring", self.keyring).seal(new, self._open(old, secret))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _open(self, owner: uuid.UUID, secret: str) -> str:
+        if not self.keyring:
+            raise KeyFault("Passwords are sealed, but BOTFARM_KEYS is not set.")
+        return self.keyring.open(owner, secret)
+
+
+PROOF_OWNER = uuid.UUID(int=0)
+
+
+PROOF = "BotFarm"
+
+
+async def check_keys(pool: Connections, keyring: Keyring | None) -> None:
+    """Find a wrong or a missing key now and not at the first lock. KeyFault says which and what to do."""
+    for key_id in keyring.ids if keyring else ():
+        proof = cast("Keyring", keyring).seal(PROOF_OWNER, PROOF, key_id)
+        stored = await pool.fetchval(SQL["prove_key"], key_id, proof)
+        try:
+            cast("Keyring", keyring).open(PROOF_OWNER, stored)
+        except KeyFault:
+            raise KeyFault(
+                f"BOTFARM_KEYS: the key {key_id!r} is not the one that this database was used with under that id. "
+                "Set the right key, or give a new key another id."
+            ) from None
+    known = keyring.ids if keyring else []
+    for key_id in [row["id"] for row in await pool.fetch(SQL["list_proofs"]) if row["id"] not in known]:
+        if not await pool.fetchval(SQL["forget_proof"], key_id, f"{SEALED}{key_id}$"):
+            raise KeyFault(
+                f"BOTFARM_KEYS: the key {key_id!r} is missing, but passwords are sealed with it. Add it (after the "
+                "first key), and run `python botfarm.py reseal` before you take it out."
+            )
+
+
+async def reseal(pool: Connections, keyring: Keyring, progress: Callable[[int], None]) -> int:
+    """Seal everything under the first key, 500 users at a time. Safe to stop and to start again at any time."""
+    total, last = 0, uuid.UUID(int=0)
+    prefix = f"{SEALED}{keyring.first}$"
+    while rows := await pool.fetch(SQL["list_sealed"], last, SEALED, prefix, 500):
+        ids = [row["id"] for row in rows]
+        old = [row["secret"] for row in rows]
+        new = [keyring.seal(row["id"], keyring.open(row["id"], row["secret"])) for row in rows]
+        total += len(await pool.fetch(SQL["reseal_users"], ids, old, new))
+        last = ids[-1]
+        progress(total)
+    return total
+
+
+def load_keys(settings: Settings) -> Secret | None:
+    """The keys of the settings; with an embedded database else a key of its own, made at the first start."""
+    if settings.keys or settings.database_url:
+        return settings.keys
+    file = embedded.settle_home(settings.home) / "keys"
+    if not file.exists():
+        file.with_suffix(".new").unlink(missing_ok=True)
+        # The folder may belong to the user that PostgreSQL runs as: follow no link that stands there.
+        handle = os.open(file.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as new:
+            new.write(generate_key() + "\n")
+            new.flush()
+            os.fsync(new.fileno())
+        file.with_suffix(".new").rename(file)
+    return Secret(file.read_text().strip())
+
+
+def keyring_of(keys: Secret | None) -> Keyring | None:
+    return Keyring.parse(keys.reveal()) if keys else None
