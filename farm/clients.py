@@ -1,24 +1,108 @@
+"""Who calls: the cause of what happens, and with BOTFARM_AUTH=on the clients, their tokens, scopes and projects.
+
+A client is a program with a secret. For that it gets a signed token at POST /token, which it sends with each call. The
+scopes of a call are those that both its token and its client have; a client may be limited to projects, and then it is
+answered as if there were no others. Without authentication everybody may do everything.
+"""
+
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import ipaddress
+import itertools
+import re
 import secrets
 import time
 import uuid
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import parse_qsl, unquote_plus
 
 import asyncpg
 import jwt
 import msgspec
+from cachetools import TLRUCache
 from msgspec import Struct
 
 from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections
 from farm.passwords import HASHER, matches
-from farm.problems import Forbidden, TokenRefusal, Unauthenticated
+from farm.problems import Forbidden, TokenRefusal, Unauthenticated, shown
 from farm.settings import NO_SIGNING_KEY, BadSettings, Settings, jittered, log
-from farm.words import Caller, with_implied
+from farm.telemetry import Cause
+from farm.words import Token
+
+# ---- Who calls, and what for -------------------------------------------------------------------------------
+
+SCOPES = {
+    "users:read": "read users, their history and pools",
+    "users:write": "create, change, delete, import, verify and quarantine users, and read them",
+    "locks": "acquire users, and extend and release locks of its own",
+    "admin": "everything, also with locks of other clients",
+}
+
+
+def with_implied(scopes: Iterable[str]) -> frozenset[str]:
+    implied = {"admin": tuple(SCOPES), "users:write": ("users:read",)}
+    return frozenset(each for scope in scopes for each in (scope, *implied.get(scope, ())))
+
+
+class Caller(Struct, frozen=True):
+    """Who calls; by default everybody, as it is without authentication."""
+
+    client: uuid.UUID | None = None
+    scopes: frozenset[str] = frozenset(SCOPES)
+    projects: tuple[uuid.UUID, ...] | None = None  # null: all
+
+    @property
+    def owner(self) -> uuid.UUID | None:
+        """The client whose locks it may touch; null: anybody's."""
+        return None if "admin" in self.scopes else self.client
+
+    def check_project(self, project_id: uuid.UUID | None, where: str = "") -> None:
+        """Forbidden where a client that is limited to projects names another one."""
+        if self.projects is not None and project_id is not None and project_id not in self.projects:
+            raise Forbidden.project(project_id, where)
+
+
+ANYBODY = Caller()
+REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:+/=@-]{1,128}")
+# https://www.w3.org/TR/trace-context/#traceparent-header
+TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_PREFIX = secrets.token_hex(6)
+_NUMBERS = itertools.count(1)
+
+
+CALLER, CAUSE = "botfarm-caller", "botfarm-cause"  # in the state of a request
+
+
+def caller_of(scope: Any) -> Caller:
+    return scope["state"].get(CALLER, ANYBODY)
+
+
+def cause_of(scope: Any) -> Cause:
+    """Where an event comes from: the request's own id and trace, where it brought some that are well formed."""
+    state = scope["state"]
+    cause = state.get(CAUSE)
+    if cause is None:
+        request_id = trace_id = None
+        echo = []
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+                request_id = value.decode()
+                echo.append((name, value))
+            elif name == b"traceparent" and (found := TRACEPARENT.fullmatch(value)):
+                trace_id = found[1].decode()
+                echo.append((name, value))
+        request_id = request_id or f"{_PREFIX}-{next(_NUMBERS):x}"
+        state[CAUSE] = cause = Cause(request_id, trace_id, caller_of(scope).client, echo or None)
+    return cause
+
+
+# ---- Clients and their tokens ------------------------------------------------------------------------------
 
 
 class Client(Struct, frozen=True):
@@ -60,7 +144,10 @@ class Gate:
         self._keys = keys
         self._clients: dict[uuid.UUID, Client] = {}
         self._read_at = -self.STALE
-        self._checked: dict[str, tuple[Caller | None, float]] = {}  # None: the client is gone
+        # Header -> its caller (None: the client is gone) and until when that holds: a check costs 63 us, a look-up 1.
+        self._checked: TLRUCache[str, tuple[Caller | None, float]] = TLRUCache(
+            self.MOST, ttu=lambda _, checked, __: checked[1], timer=time.monotonic
+        )
         self.refresh = Coalescer(self._read, 10_000)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="secrets")
         self._waiting = 0
@@ -70,7 +157,7 @@ class Gate:
         """Who sent this Authorization header. Unauthenticated, or Forbidden where the scope is lacking."""
         now = time.monotonic()
         caller, until = self._checked.get(sent or "", (None, 0))
-        if now >= until or now >= self._read_at + self.STALE:
+        if not until or now >= self._read_at + self.STALE:
             caller = await self._check(sent)
         if caller is None:
             raise Unauthenticated("The client of the token is gone")
@@ -99,8 +186,6 @@ class Gate:
         client = self._clients.get(claims.sub)
         scopes = with_implied(claims.scope.split())
         caller = Caller(claims.sub, scopes & client.scopes, client.projects) if client else None
-        if len(self._checked) >= self.MOST:
-            self._checked.clear()
         self._checked[sent] = caller, time.monotonic() + min(self.CHECKED, claims.exp - time.time())
         return caller
 
@@ -222,3 +307,64 @@ def signing_keys(settings: Settings) -> str:
     if settings.signing_keys is None:
         raise BadSettings(f"BOTFARM_SIGNING_KEYS: {NO_SIGNING_KEY}")
     return settings.signing_keys.reveal()
+
+
+# ---- POST /token: the client credentials grant, RFC 6749 section 4.4 ----------------------------------------
+# The password grant is left out on purpose, see RFC 9700 section 2.4.
+
+FORM = "application/x-www-form-urlencoded"
+LONGEST_FORM = 16 * 1024
+
+
+async def grant_token(gate: Gate, form: dict[str, str], authorization: str | None, address: str) -> Token:
+    """A token for a client's secret. TokenRefusal says why there is none."""
+    client_id, secret = _credentials(authorization, form)
+    grant = form.get("grant_type")
+    if grant is None:
+        raise TokenRefusal("invalid_request", "grant_type is missing: it is client_credentials.")
+    if grant != "client_credentials":
+        raise TokenRefusal("unsupported_grant_type", f"{shown(grant)} is not the one grant here, client_credentials.")
+    client = await gate.authenticate(client_id, secret, address)
+    scope = _granted_scope(form.get("scope", ""), client["scopes"])
+    return Token(gate.issue(client["id"], scope), "Bearer", gate.LIFE, scope)
+
+
+def read_form(content_type: str, body: bytes) -> dict[str, str]:
+    """The parameters that have a value; those without count as left out, unknown ones are passed over."""
+    if content_type.partition(";")[0].strip().lower() != FORM:
+        raise TokenRefusal("invalid_request", f"The content type has to be {FORM}.")
+    try:
+        pairs = parse_qsl(body.decode("ascii"), errors="strict", max_num_fields=100)
+    except ValueError:
+        raise TokenRefusal("invalid_request", f"The body is not {FORM} in UTF-8.") from None
+    if len(dict(pairs)) < len(pairs):
+        raise TokenRefusal("invalid_request", "A parameter is there twice.")
+    return dict(pairs)
+
+
+def _credentials(authorization: str | None, form: dict[str, str]) -> tuple[str, str]:
+    """Id and secret of the client; RFC 6749 section 2.3.1 allows one way at a time."""
+    if authorization is None:
+        if "client_id" in form and "client_secret" in form:
+            return form["client_id"], form["client_secret"]
+        text = "Send the client's id and secret by HTTP Basic, or as client_id and client_secret."
+        raise TokenRefusal("invalid_client", text, 401, WWW_Authenticate='Basic realm="botfarm"')
+    kind, _, encoded = authorization.partition(" ")
+    try:
+        client_id, colon, secret = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
+    except ValueError:
+        kind = client_id = colon = secret = ""
+    if kind.lower() != "basic" or not colon:
+        text = "The Authorization header is not HTTP Basic with the client's id and secret."
+        raise TokenRefusal("invalid_client", text, 401, WWW_Authenticate='Basic realm="botfarm"')
+    client_id, secret = unquote_plus(client_id), unquote_plus(secret)
+    if "client_secret" in form or form.get("client_id", client_id) != client_id:
+        raise TokenRefusal("invalid_request", "The client is there twice: by HTTP Basic and in the form.")
+    return client_id, secret
+
+
+def _granted_scope(asked: str, scopes: Sequence[str]) -> str:
+    """The scopes that were asked for, or all of the client."""
+    if excess := sorted(set(asked.split()) - with_implied(scopes)):
+        raise TokenRefusal("invalid_scope", f"{shown(excess[0])} is none of the client's scopes, {' '.join(scopes)}.")
+    return " ".join(dict.fromkeys(asked.split())) or " ".join(scopes)

@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from farm import embedded
+from farm.clients import SCOPES
 from farm.database import SQL, open_pool
 from farm.migrations import SchemaError, database, migrate
 from farm.passwords import HASHER, KeyFault, check_keys, generate_key, keyring_of, load_keys, reseal
 from farm.server import serve
 from farm.settings import SECRET_SETTINGS, SETTING_TYPES, BadSettings, Settings
 from farm.telemetry import log_as_lines, tell
-from farm.words import CSV, NDJSON, SCOPES
+from farm.words import CSV, NDJSON
 
 
 def migrate_command(settings: Settings, rollback: bool, rest: int | None) -> int:
@@ -284,7 +285,7 @@ def _run(arguments: argparse.Namespace, create_app: Callable[[Settings], Litesta
         case "client":
             return client_command(settings, arguments)
         case "openapi":
-            print(json.dumps(create_app(settings).state.openapi(settings), indent=2))
+            print(json.dumps(create_app(settings).state.openapi(), indent=2))
             return 0
     return serve(settings, create_app)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 import uuid
@@ -76,8 +77,11 @@ class Connections:
         return size - idle, idle, self._pool.get_max_size(), self._waiting
 
     async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> list[asyncpg.Record]:  # noqa: ASYNC109
-        async with self.acquire() as connection:
-            return await connection.fetch(sql, *args, timeout=timeout)
+        for _ in range(5):
+            with contextlib.suppress(asyncpg.DeadlockDetectedError):  # rolled back whole, so safe to repeat
+                async with self.acquire() as connection:
+                    return await connection.fetch(sql, *args, timeout=timeout)
+        raise Busy("too many calls change the same rows")
 
     async def fetchrow(self, sql: str, *args: Any) -> asyncpg.Record | None:
         return next(iter(await self.fetch(sql, *args)), None)

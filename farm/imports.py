@@ -13,10 +13,9 @@ from typing import Any, cast
 
 import asyncpg
 import msgspec
-from litestar import Request
 
-from farm.database import SQL, new_id
-from farm.locks import Farm
+from farm.database import DATABASE_FAULTS, SQL, Connections, new_id
+from farm.passwords import Passwords
 from farm.problems import (
     BodyTooLarge,
     DatabaseUnavailable,
@@ -28,8 +27,7 @@ from farm.problems import (
     shown,
 )
 from farm.settings import WORD, Settings
-from farm.telemetry import Cause, Events
-from farm.words import UNREADABLE, Caller, Imported, ImportedUser, UserFilter, check_words, field_errors, user_of
+from farm.words import UNREADABLE, Imported, ImportedUser, User, UserFilter, field_errors, forbidden
 
 PAUSE = 30  # seconds that a body may take, and an import pause
 
@@ -102,7 +100,7 @@ class ImportFile:
     def check(self, number: int, user: ImportedUser) -> Numbered | None:
         if self.projects is not None and user.project_id not in self.projects:
             raise Forbidden.project(user.project_id, f"Line {number}: ")
-        faults = check_words(self.settings, user)
+        faults = list(forbidden(self.settings, user))
         for fault in faults:
             self.fail(number, fault.field, fault.message)
         return None if faults else (number, user)
@@ -206,42 +204,16 @@ class CsvFile(ImportFile):
             return None
 
 
-class Changed:
-    """The users that an import creates and changes, to be told when it is committed: 17 bytes for each, so that a
-    million need no more memory than a few chunks of lines."""
-
-    KINDS = ("created", "updated")
-
-    def __init__(self) -> None:
-        self._ids = bytearray()
-        self._kinds = bytearray()
-
-    def add(self, rows: Iterable[asyncpg.Record]) -> None:
-        for row in rows:
-            self._ids += row["id"].bytes
-            self._kinds.append(self.KINDS.index(row["kind"]))
-
-    async def tell(self, events: Events, cause: Cause) -> None:
-        """A line for each, no faster than the log is written; where its reader stands still, half a minute at most."""
-        patience = time.monotonic() + 30
-        for number, kind in enumerate(self._kinds):
-            if number % CHUNK == 0:
-                await asyncio.sleep(0)
-                while events.journal and events.journal.is_full() and time.monotonic() < patience:
-                    await asyncio.sleep(0.01)
-            id = uuid.UUID(bytes=bytes(self._ids[16 * number : 16 * number + 16]))
-            events.user("changed" if kind else "created", id, cause)
-
-
 class Import:
     """One import: a temporary table in one transaction, filled chunk by chunk and applied at the end."""
 
-    def __init__(self, farm: Farm, connection: asyncpg.Connection, file: ImportFile) -> None:
-        self.farm = farm
-        self.passwords = farm.passwords
+    def __init__(
+        self, hot: Connections, passwords: Passwords, connection: asyncpg.Connection, file: ImportFile
+    ) -> None:
+        self.hot = hot
+        self.passwords = passwords
         self.connection = connection
         self.file = file
-        self.changed = Changed()
 
     async def stage(self, users: list[Numbered]) -> None:
         """Compare with the users that are known, seal the passwords that are new, and keep both for `apply`."""
@@ -288,7 +260,7 @@ class Import:
         if self.file.errors:
             raise Invalid(self.file.first_errors())
         if pools := await connection.fetch(SQL["import_pools"], timeout=600):
-            await self.farm.hot.execute(SQL["make_pools"], *zip(*pools, strict=True))
+            await self.hot.execute(SQL["make_pools"], *zip(*pools, strict=True))
         for attempt in range(10):
             try:
                 async with connection.transaction():
@@ -297,9 +269,6 @@ class Import:
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 if attempt == 9:
                     raise LoginTaken("Others keep changing the users of this file; send it again.") from None
-        if self.farm.events.journal:
-            async for row in connection.cursor(SQL["import_changed"], prefetch=CHUNK, timeout=600):
-                self.changed.add([row])
         kinds = dict(await connection.fetch(SQL["import_kinds"], timeout=600))
         return Imported(*(kinds.get(kind, 0) for kind in Imported.__struct_fields__))
 
@@ -350,9 +319,33 @@ async def turn(imports: asyncio.Semaphore) -> AsyncIterator[None]:
         imports.release()
 
 
-async def _parts(request: Request) -> AsyncIterator[bytes]:
+class Imports:
+    """Runs imports, two at a time, so that they leave connections to others."""
+
+    def __init__(self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords) -> None:
+        self._limit = settings.max_import
+        self._hot = hot
+        self._pool = pool
+        self._passwords = passwords
+        self._turns = asyncio.Semaphore(2)
+
+    async def run(self, file: ImportFile, body: AsyncIterator[bytes]) -> Imported:
+        async with turn(self._turns), self._pool.acquire() as connection:
+            async with connection.transaction():
+                await connection.execute(SQL["import_stage"])
+                job = Import(self._hot, self._passwords, connection, file)
+                async for users in chunks(body, file, self._limit):
+                    await job.stage(users)
+                imported = await job.apply()
+            if imported.created + imported.updated > 1000:
+                with contextlib.suppress(asyncpg.PostgresError, *DATABASE_FAULTS):  # all is stored already
+                    await connection.execute(SQL["import_analyze"], timeout=600)
+        return imported
+
+
+async def _parts(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The body as it arrives. One that pauses or drips holds a transaction and a turn, and is given up."""
-    stream, waited, size = request.stream(), 0.0, 0
+    waited, size = 0.0, 0
     while True:
         begin = time.monotonic()
         try:
@@ -368,10 +361,10 @@ async def _parts(request: Request) -> AsyncIterator[bytes]:
         yield part
 
 
-async def chunks(request: Request, file: ImportFile, limit: int) -> AsyncIterator[list[Numbered]]:
+async def chunks(body: AsyncIterator[bytes], file: ImportFile, limit: int) -> AsyncIterator[list[Numbered]]:
     """The users of a body, CHUNK at a time. After 100 errors the rest is read and dropped."""
     lines, size, users = Lines(), 0, []
-    async for part in _parts(request):
+    async for part in _parts(body):
         size += len(part)
         if size > limit:
             raise BodyTooLarge(f"The import is over BOTFARM_MAX_IMPORT, {limit} bytes: send it in parts.")
@@ -388,8 +381,10 @@ async def chunks(request: Request, file: ImportFile, limit: int) -> AsyncIterato
         yield users
 
 
-async def exported(farm: Farm, query: UserFilter, caller: Caller, rows: list[asyncpg.Record]) -> AsyncIterator[bytes]:
+async def exported(
+    pool: Connections, filters: UserFilter, projects: tuple[uuid.UUID, ...] | None, rows: list[asyncpg.Record]
+) -> AsyncIterator[bytes]:
     while rows:
-        yield b"".join(msgspec.json.encode(user_of(row)) + b"\n" for row in rows)
+        yield b"".join(msgspec.json.encode(User.of(row)) + b"\n" for row in rows)
         page = (rows[-1]["created_at"], rows[-1]["id"], 500)
-        rows = await farm.pool.fetch(SQL["list_users"], *query.columns(page, caller))
+        rows = await pool.fetch(SQL["list_users"], *filters.columns(page, projects))

@@ -5,17 +5,18 @@ import contextlib
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import asyncpg
 import msgspec
+from cachetools import LRUCache, TTLCache
 from msgspec import Struct
 
-from farm.database import DATABASE_FAULTS, SQL, Busy, columns, new_id
+from farm.database import DATABASE_FAULTS, SQL, Busy, Connections, columns, new_id
 from farm.problems import ShuttingDown
 from farm.settings import jittered, log
-from farm.telemetry import NOWHERE, Cause
+from farm.telemetry import NOWHERE, Cause, Events
 from farm.words import Wish, Wishes
 
 POLL = 0.2  # seconds between two looks while somebody waits
@@ -47,7 +48,8 @@ class Ask(Struct, eq=False, kw_only=True):
     ttl: int = 0
     wait: int = 0
     cause: Cause = NOWHERE
-    key: uuid.UUID | None = None
+    key: uuid.UUID | None = None  # the idempotency key as it is stored
+    sent_key: uuid.UUID | None = None  # and as it was sent
     client: uuid.UUID | None = None  # whose the lock will be; null: authentication is off
     home: Wish | None = None  # the pool of the very user that is wished for, where that is known
     foreign: bool = False  # waits at another replica, and only holds its place here
@@ -68,6 +70,17 @@ class Told(Struct):
     age: float
     wishes: list[Wish]
     home: Wish | None = None
+
+
+def tell_granted(
+    events: Events, rows: Iterable[asyncpg.Record], asks: Mapping[uuid.UUID, Ask], by_desk: bool = False
+) -> None:
+    """Tell of the locks that a statement has granted."""
+    now = time.monotonic()
+    for row in rows:
+        ask = asks[row["lock_id"]]
+        seconds = int((now - ask.arrived) * 1e6) / 1e6  # cheaper than round()
+        events.acquired(row, ask.cause, seconds, waited=by_desk and ask.wait > 0)
 
 
 Place = tuple[Ask, int]  # a call, and which of its wishes
@@ -141,11 +154,80 @@ def match(asks: Iterable[Ask], fitting: Mapping[Wish, Sequence[uuid.UUID]], now:
     return {ask: users for ask, users in served.items() if not ask.foreign}
 
 
+class Unanswered:
+    """Locks that nobody was told of, and that somebody has to give back.
+
+    They may have been granted by a statement whose reply was lost, and which may still be running: so each is looked
+    for until SEARCH seconds have passed.
+    """
+
+    SEARCH = 30
+
+    def __init__(self) -> None:
+        self._ends: dict[uuid.UUID, float] = {}
+
+    def add(self, lock_ids: Iterable[uuid.UUID]) -> None:
+        self._ends |= dict.fromkeys(lock_ids, time.monotonic() + self.SEARCH)
+
+    async def give_back(self, release: Callable[[uuid.UUID], Awaitable[bool]]) -> None:
+        """Release them; those that are not found are kept for the next time."""
+        ids, now = list(self._ends), time.monotonic()
+        for first in range(0, len(ids), 500):
+            page = ids[first : first + 500]
+            for id, found in zip(page, await asyncio.gather(*map(release, page)), strict=True):
+                if found or self._ends[id] <= now:
+                    del self._ends[id]
+
+
+class Rarity:
+    """Which labels few users have: those users are found by their labels, and not among all that are free.
+
+    A call that waited for a label of one in 100,000 users made all others of its project take 170 ms.
+    """
+
+    SLOW = 0.005  # seconds from which a look is worth knowing how many have the labels
+    FEW = 1000  # users up to which a look begins with those who have the labels
+
+    def __init__(self, count: Callable[[Wish], Awaitable[int]]) -> None:
+        self._count = count
+        self._rare: LRUCache[Wish, bool] = LRUCache(10_000)
+        self._counted: TTLCache[Wish, None] = TTLCache(10_000, 60)  # a count costs more than a look
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def of(self, wishes: Iterable[Wish]) -> list[bool]:
+        """Whether few users have the labels of each, as far as that is known."""
+        return [self._rare.get(wish, False) for wish in wishes]
+
+    def learn(self, wishes: Iterable[Wish], seconds: float) -> None:
+        """Count the users with the labels of wishes that it took so long to look after."""
+        for wish in wishes:
+            if wish.labels and seconds > self.SLOW and wish not in self._counted:
+                self._counted[wish] = None
+                task = asyncio.create_task(self._learn(wish))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _learn(self, wish: Wish) -> None:
+        with contextlib.suppress(*DATABASE_FAULTS):
+            self._rare[wish] = await self._count(wish) <= self.FEW
+
+
+async def find_keyed(hot: Connections, keys: list[uuid.UUID]) -> list[list[asyncpg.Record]]:
+    """What each idempotency key has bound: nothing, or a row for each lock, in the order they were asked for."""
+    bound: dict[uuid.UUID, list[asyncpg.Record]] = {key: [] for key in keys}
+    for row in await hot.fetch(SQL["get_keyed_locks"], list(bound)):
+        bound[row["key"]].append(row)
+    return [bound[key] for key in keys]
+
+
 class Desk:
     """Those who wait at this replica, and what it knows of those who wait at others."""
 
-    def __init__(self, farm: Any) -> None:
-        self.farm = farm
+    def __init__(self, hot: Connections, events: Events, unanswered: Unanswered, rarity: Rarity) -> None:
+        self.hot = hot
+        self.events = events
+        self.unanswered = unanswered
+        self.rarity = rarity
         self.replica = uuid.uuid4()
         self.queue: dict[Ask, None] = {}
         self.foreign: list[Ask] = []
@@ -260,7 +342,7 @@ class Desk:
         while True:
             news = await self._news.get()
             with contextlib.suppress(asyncpg.PostgresError, *DATABASE_FAULTS):  # the others look by themselves
-                await self.farm.pool.execute(SQL["notify"], news)
+                await self.hot.execute(SQL["notify"], news)
             await asyncio.sleep(0.01)
 
     async def run(self) -> None:
@@ -338,8 +420,8 @@ class Desk:
 
     async def _find_free(self, wishes: list[Wish], most: int) -> list[asyncpg.Record]:
         began = time.monotonic()
-        rows = await self.farm.hot.fetch(SQL["find_free"], *columns(wishes, Wish), self.farm.are_rare(wishes), most)
-        self.farm.learn(wishes, time.monotonic() - began)
+        rows = await self.hot.fetch(SQL["find_free"], *columns(wishes, Wish), self.rarity.of(wishes), most)
+        self.rarity.learn(wishes, time.monotonic() - began)
         return rows
 
     def _fit_foreign(self, fitting: dict[Wish, list[uuid.UUID]], rows: list[asyncpg.Record]) -> None:
@@ -354,9 +436,9 @@ class Desk:
             ask.lock_ids = [new_id() for _ in users]
         self._taking = set(chosen)
         try:
-            self.farm.events.batched("acquire_users", len(chosen))
-            rows = {row["lock_id"]: row for row in await self.farm.hot.fetch(SQL["acquire_users"], *_groups(chosen))}
-            self.farm.granted(rows.values(), {id: ask for ask in chosen for id in ask.lock_ids}, by_desk=True)
+            self.events.batched("acquire_users", len(chosen))
+            rows = {row["lock_id"]: row for row in await self.hot.fetch(SQL["acquire_users"], *_groups(chosen))}
+            tell_granted(self.events, rows.values(), {id: ask for ask in chosen for id in ask.lock_ids}, by_desk=True)
             for ask in chosen:
                 if ask.lock_ids[0] in rows:
                     self._answer(ask, [rows[id] for id in ask.lock_ids])
@@ -365,7 +447,7 @@ class Desk:
             raise
         except DATABASE_FAULTS:
             lost = [ask for ask in chosen if ask.key is None and not ask.answer.done()]
-            self.farm.lose([id for ask in lost for id in ask.lock_ids])
+            self.unanswered.add(id for ask in lost for id in ask.lock_ids)
             raise
         finally:
             self._taking = set()
@@ -383,7 +465,7 @@ class Desk:
         """Idempotency keys that another call has bound meanwhile: the handler finds their locks."""
         keyed = [ask for ask in asks if ask.key]
         if keyed:
-            bound = await self.farm.find_keyed([cast("uuid.UUID", ask.key) for ask in keyed])
+            bound = await find_keyed(self.hot, [cast("uuid.UUID", ask.key) for ask in keyed])
             for ask, rows in zip(keyed, bound, strict=True):
                 if rows and ask in self.queue:
                     self._answer(ask, [])
@@ -392,7 +474,7 @@ class Desk:
         """Users that somebody waits for and that are gone: the handler says so."""
         asked = [(ask, ask.wishes[0].user_id) for ask in self.queue if ask.wishes[0].user_id]
         if asked:
-            rows = await self.farm.hot.fetch(SQL["list_existing"], list({user_id for _, user_id in asked}))
+            rows = await self.hot.fetch(SQL["list_existing"], list({user_id for _, user_id in asked}))
             existing = {row["id"] for row in rows}
             for ask in [ask for ask, user_id in asked if user_id not in existing]:
                 self._answer(ask, [])
@@ -400,7 +482,7 @@ class Desk:
     async def _exchange(self, now: float) -> None:
         """Tell the other replicas who has waited here for long, and learn it of them."""
         queue = self._long_waiting(now)
-        rows = await self.farm.hot.fetch(
+        rows = await self.hot.fetch(
             SQL["exchange_waiting"], self.replica, msgspec.json.encode(queue).decode() if queue else None
         )
         now = time.monotonic()
@@ -445,18 +527,18 @@ def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-async def listen(farm: Any, url: str) -> None:
+async def listen(desk: Desk, url: str) -> None:
     """Hear what other replicas tell (for ever). A connection that died without a word is noticed by its heartbeat."""
     while True:
         try:
             connection = await asyncpg.connect(url, timeout=5)
             try:
-                await connection.add_listener("botfarm", lambda *news: farm.desk.hear(news[-1]))
+                await connection.add_listener("botfarm", lambda *news: desk.hear(news[-1]))
                 while True:
                     await asyncio.sleep(jittered(5))
                     await connection.fetchval("select 1", timeout=3)
             finally:
                 connection.terminate()
         except (asyncpg.PostgresError, *DATABASE_FAULTS) as fault:
-            farm.events.database_failed("No news of other replicas, polls go on", fault)
+            desk.events.database_failed("No news of other replicas, polls go on", fault)
         await asyncio.sleep(jittered(5))

@@ -1,78 +1,108 @@
+"""The words of the API: what callers send and get, with the limits of each.
+
+A limit that holds everywhere stands in a type; one that settings decide is checked by `check_words` and told to the
+OpenAPI document by `limits`. (The patterns end in (?!\\n)$ because a bare $ would let a final newline through in
+Python.)
+"""
+
 from __future__ import annotations
 
 import base64
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import asyncpg
 import msgspec
-from litestar import Request
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from farm.problems import FieldError, Invalid, MalformedBody, shown
 from farm.settings import WORD, Settings, in_words
 
-T = TypeVar("T")
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
+CSV = "text/csv"
+
 LABEL_PAIR = r"^[A-Za-z0-9_.-]{1,63}:[^\x00-\x1f\x7f-\x9f]{0,255}(?!\n)$"
-
-
 PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*(?!\n)$"
-
-
 NO_NUL = r"^[^\x00]*$"
-
+RULES = {
+    WORD: "write 1 to 63 of A-Z a-z 0-9 _ . -",
+    PLAIN: "no control characters here",
+    NO_NUL: "no U+0000 here",
+    LABEL_PAIR: "write key:value, with a key of 1 to 63 of A-Z a-z 0-9 _ . - and no control characters",
+}
 
 Fence = Annotated[int, Meta(ge=0, le=1 << 62)]
-
-
 LabelKey = Annotated[str, Meta(pattern=WORD)]
-
-
 LabelValue = Annotated[str, Meta(max_length=255, pattern=PLAIN)]
-
-
 Labels = Annotated[dict[LabelKey, LabelValue], Meta(max_length=32, examples=[{"role": "admin"}])]
-
-
+LabelPair = Annotated[str, Meta(pattern=LABEL_PAIR, examples=["role:admin"])]
+AnyLogin = Annotated[str, Meta(max_length=254, pattern=PLAIN)]
 Login = Annotated[str, Meta(min_length=1, max_length=254, pattern=PLAIN, examples=["bot-1"])]
-
-
 Password = Annotated[str, Meta(min_length=1, max_length=1024, pattern=NO_NUL, examples=["correct horse"])]
-
-
 Holder = Annotated[str, Meta(max_length=200, pattern=PLAIN, description="who asks, for people and bulk release")]
-
-
+SomeHolder = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN)]
 Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=PLAIN, examples=["login page says: blocked"])]
-
-
 ProjectId = Annotated[uuid.UUID, Meta(examples=["11111111-1111-4111-8111-111111111111"])]
-
-
 Ttl = Annotated[int, Meta(ge=1, description="seconds until the lock ends by itself")]
-
-
 Wait = Annotated[int, Meta(ge=0, description="seconds to wait for a user that comes free")]
-
-
 Env = Annotated[str, Meta(description="one of BOTFARM_ENVS", examples=["stage"])]
-
-
 Domain = Annotated[str, Meta(description="one of BOTFARM_DOMAINS", examples=["regular"])]
-
-
 Cooldown = Annotated[int, Meta(ge=0, le=86400, description="seconds that the user rests")]
+UserState = Literal["free", "locked", "resting", "quarantined"]
+Limit = Annotated[int, Meta(ge=1, le=1000)]
+CursorText = Annotated[str, Meta(max_length=200, description="`next` of the page before")]
+T = TypeVar("T")
 
 
-class Body(Struct, forbid_unknown_fields=True, omit_defaults=False):
+# ---- What an acquire asks for ------------------------------------------------------------------------------
+
+
+class Wish(Struct, frozen=True):
+    """One user by id, or any of a project that fits. Labels are JSON, null for none."""
+
+    user_id: uuid.UUID | None = None
+    project_id: uuid.UUID | None = None
+    env: str | None = None
+    domain: str | None = None
+    labels: str | None = None
+
+    def __str__(self) -> str:
+        parts = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        return ", ".join(f"{name}={value}" for name, value in parts if value is not None)
+
+    def fits(self, user: asyncpg.Record, labels: dict[str, str]) -> bool:
+        if self.user_id:
+            return self.user_id == user["id"]
+        where = self.project_id == user["project_id"]
+        where = where and self.env in (None, user["env"]) and self.domain in (None, user["domain"])
+        return where and (self.labels is None or msgspec.json.decode(self.labels).items() <= labels.items())
+
+    @classmethod
+    def of_pool(cls, row: Any) -> Wish:
+        return cls(None, row["project_id"], row["env"], row["domain"])
+
+    def meets(self, other: Wish) -> bool:
+        """Whether both may ask for users of one pool."""
+        pairs = ((self.env, other.env), (self.domain, other.domain))
+        return self.project_id == other.project_id and all(a is None or b is None or a == b for a, b in pairs)
+
+
+Wishes = tuple[Wish, ...]
+
+
+# ---- What callers send -------------------------------------------------------------------------------------
+
+
+class Body(Struct, forbid_unknown_fields=True, frozen=True):
     """What a caller sends: unknown fields are refused, so a mistyped filter never widens a call."""
 
 
-class NewUser(Body):
+class NewUser(Body, frozen=True):
     login: Login
     password: Password
     project_id: ProjectId
@@ -81,7 +111,7 @@ class NewUser(Body):
     labels: Labels = {}
 
 
-class ImportedUser(Body):
+class ImportedUser(Body, frozen=True):
     """A line of an import: like a new user, but a known one keeps its password when there is none."""
 
     login: Login
@@ -92,56 +122,85 @@ class ImportedUser(Body):
     labels: Labels = {}
 
 
-class UserChanges(Body):
+class UserChanges(Body, frozen=True):
     login: Login | UnsetType = UNSET
     password: Password | UnsetType = UNSET
     domain: Domain | UnsetType = UNSET
     labels: Labels | UnsetType = UNSET
 
 
-class PasswordCheck(Body):
+class PasswordCheck(Body, frozen=True):
     password: Password
 
 
-class QuarantineReason(Body):
+class QuarantineReason(Body, frozen=True):
     reason: Reason
 
 
-class AcquireLock(Body):
+class Filter(Body, frozen=True):
     project_id: ProjectId
     env: Env | None = None
     domain: Domain | None = None
     labels: Labels = {}
+
+    def wish(self) -> Wish:
+        labels = msgspec.json.encode(self.labels, order="sorted").decode() if self.labels else None
+        return Wish(None, self.project_id, self.env, self.domain, labels)
+
+
+class AcquireLock(Filter, frozen=True):
     ttl: Ttl = 300
     wait: Wait = 0
     holder: Holder = ""
 
 
-class AcquireUser(Body):
+class AcquireUser(Body, frozen=True):
     ttl: Ttl = 300
     wait: Wait = 0
     holder: Holder = ""
 
 
-class SetPart(Body):
+class SetPart(Filter, frozen=True):
     """Some users of a set, all under one filter."""
 
-    project_id: ProjectId
-    env: Env | None = None
-    domain: Domain | None = None
-    labels: Labels = {}
     count: Annotated[int, Meta(ge=1, le=100)] = 1
 
 
-class AcquireSet(Body):
+class AcquireSet(Body, frozen=True):
     users: Annotated[list[SetPart], Meta(min_length=1, max_length=100)]
     ttl: Ttl = 300
     wait: Wait = 0
     holder: Holder = ""
 
 
-class ExtendLock(Body):
+class ExtendLock(Body, frozen=True):
     ttl: Ttl | None = None
+
+
+# ---- What callers get --------------------------------------------------------------------------------------
+
+
+class UserFilter(Struct):
+    """Which users are listed; null for any."""
+
+    project_id: uuid.UUID | None
+    env: str | None
+    domain: str | None
+    state: str | None
+    holder: str | None
+    login: str | None
+    label: list[str]
+
+    def columns(self, page: Sequence[Any], projects: tuple[uuid.UUID, ...] | None) -> list[Any]:
+        """As list_users.sql takes them, for one page, and a caller who is limited to projects (null: all)."""
+        pairs = {cast("tuple[str, str]", tuple(label.split(":", 1))) for label in self.label}
+        labels = json.dumps(dict(pairs)) if pairs else None
+        if len(dict(pairs)) < len(pairs):  # one key with two values, which nobody has
+            labels = "[]"
+        project_id = self.project_id
+        if projects and len(projects) == 1:  # which an index leads to
+            project_id, projects = projects[0], None
+        return [project_id, self.env, self.domain, self.state, self.holder, self.login, labels, *page, projects]
 
 
 class UserLock(Struct):
@@ -161,10 +220,29 @@ class User(Struct):
     env: str
     domain: str
     labels: dict[str, str]
-    state: Annotated[str, Meta(extra_json_schema={"enum": ["free", "locked", "resting", "quarantined"]})]
+    state: UserState
     locktime: datetime | None
     lock: UserLock | None
     quarantine: str | None
+
+    @classmethod
+    def of(cls, row: asyncpg.Record) -> User:
+        """A row of get_user.sql or list_users.sql."""
+        locked = row["state"] == "locked"
+        lock = UserLock(row["holder"], row["fence"], row["acquired_at"], row["expires_at"]) if locked else None
+        return cls(
+            id=row["id"],
+            created_at=row["created_at"],
+            login=row["login"],
+            project_id=row["project_id"],
+            env=row["env"],
+            domain=row["domain"],
+            labels=cast("Any", msgspec.Raw(row["labels"].encode())),
+            state=row["state"],
+            locktime=row["acquired_at"] if locked else None,
+            lock=lock,
+            quarantine=row["quarantine"],
+        )
 
 
 class UserPage(Struct):
@@ -177,7 +255,7 @@ class Ended(Struct):
     holder: str
     acquired_at: datetime
     ended_at: datetime | None
-    ended_by: Annotated[str | None, Meta(extra_json_schema={"enum": ["released", "expired", "forced", None]})]
+    ended_by: Literal["released", "expired", "forced"] | None
 
 
 class HistoryPage(Struct):
@@ -222,6 +300,20 @@ class Lock(Struct):
     expires_at: datetime
     user: LockedUser
 
+    @classmethod
+    def of(cls, row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock:
+        """A row of a statement of locks; the password as only the reply that grants it has it."""
+        user = LockedUser(
+            id=row["user_id"],
+            login=row["login"],
+            project_id=row["project_id"],
+            env=row["env"],
+            domain=row["domain"],
+            labels=cast("Any", msgspec.Raw(row["labels"].encode())),
+            password=password,
+        )
+        return cls(row["lock_id"], row["fence"], row["holder"], row["ttl"], row["acquired_at"], row["expires_at"], user)
+
 
 class LockSet(Struct):
     """In the order in which the users were asked for."""
@@ -247,63 +339,150 @@ class Imported(Struct):
     unchanged: int
 
 
-def check_words(settings: Settings, body: Any) -> list[FieldError]:
-    """What settings forbid in a body that is otherwise well formed."""
-    faults = []
+class Token(Struct):
+    """RFC 6749 section 5.1."""
+
+    access_token: str
+    token_type: str
+    expires_in: int
+    scope: str
+
+
+class TokenError(Struct):
+    """RFC 6749 section 5.2."""
+
+    error: str
+    error_description: str
+
+
+# ---- Places in lists ---------------------------------------------------------------------------------------
+
+FIRST_PLACE = (datetime(1, 1, 1, tzinfo=UTC), uuid.UUID(int=0))
+
+
+def write_cursor(*place: Any) -> str:
+    """Where a page ended. Nothing secret, and nothing that widens the filter, which is applied on each page."""
+    return base64.urlsafe_b64encode(msgspec.json.encode(place)).decode().rstrip("=")
+
+
+def read_cursor(text: str, kind: type[T]) -> T:
+    try:
+        padded = text + "=" * (-len(text) % 4)
+        place = msgspec.json.decode(base64.b64decode(padded, altchars=b"-_", validate=True), type=kind)
+        return cast("T", tuple(p.astimezone(UTC) if isinstance(p, datetime) else p for p in cast("tuple", place)))
+    except (ValueError, OverflowError):
+        message = f"{shown(text)} is not a cursor: pass `next` of the last page, or leave it out"
+        raise Invalid.field("cursor", message) from None
+
+
+# ---- Limits that settings decide ---------------------------------------------------------------------------
+
+
+def limits(settings: Settings) -> dict[str, dict[str, Any]]:
+    """What the OpenAPI document says of them: field -> members of its JSON schema."""
+    return {
+        "env": {"enum": list(settings.envs)},
+        "domain": {"enum": list(settings.domains)},
+        "ttl": {"maximum": settings.max_ttl},
+        "wait": {"maximum": settings.max_wait},
+    }
+
+
+def check_words(settings: Settings, body: Any) -> None:
+    """Invalid where settings forbid something in a body, or a filter, that is otherwise well formed."""
+    if faults := list(forbidden(settings, body)):
+        raise Invalid(faults)
+
+
+def forbidden(settings: Settings, body: Any) -> Iterator[FieldError]:
     for field, allowed in (("env", settings.envs), ("domain", settings.domains)):
         value = getattr(body, field, None)
         if isinstance(value, str) and value not in allowed:
-            faults.append(FieldError(field, f"{shown(value)} is not one of {', '.join(allowed)}"))
+            yield FieldError(field, f"{shown(value)} is not one of {', '.join(allowed)}")
     for field, longest in (("ttl", settings.max_ttl), ("wait", settings.max_wait)):
         seconds = getattr(body, field, None)
         if isinstance(seconds, int) and seconds > longest:
-            faults.append(FieldError(field, f"{seconds} is over the longest {field} of {longest} seconds"))
+            yield FieldError(field, f"{seconds} is over the longest {field} of {longest} seconds")
     if isinstance(body, AcquireSet):
-        faults += _check_set(settings, body)
-    return faults
+        yield from _forbidden_in_set(settings, body)
 
 
-def _check_set(settings: Settings, body: AcquireSet) -> list[FieldError]:
-    parts = enumerate(body.users)
-    faults = [FieldError(f"users[{i}].{f.field}", f.message) for i, part in parts for f in check_words(settings, part)]
+def _forbidden_in_set(settings: Settings, body: AcquireSet) -> Iterator[FieldError]:
+    for number, part in enumerate(body.users):
+        for fault in forbidden(settings, part):
+            yield FieldError(f"users[{number}].{fault.field}", fault.message)
     if (total := sum(part.count for part in body.users)) > 100:
-        faults.append(FieldError("users", f"{total} users are asked for, but a set has 100 at the most"))
-    return faults
+        yield FieldError("users", f"{total} users are asked for, but a set has 100 at the most")
 
 
-# What msgspec tells by a pattern, in words.
-RULES = {
-    PLAIN: "no control characters here",
-    NO_NUL: "no U+0000 here",
-    LABEL_PAIR: "write key:value, with a key of 1 to 63 of A-Z a-z 0-9 _ . - and no control characters",
-}
+# ---- Reading a body ----------------------------------------------------------------------------------------
+
+# What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
+UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
 
 
-def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, strict: bool = True) -> list[FieldError]:
-    """Tell a failed validation by field and, but for passwords, with the value that was sent; never nothing.
+def decode_body(body: bytes, kind: type[T]) -> T:
+    """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        pass
+    except UNREADABLE as error:
+        raise _no_json(error) from None
+    return _convert_whole(_raw(body), kind)
 
-    msgspec stops at the first fault, so what is told is taken out and the rest is looked at again, up to 20 times.
-    """
+
+def _no_json(error: Exception) -> MalformedBody:
+    return MalformedBody(f"The body is not JSON in UTF-8 that can be read: {str(error) or 'nested too deep'}.")
+
+
+def _raw(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except UNREADABLE as error:
+        raise _no_json(error) from None
+
+
+def _convert_whole(raw: Any, kind: type[T]) -> T:
+    """What was refused maybe because a whole number is written as 60.0, which is the same in JSON."""
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: whole(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [whole(item) for item in node]
+        return int(node) if isinstance(node, float) and node.is_integer() else node
+
+    try:
+        raw = whole(raw)
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise Invalid(field_errors(error, raw, kind)) from None
+    except RecursionError as error:
+        raise _no_json(error) from None
+
+
+def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[FieldError]:
+    """All unknown fields, and the first fault, with the value that was sent (but for passwords)."""
+    unknown = list(_unknown_fields(raw, kind))[:20]
+    fault = _fault(error, raw)
+    if not unknown or fault.message != UNKNOWN:
+        return [*unknown, fault]
+    return unknown
+
+
+UNKNOWN = "unknown field"
+
+
+def _unknown_fields(raw: Any, kind: type, place: str = "") -> Iterator[FieldError]:
     if not isinstance(raw, Mapping):
-        return [_fault(error, raw)]
-    fields = {field.name: field.required for field in msgspec.structs.fields(kind)}
-    faults = [FieldError(name, "unknown field") for name in raw if name not in fields][:20]
-    left = {name: value for name, value in raw.items() if name in fields}
-    while len(faults) < 20:
-        try:
-            msgspec.convert(left, kind, strict=strict)
-            break
-        except msgspec.ValidationError as found:
-            fault = _fault(found, raw)
-        top = re.split(r"[.\[]", fault.field or "")[0]
-        if top not in left:  # missing, maybe because it was told already
-            break
-        faults.append(fault)
-        del left[top]
-    faults += [
-        FieldError(name, "required, but missing") for name, needed in fields.items() if needed and name not in raw
-    ]
-    return faults or [_fault(error, raw)]
+        return
+    for name, value in raw.items():
+        if name not in kind.__struct_fields__:  # pyright: ignore[reportAttributeAccessIssue]
+            yield FieldError(f"{place}{name}", UNKNOWN)
+        elif kind is AcquireSet and name == "users" and isinstance(value, list):
+            for number, part in enumerate(value):
+                yield from _unknown_fields(part, SetPart, f"users[{number}].")
 
 
 def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
@@ -312,7 +491,7 @@ def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
     path = re.search(r"`\$\.?(.*)`", where)
     place = path[1].removesuffix("[...]") if path else ""
     if found := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", text):
-        message = "unknown field" if found[1] == "contains unknown" else "required, but missing"
+        message = UNKNOWN if found[1] == "contains unknown" else "required, but missing"
         return FieldError(f"{place}.{found[2]}".removeprefix("."), message)
     try:
         value = _value_at(raw, place)
@@ -320,10 +499,13 @@ def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
         return FieldError(None, text)
     if place.endswith("labels") and isinstance(value, Mapping):
         return _label_error(place, value, text)
+    return FieldError(place or None, told(text, place, value))
+
+
+def told(text: str, place: str, value: Any) -> str:
+    """What msgspec says of a value, in words, and with the value but for passwords."""
     text = in_words(text, RULES)
-    if place and not place.endswith("password"):
-        text = f"{shown(value)} is not allowed: {text}"
-    return FieldError(place or None, text)
+    return f"{shown(value)} is not allowed: {text}" if place and not place.endswith("password") else text
 
 
 def _value_at(raw: Any, place: str) -> Any:
@@ -341,259 +523,3 @@ def _label_error(place: str, labels: Mapping[str, Any], message: str) -> FieldEr
             rule = "must be a text of up to 255 characters without control characters"
             return FieldError(f"{place}.{key}", f"{shown(value)} {rule}")
     return FieldError(place, message)
-
-
-SCOPES = {
-    "users:read": "read users, their history and pools",
-    "users:write": "create, change, delete, import, verify and quarantine users, and read them",
-    "locks": "acquire users, and extend and release locks of its own",
-    "admin": "everything, also with locks of other clients",
-}
-
-
-class Caller(Struct, frozen=True):
-    """Who calls; by default everybody, as it is without authentication."""
-
-    client: uuid.UUID | None = None
-    scopes: frozenset[str] = frozenset(SCOPES)
-    projects: tuple[uuid.UUID, ...] | None = None  # null: all
-
-    @property
-    def owner(self) -> uuid.UUID | None:
-        """The client whose locks it may touch; null: anybody's."""
-        return None if "admin" in self.scopes else self.client
-
-
-ANYBODY = Caller()
-CALLER = "botfarm-caller"  # in the state of a request: who calls, where authentication is on
-
-
-def caller_of(request: Request) -> Caller:
-    return request.scope["state"].get(CALLER, ANYBODY)
-
-
-def with_implied(scopes: Iterable[str]) -> frozenset[str]:
-    implied = {"admin": tuple(SCOPES), "users:write": ("users:read",)}
-    return frozenset(each for scope in scopes for each in (scope, *implied.get(scope, ())))
-
-
-class Wish(Struct, frozen=True):
-    """What an acquire asks for: one user by id, or any of a project that fits. Labels are JSON, null for none."""
-
-    user_id: uuid.UUID | None = None
-    project_id: uuid.UUID | None = None
-    env: str | None = None
-    domain: str | None = None
-    labels: str | None = None
-
-    def __str__(self) -> str:
-        parts = ((name, getattr(self, name)) for name in self.__struct_fields__)
-        return ", ".join(f"{name}={value}" for name, value in parts if value is not None)
-
-    def fits(self, user: asyncpg.Record, labels: dict[str, str]) -> bool:
-        if self.user_id:
-            return self.user_id == user["id"]
-        where = self.project_id == user["project_id"]
-        where = where and self.env in (None, user["env"]) and self.domain in (None, user["domain"])
-        return where and (self.labels is None or msgspec.json.decode(self.labels).items() <= labels.items())
-
-    def meets(self, other: Wish) -> bool:
-        """Whether both may ask for users of one pool."""
-        pairs = ((self.env, other.env), (self.domain, other.domain))
-        return self.project_id == other.project_id and all(a is None or b is None or a == b for a, b in pairs)
-
-
-Wishes = tuple[Wish, ...]
-
-
-JSON = "application/json"
-
-
-NDJSON = "application/x-ndjson"
-
-
-CSV = "text/csv"
-
-
-PROMETHEUS = "text/plain; version=1.0.0"  # Litestar adds the charset
-
-
-class NoQuery(Body):
-    """A call without query parameters."""
-
-
-class NoBody(Body):
-    """A call without a body: what somebody meant as a filter there must not widen it."""
-
-
-# What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
-UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
-
-
-def decode_body(settings: Settings, body: bytes, kind: type[T]) -> T:
-    """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
-    try:
-        value = msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        value = _whole_numbers(_raw_json(body), kind)
-    except UNREADABLE as error:
-        raise _no_json(error) from None
-    if faults := check_words(settings, value):
-        raise Invalid(faults)
-    return value
-
-
-def _no_json(error: Exception) -> MalformedBody:
-    return MalformedBody(f"The body is not JSON in UTF-8 that can be read: {str(error) or 'nested too deep'}.")
-
-
-def _whole_numbers(raw: Any, kind: type[T]) -> T:
-    """What was refused because a whole number is written as 60.0, which is the same in JSON."""
-
-    def whole(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: whole(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [whole(item) for item in node]
-        return int(node) if isinstance(node, float) and node.is_integer() else node
-
-    try:
-        raw = whole(raw)
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as left:
-        raise Invalid(field_errors(left, raw, kind)) from None
-    except RecursionError as left:
-        raise _no_json(left) from None
-
-
-def _raw_json(body: bytes) -> Any:
-    try:
-        return msgspec.json.decode(body)
-    except UNREADABLE as error:
-        raise _no_json(error) from None
-
-
-class Token(Struct):
-    """RFC 6749 section 5.1."""
-
-    access_token: str
-    token_type: str
-    expires_in: int
-    scope: str
-
-
-class TokenError(Struct):
-    """RFC 6749 section 5.2."""
-
-    error: str
-    error_description: str
-
-
-UserState = Literal["free", "locked", "resting", "quarantined"]
-
-
-Label = Annotated[str, Meta(pattern=LABEL_PAIR, examples=["role:admin"])]
-
-
-Limit = Annotated[int, Meta(ge=1, le=1000)]
-
-
-CursorText = Annotated[str, Meta(max_length=200, description="`next` of the page before")]
-
-
-FIRST_CURSOR = (datetime(1, 1, 1, tzinfo=UTC), uuid.UUID(int=0))
-
-
-class UserFilter(Body):
-    project_id: uuid.UUID | None = None
-    env: Env | None = None
-    domain: Domain | None = None
-    state: UserState | None = None
-    holder: Holder | None = None
-    login: Annotated[str, Meta(max_length=254, pattern=PLAIN)] | None = None
-    label: list[Label] = []
-
-    def columns(self, page: Sequence[Any], caller: Caller) -> list[Any]:
-        """As list_users.sql takes them, for one page."""
-        pairs = {cast("tuple[str, str]", tuple(label.split(":", 1))) for label in self.label}
-        labels = json.dumps(dict(pairs)) if pairs else None
-        if len(dict(pairs)) < len(pairs):  # one key with two values, which nobody has
-            labels = "[]"
-        project_id, projects = self.project_id, caller.projects
-        if projects and len(projects) == 1:  # which an index leads to
-            project_id, projects = projects[0], None
-        return [project_id, self.env, self.domain, self.state, self.holder, self.login, labels, *page, projects]
-
-
-class UserQuery(UserFilter):
-    limit: Limit = 100
-    cursor: CursorText | None = None
-
-
-class HistoryQuery(Body):
-    limit: Limit = 100
-    cursor: CursorText | None = None
-
-
-class DeleteQuery(Body):
-    force: bool = False
-
-
-class PoolQuery(Body):
-    project_id: uuid.UUID | None = None
-
-
-def write_cursor(*place: Any) -> str:
-    """Where a page ended. Nothing secret, and nothing that widens the filter, which is applied on each page."""
-    return base64.urlsafe_b64encode(msgspec.json.encode(place)).decode().rstrip("=")
-
-
-def read_cursor(text: str, kind: type[T]) -> T:
-    try:
-        padded = text + "=" * (-len(text) % 4)
-        place = msgspec.json.decode(base64.b64decode(padded, altchars=b"-_", validate=True), type=kind)
-        return cast("T", tuple(p.astimezone(UTC) if isinstance(p, datetime) else p for p in cast("tuple", place)))
-    except (ValueError, OverflowError):
-        message = f"{shown(text)} is not a cursor: pass `next` of the last page, or leave it out"
-        raise Invalid([FieldError("cursor", message)]) from None
-
-
-def user_of(row: asyncpg.Record) -> User:
-    locked = row["state"] == "locked"
-    lock = UserLock(row["holder"], row["fence"], row["acquired_at"], row["expires_at"]) if locked else None
-    return User(
-        id=row["id"],
-        created_at=row["created_at"],
-        login=row["login"],
-        project_id=row["project_id"],
-        env=row["env"],
-        domain=row["domain"],
-        labels=cast("Any", msgspec.Raw(row["labels"].encode())),
-        state=row["state"],
-        locktime=row["acquired_at"] if locked else None,
-        lock=lock,
-        quarantine=row["quarantine"],
-    )
-
-
-class ReleaseQuery(Body):
-    cooldown: Cooldown = 0
-    quarantine: Reason | None = None
-
-
-class HolderQuery(Body):
-    holder: Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN)]
-    project_id: uuid.UUID | None = None
-
-
-def lock_of(row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock:
-    user = LockedUser(
-        id=row["user_id"],
-        login=row["login"],
-        project_id=row["project_id"],
-        env=row["env"],
-        domain=row["domain"],
-        labels=cast("Any", msgspec.Raw(row["labels"].encode())),
-        password=password,
-    )
-    return Lock(row["lock_id"], row["fence"], row["holder"], row["ttl"], row["acquired_at"], row["expires_at"], user)

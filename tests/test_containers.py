@@ -189,7 +189,7 @@ def test_the_first_start_makes_what_compose_looks_for():
 
 
 def test_probes_ask_what_the_program_answers():
-    paths = botfarm.openapi_document(Settings())["paths"]
+    paths = botfarm.create_app(Settings()).state.openapi()["paths"]
     ports = {port["name"] for port in SERVICE["ports"]}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         asked = SERVICE[probe]["httpGet"]

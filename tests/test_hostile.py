@@ -34,7 +34,7 @@ from conftest import (
     wait_ready,
 )
 
-import botfarm
+import farm.calls
 import farm.clients
 import farm.imports
 import farm.problems
@@ -202,7 +202,7 @@ def test_a_body_that_does_not_end_before_the_service_is_told_so(empty_database):
 
 
 def test_a_body_that_takes_long_is_given_up(service, monkeypatch):
-    monkeypatch.setattr(botfarm, "PAUSE", 0.4)
+    monkeypatch.setattr(farm.calls.Call, "PAUSE", 0.4)
     answer = raw(service.url, JSON + b"Content-Length: 100\r\n\r\n", *[b" "] * 20, pause=0.1)
     assert answer[9:12] == b"400"
     assert b"did not come to its end within 0.4 seconds" in answer

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from conftest import acquire, client, command, execute, make_users, serving, settings, slug
@@ -238,10 +239,10 @@ async def test_a_refused_request_leaves_its_key_unused(api, project):
 
 
 async def test_an_expired_lock_returns_to_the_pool_without_the_sweep(database, project, monkeypatch):
-    async def nothing(own_farm):
+    async def nothing(locks):
         """The sweep, taken out."""
 
-    monkeypatch.setattr(botfarm, "sweep", nothing)
+    monkeypatch.setattr(farm.locks.Locks, "sweep", nothing)
     with serving(settings(database)) as alone:
         async with client(alone.url) as api:
             (user,) = await make_users(api, project)
@@ -299,11 +300,8 @@ async def test_old_history_and_keys_are_forgotten_in_the_end(empty_database, pro
                 f"update idempotency_keys set bound_at = now() - interval '40 days', lock_ids = "
                 f"case when lock_ids = array['{kept['id']}'::uuid] then lock_ids else array['{old}'::uuid] end",
             )
-            own_farm = alone.farm
             async with farm.database.open_pool(empty_database, 1, "auto", 10) as pool:
-                await farm.locks.prune(
-                    farm.locks.Farm(own_farm.settings, pool, pool, own_farm.passwords, own_farm.events)
-                )
+                await botfarm.prune(SimpleNamespace(pool=pool, settings=alone.farm.settings, gate=None))
             assert await execute(empty_database, "select from history") == []
             keys = await execute(empty_database, "select lock_ids from idempotency_keys")
             assert [str(key["lock_ids"][0]) for key in keys] == [kept["id"]]

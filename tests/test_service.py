@@ -203,7 +203,7 @@ def test_reseal_needs_a_key(empty_database):
 
 
 def test_every_statement_is_used_and_there(tmp_path):
-    source = (ROOT / "botfarm.py").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "botfarm.py", *ROOT.glob("farm/*.py")))
     named = set(re.findall(r'SQL\["(\w+)"\]', source)) | {
         "prune_history", "prune_keys", "import_create", "import_unlock", "import_update", "import_move",
         "add_client", "rotate_client", "remove_client",
@@ -251,7 +251,7 @@ def test_the_readme_has_every_setting_call_and_command():
         shown = ",".join(default) if isinstance(default, tuple) else str(default)
         (row,) = re.findall(rf"^\| `{variable}` \| (.*?) \|", README, re.M)
         assert shown in row.replace("none", "None").replace("`", ""), variable
-    for path, operations in botfarm.openapi_document(farm.settings.Settings(auth="on"))["paths"].items():
+    for path, operations in botfarm.create_app(farm.settings.Settings(auth="on")).state.openapi()["paths"].items():
         for method in operations:
             assert f"`{method.upper()} {path}`" in README
     for name in ("serve", "migrate", "check", "import", "export", "keygen", "client", "reseal", "openapi"):

@@ -165,7 +165,7 @@ async def test_one_that_does_not_wait_never_overtakes_those_who_do(api, service,
 def watched_overtakes(farm, monkeypatch):
     """The calls without time to wait that were served, or began to be, before one that waited already."""
     overtakes = []
-    claim, answer = farm._claim, farm.desk._answer
+    claim, answer = farm.locks._acquire_locks, farm.desk._answer
 
     def watch(ask):
         if not ask.wait and any(other.wait and other.arrived < ask.arrived for other in farm.desk.queue):
@@ -181,7 +181,7 @@ def watched_overtakes(farm, monkeypatch):
             watch(ask)
         answer(ask, rows)
 
-    monkeypatch.setattr(farm, "_claim", watched_claim)
+    monkeypatch.setattr(farm.locks, "_acquire_locks", watched_claim)
     monkeypatch.setattr(farm.desk, "_answer", watched_answer)
     return overtakes
 
@@ -597,7 +597,7 @@ async def test_a_replica_that_has_stopped_keeps_no_place_for_who_waited_there(ap
             await queued(leaving)
             await told(database, leaving, 1)
             (ask,) = leaving.farm.desk.queue
-            ask.answer.get_loop().call_soon_threadsafe(leaving.farm.stop)
+            ask.answer.get_loop().call_soon_threadsafe(leaving.farm.locks.stop)
             assert slug(await waiter) == "shutting-down"
     await told(database, leaving, 0)
     await api.delete(f"/locks/{held['id']}")
@@ -635,15 +635,15 @@ async def test_one_that_goes_away_while_the_database_is_slow_leaves_no_user_lock
 async def test_a_call_that_met_a_deadlock_is_repeated_with_the_body_it_had(api, service, project, monkeypatch):
     await make_users(api, project)
     held = (await acquire(api, project)).json()
-    extend, met = service.farm.extend, []
+    fetch, met = asyncpg.Connection.fetch, []
 
-    async def deadlocked_once(renewal):
-        if not met:
-            met.append(renewal)
+    async def deadlocked_once(connection, sql, *args, **options):
+        if sql == farm.database.SQL["extend_locks"] and not met:
+            met.append(sql)
             raise asyncpg.DeadlockDetectedError("deadlock detected")
-        return await extend(renewal)
+        return await fetch(connection, sql, *args, **options)
 
-    monkeypatch.setattr(service.farm, "extend", deadlocked_once)
+    monkeypatch.setattr(asyncpg.Connection, "fetch", deadlocked_once)
     answer = await api.patch(f"/locks/{held['id']}", json={"ttl": 31}, timeout=5)
     assert (answer.status_code, answer.json()["ttl"], len(met)) == (200, 31, 1)
 
@@ -676,14 +676,14 @@ async def test_a_user_that_is_changed_between_the_choice_and_the_grant_goes_to_n
 
 async def test_who_waits_for_a_label_that_few_have_is_found_by_it(api, service, project, monkeypatch):
     """Who and whether is learned after a slow look; here every look counts as one."""
-    monkeypatch.setattr(farm.locks, "SLOW_LOOK", -1)
+    monkeypatch.setattr(farm.waiting.Rarity, "SLOW", -1)
     (admin,) = await make_users(api, project, labels={"role": "admin"})
     (other,) = await make_users(api, project, login="plain")
     held = (await acquire(api, project, labels={"role": "admin"})).json()
     waiters = [waiting(api, project, labels={"role": "admin"})]
     await queued(service)
     wish = farm.words.Wish(None, uuid.UUID(project), None, None, '{"role":"admin"}')
-    await asyncio.to_thread(until, lambda: service.farm.are_rare([wish]) == [True], 5)
+    await asyncio.to_thread(until, lambda: service.farm.locks.rarity.of([wish]) == [True], 5)
     waiters.append(waiting(api, project, labels={"role": "admin"}))
     await queued(service, 2)
     await api.delete(f"/locks/{held['id']}")
@@ -696,13 +696,13 @@ async def test_who_waits_for_a_label_that_few_have_is_found_by_it(api, service, 
 
 
 async def test_a_label_that_many_have_is_not_looked_up(api, service, project, monkeypatch):
-    monkeypatch.setattr(farm.locks, "SLOW_LOOK", -1)
-    monkeypatch.setattr(farm.locks, "RARE", 2)
+    monkeypatch.setattr(farm.waiting.Rarity, "SLOW", -1)
+    monkeypatch.setattr(farm.waiting.Rarity, "FEW", 2)
     await make_users(api, project, 3, labels={"role": "buyer"})
     assert (await set_of(api, {"project_id": project, "labels": {"role": "buyer"}, "count": 2})).status_code == 201
     wish = farm.words.Wish(None, uuid.UUID(project), None, None, '{"role":"buyer"}')
-    await asyncio.to_thread(until, lambda: wish in service.farm._rare and not service.farm._spawned, 5)
-    assert service.farm.are_rare([wish]) == [False]
+    await asyncio.to_thread(until, lambda: wish in service.farm.locks.rarity._rare, 5)
+    assert service.farm.locks.rarity.of([wish]) == [False]
 
 
 async def test_both_ways_to_look_for_labels_find_the_same(api, database, project):

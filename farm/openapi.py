@@ -1,0 +1,185 @@
+"""The OpenAPI document: Litestar's own, with what it can't know.
+
+Litestar knows paths, parameters and replies from the handlers. Added here are the problems of a call with their slugs,
+its scope, its idempotency key, the limits of types as msgspec tells them, and those that settings decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, cast
+
+import msgspec
+from litestar import Litestar
+from litestar.handlers import HTTPRouteHandler
+from litestar.openapi import OpenAPIConfig
+
+import farm.words
+from farm import VERSION
+from farm.calls import Call
+from farm.clients import (
+    FORM,
+    SCOPES,
+)
+from farm.problems import (
+    PROBLEM_JSON,
+    BodyTooLarge,
+    DatabaseUnavailable,
+    FieldError,
+    Forbidden,
+    HeadTooLarge,
+    InternalError,
+    Invalid,
+    LineError,
+    MalformedBody,
+    NotFound,
+    Problem,
+    ProblemDetails,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
+from farm.settings import Settings
+from farm.words import (
+    CSV,
+    JSON,
+    NDJSON,
+    ImportedUser,
+    LabelPair,
+    TokenError,
+    limits,
+)
+
+
+@lru_cache(8)
+def openapi_document(settings: Settings, calls: tuple[HTTPRouteHandler, ...]) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of these calls."""
+    config = OpenAPIConfig(
+        "BotFarm", VERSION, description="A pool of test users that tests lock.", use_handler_docstrings=True,
+        operation_id_creator=lambda handler, method, _: handler.handler_name + ("_head" if method == "HEAD" else ""),
+    )  # fmt: skip
+    handlers = {handler.handler_name: handler for handler in calls}
+    document = Litestar(
+        [*handlers.values()], openapi_config=config, logging_config=None, request_class=Call
+    ).openapi_schema.to_schema()
+    schemas = exact_schemas(document["components"]["schemas"], settings)
+    document["components"]["schemas"] = schemas
+    for path, item in document["paths"].items():
+        item.pop("head", None)
+        for operation in item.values():
+            handler = handlers[operation["operationId"]]
+            describe(operation, handler, settings)
+            secured = settings.auth == "on" and "scope" in handler.opt
+            problems = [] if path == "/token" else problems_of(handler, path, secured)
+            operation["responses"] = success_of(operation) | problem_responses(problems)
+    if settings.auth == "on":
+        describe_token(document)
+    return document
+
+
+def exact_schemas(named: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """The schemas of these structs by msgspec, which knows all limits of types, and with those of the settings."""
+    kinds = [kind for kind in vars(farm.words).values() if isinstance(kind, type) and kind.__name__ in named]
+    kinds += [ImportedUser, ProblemDetails, FieldError, LineError]
+    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schemas["ProblemDetails"]["additionalProperties"] = True
+    for schema in schemas.values():
+        if schema.get("additionalProperties") is False:  # what callers send
+            for name, limit in limits(settings).items():
+                restrict(schema["properties"].get(name, {}), limit)
+    return schemas
+
+
+def restrict(schema: dict[str, Any], limit: Mapping[str, Any]) -> None:
+    for kind in schema.get("anyOf", [schema]):
+        if kind.get("type") != "null":
+            kind |= limit
+
+
+def describe(operation: dict[str, Any], handler: HTTPRouteHandler, settings: Settings) -> None:
+    """What Litestar can't know of a call: its scope, its idempotency key, and a body that it does not read itself."""
+    summary, _, text = (handler.fn.__doc__ or "").strip().partition("\n")
+    operation |= {"summary": summary.rstrip("."), "description": " ".join(text.split()) or summary}
+    if settings.auth == "on":
+        needed = handler.opt.get("scope")
+        operation["security"] = [{"oauth2": [needed]}] if needed else []
+    if data := handler.parsed_fn_signature.parameters.get("data"):
+        operation["requestBody"]["required"] = not data.has_default
+    elif handler.opt.get("upload"):
+        lines = {"schema": {"type": "string", "description": "a line for each user: ImportedUser"}}
+        operation["requestBody"] = {"required": True, "content": {NDJSON: lines, CSV: lines}}
+    parameters = operation.setdefault("parameters", [])
+    for parameter in parameters:
+        parameter["schema"] = parameter_schema(parameter, settings)
+    if keyed := handler.opt.get("keyed"):
+        schema = {"type": "string", "format": "uuid"}
+        parameters.append({"name": "Idempotency-Key", "in": "header", "description": keyed, "schema": schema})
+
+
+def parameter_schema(parameter: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Without null, which leaves a parameter out; with the limits of settings, and of a list's items."""
+    schema = dict(parameter["schema"])
+    for kind in schema.pop("oneOf", ()):
+        schema |= kind if kind != {"type": "null"} else {}
+    if "enum" in schema:
+        schema |= {"type": "string", "enum": [value for value in schema["enum"] if value is not None]}
+    if parameter["name"] == "label":
+        schema["items"] = msgspec.json.schema(LabelPair)
+    return schema | limits(settings).get(parameter["name"], {})
+
+
+def success_of(operation: dict[str, Any]) -> dict[str, Any]:
+    done = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
+    for answer in done.values():
+        answer["description"] = "Done"
+        for media in [media for media in answer.get("content", {}) if media not in (JSON,)]:
+            answer["content"][media.partition(";")[0]] = {"schema": {"type": "string"}}
+            if ";" in media:
+                del answer["content"][media]
+    return done
+
+
+def problems_of(handler: HTTPRouteHandler, path: str, secured: bool) -> list[type[Problem]]:
+    """What a call can refuse: what it declares, and what its form brings along."""
+    problems = [*cast("list[type[Problem]]", handler.raises or []), Invalid, HeadTooLarge, InternalError]
+    problems += [DatabaseUnavailable] if "scope" in handler.opt else []
+    problems += [NotFound] if "{" in path else []
+    problems += [Unauthenticated, Forbidden] if secured else []
+    if "data" in handler.parsed_fn_signature.parameters or "DELETE" in handler.http_methods:
+        problems += [MalformedBody, UnsupportedMediaType, BodyTooLarge]
+    return list(dict.fromkeys(problems))
+
+
+def problem_responses(problems: list[type[Problem]]) -> dict[str, Any]:
+    by_status: dict[int, list[type[Problem]]] = {}
+    for problem in sorted(problems, key=lambda problem: problem.status_code):
+        by_status.setdefault(problem.status_code, []).append(problem)
+    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
+    return {
+        str(status): {
+            "description": " / ".join(f"`{p.slug}`: {(p.__doc__ or '').strip()}" for p in kinds),
+            "content": content,
+        }
+        for status, kinds in by_status.items()
+    }
+
+
+def describe_token(document: dict[str, Any]) -> None:
+    """How to get a token: the Authorize button of the API page works by it."""
+    flow = {"tokenUrl": "/token", "scopes": SCOPES}
+    document["components"]["securitySchemes"] = {"oauth2": {"type": "oauth2", "flows": {"clientCredentials": flow}}}
+    _, schemas = msgspec.json.schema_components([TokenError], ref_template="#/components/schemas/{name}")
+    document["components"]["schemas"] |= schemas
+    fields: dict[str, Any] = {name: {"type": "string"} for name in ("scope", "client_id", "client_secret")}
+    fields["grant_type"] = {"type": "string", "const": "client_credentials"}
+    form = {"type": "object", "required": ["grant_type"], "properties": fields}
+    operation = document["paths"]["/token"]["post"]
+    operation["requestBody"] = {"required": True, "content": {FORM: {"schema": form}}}
+    content = {JSON: {"schema": {"$ref": "#/components/schemas/TokenError"}}}
+    for status, what in (
+        ("400", "RFC 6749 section 5.2"),
+        ("401", "`invalid_client`"),
+        ("429", "too often"),
+        ("503", "the database does not answer, or too many ask"),
+    ):
+        operation["responses"][status] = {"description": what, "content": content}
