@@ -39,7 +39,6 @@ import contextlib
 import gc
 import importlib.resources
 import logging
-import os
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -57,7 +56,6 @@ from litestar.exceptions import ClientException, HTTPException
 from litestar.response import Stream
 from litestar.static_files import create_static_files_router
 from msgspec import UNSET, Struct
-from prometheus_client import CollectorRegistry, generate_latest
 
 from farm import VERSION
 from farm.clients import Gate, signing_keys
@@ -68,16 +66,12 @@ from farm.locks import (
     Farm,
     Release,
     Renewal,
-    Scrape,
     acquire,
     granted,
     granted_set,
     not_held,
-    pool_of,
     prune,
-    publish,
     repeat,
-    snapshot,
     sweep,
     wish_of,
 )
@@ -121,9 +115,7 @@ from farm.settings import Settings, log, parse_keys
 from farm.telemetry import (
     JOURNAL,
     NO_STORE,
-    SHARED,
     Events,
-    Tally,
     cause_of,
     echoed,
     header,
@@ -180,6 +172,7 @@ from farm.words import (
     decode_body,
     field_errors,
     lock_of,
+    pool_of,
     read_cursor,
     user_of,
     with_implied,
@@ -689,7 +682,6 @@ async def import_users(farm: Farm, request: Request) -> Response:
             with contextlib.suppress(asyncpg.PostgresError, *DATABASE_FAULTS):  # all is stored already
                 await connection.execute(SQL["import_analyze"], timeout=600)
     farm.desk.freed()
-    await job.changed.tell(farm.events, cause_of(request))
     farm.events.imported(imported, cause_of(request))
     return reply(imported)
 
@@ -826,12 +818,7 @@ async def metrics(farm: Farm, request: Request) -> Response:
 
     Without the counts of users and of waiting calls where the database does not answer.
     """
-    farm.events.count_losses()
-    pools = await farm.census.rows()
-    scrape = Scrape(farm.events.tally, pools, [snapshot(farm), *farm.events.tally.others()])
-    # In a thread, because ten thousand pools take their time.
-    text = await asyncio.to_thread(generate_latest, cast("CollectorRegistry", scrape))
-    return Response(content=text, media_type=PROMETHEUS)
+    return Response(content=await farm.exporter.text(), media_type=PROMETHEUS)
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm</title>
@@ -1100,14 +1087,11 @@ async def _running(app: Litestar) -> AsyncIterator[None]:
         await check_keys(pool, keyring)
         passwords = Passwords(keyring)
         stack.callback(passwords.close)
-        shared = os.environ.get(SHARED)
-        if shared:
-            JOURNAL.share(shared)
         stack.callback(JOURNAL.flush)  # after the last words of what is closed below
-        events = Events(Tally(shared), JOURNAL if settings.log == "events" else None)
+        events = Events(JOURNAL if settings.log == "events" else None)
         gate = Gate(pool, parse_keys(signing_keys(settings))) if settings.auth == "on" else None
         app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
-        jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), repeat(publish, farm, 1)]
+        jobs = [repeat(sweep, farm, 1), repeat(prune, farm, 60), farm.exporter.keep_told()]
         jobs += [farm.desk.run(), farm.desk.announce()]
         if settings.listen_url or settings.pooler == "off":
             jobs.append(listen(farm, settings.listen_url.reveal() if settings.listen_url else database))

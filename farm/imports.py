@@ -28,7 +28,6 @@ from farm.problems import (
     shown,
 )
 from farm.settings import WORD, Settings
-from farm.telemetry import Cause, Events
 from farm.words import UNREADABLE, Caller, Imported, ImportedUser, UserFilter, check_words, field_errors, user_of
 
 PAUSE = 30  # seconds that a body may take, and an import pause
@@ -206,33 +205,6 @@ class CsvFile(ImportFile):
             return None
 
 
-class Changed:
-    """The users that an import creates and changes, to be told when it is committed: 17 bytes for each, so that a
-    million need no more memory than a few chunks of lines."""
-
-    KINDS = ("created", "updated")
-
-    def __init__(self) -> None:
-        self._ids = bytearray()
-        self._kinds = bytearray()
-
-    def add(self, rows: Iterable[asyncpg.Record]) -> None:
-        for row in rows:
-            self._ids += row["id"].bytes
-            self._kinds.append(self.KINDS.index(row["kind"]))
-
-    async def tell(self, events: Events, cause: Cause) -> None:
-        """A line for each, no faster than the log is written; where its reader stands still, half a minute at most."""
-        patience = time.monotonic() + 30
-        for number, kind in enumerate(self._kinds):
-            if number % CHUNK == 0:
-                await asyncio.sleep(0)
-                while events.journal and events.journal.is_full() and time.monotonic() < patience:
-                    await asyncio.sleep(0.01)
-            id = uuid.UUID(bytes=bytes(self._ids[16 * number : 16 * number + 16]))
-            events.user("changed" if kind else "created", id, cause)
-
-
 class Import:
     """One import: a temporary table in one transaction, filled chunk by chunk and applied at the end."""
 
@@ -241,7 +213,6 @@ class Import:
         self.passwords = farm.passwords
         self.connection = connection
         self.file = file
-        self.changed = Changed()
 
     async def stage(self, users: list[Numbered]) -> None:
         """Compare with the users that are known, seal the passwords that are new, and keep both for `apply`."""
@@ -297,9 +268,6 @@ class Import:
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 if attempt == 9:
                     raise LoginTaken("Others keep changing the users of this file; send it again.") from None
-        if self.farm.events.journal:
-            async for row in connection.cursor(SQL["import_changed"], prefetch=CHUNK, timeout=600):
-                self.changed.add([row])
         kinds = dict(await connection.fetch(SQL["import_kinds"], timeout=600))
         return Imported(*(kinds.get(kind, 0) for kind in Imported.__struct_fields__))
 

@@ -3,24 +3,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import platform
 import secrets
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 import asyncpg
 import msgspec
 from litestar import Request, Response
 from msgspec import Struct
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics_core import Metric as MetricFamily
 
-from farm import VERSION
 from farm.clients import Gate
 from farm.database import DATABASE_FAULTS, SQL, Busy, Coalescer, Connections, columns, new_id
 from farm.passwords import KeyFault, Passwords
@@ -42,9 +38,9 @@ from farm.problems import (
     user_locked,
 )
 from farm.settings import Settings, log
-from farm.telemetry import NO_STORE, NOWHERE, Cause, Events, Snapshot, Tally, cause_of, header, reply
+from farm.telemetry import NO_STORE, NOWHERE, Cause, Events, Exporter, Snapshot, cause_of, header, reply
 from farm.waiting import Ask, Desk, match
-from farm.words import AcquireLock, Lock, LockSet, SetPart, UserState, Wish, Wishes, caller_of, lock_of
+from farm.words import AcquireLock, Lock, LockSet, SetPart, Wish, Wishes, caller_of, lock_of
 
 
 class Release(Struct):
@@ -119,7 +115,7 @@ class Farm:
         self._unanswered: dict[uuid.UUID, float] = {}
         self._found_later: dict[uuid.UUID, float] = {}
         self._cursors: dict[Wish, dict[int, datetime]] = {}
-        self.census = Census(pool, events)
+        self.exporter = Exporter(events, pool, partial(snapshot, self))
         self.imports = asyncio.Semaphore(2)
         self.stopping = False
         self._spawned: set[asyncio.Task[None]] = set()
@@ -365,25 +361,19 @@ def _by_lock_id(items: Iterable[L]) -> list[L]:
     return sorted(items, key=lambda item: item.lock_id)
 
 
-def pool_of(row: asyncpg.Record) -> Wish:
-    return Wish(None, row["project_id"], row["env"], row["domain"])
-
-
-def _with_passwords(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> list[Lock]:
+def _with_passwords(farm: Farm, rows: list[asyncpg.Record]) -> list[Lock]:
     """The locks as only the reply that grants them tells them. KeyFault where a password does not open."""
     passwords = [farm.passwords.reveal(row["user_id"], row["secret"]) for row in rows]
-    for row, password in zip(rows, passwords, strict=True):
-        if password is not None:
-            farm.events.revealed(row, cause)
+    farm.events.revealed(sum(password is not None for password in passwords))
     return [lock_of(row, password) for row, password in zip(rows, passwords, strict=True)]
 
 
-def granted(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> Response[bytes]:
-    return reply(_with_passwords(farm, rows, cause)[0], 201, NO_STORE)
+def granted(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
+    return reply(_with_passwords(farm, rows)[0], 201, NO_STORE)
 
 
-def granted_set(farm: Farm, rows: list[asyncpg.Record], cause: Cause) -> Response[bytes]:
-    return reply(LockSet(_with_passwords(farm, rows, cause)), 201, NO_STORE)
+def granted_set(farm: Farm, rows: list[asyncpg.Record]) -> Response[bytes]:
+    return reply(LockSet(_with_passwords(farm, rows)), 201, NO_STORE)
 
 
 def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | None:
@@ -400,7 +390,7 @@ def _idempotency_key(request: Request, client: uuid.UUID | None) -> uuid.UUID | 
     return uuid.uuid5(client, str(key)) if client else key
 
 
-Grant = Callable[["Farm", list[asyncpg.Record], Cause], Response[bytes]]
+Grant = Callable[["Farm", list[asyncpg.Record]], Response[bytes]]
 
 
 async def acquire(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Response[bytes]:
@@ -496,7 +486,7 @@ async def _is_hopeless(farm: Farm, ask: Ask) -> bool:
 
 async def _grant(farm: Farm, ask: Ask, rows: list[asyncpg.Record], grant: Grant) -> Response[bytes]:
     try:
-        return grant(farm, rows, ask.cause)
+        return grant(farm, rows)
     except KeyFault:
         if ask.key is None:  # with a key, a repeat at another replica finds the lock
             await farm.give_back(rows, ask.cause)
@@ -509,7 +499,10 @@ async def _repeat(farm: Farm, request: Request, ask: Ask, grant: Grant) -> Respo
     if not rows:
         return None
     if all(row["lock_id"] is not None for row in rows):
-        return grant(farm, rows, ask.cause)
+        answer = grant(farm, rows)
+        for row in rows:
+            farm.events.repeated(row, ask.cause)
+        return answer
     ends = await farm.pool.fetch(SQL["get_lock_ends"], [row["bound_id"] for row in rows], ask.client)
     ended_at = min((row["ended_at"] for row in ends), default=None)
     key = _idempotency_key(request, None)
@@ -571,104 +564,9 @@ async def not_held(farm: Farm, id: uuid.UUID, owner: uuid.UUID | None) -> LockNo
     return LockNotHeld(detail, ended_at=end["ended_at"], ended_by=end["ended_by"])
 
 
-class Census:
-    """How many users of each pool are in which state: read when asked for, and kept for a second.
-
-    Where counting takes long it is kept for four times as long, so that no scraper keeps the database busy.
-    """
-
-    def __init__(self, pool: Connections, events: Events) -> None:
-        self._pool = pool
-        self._events = events
-        self._turn = asyncio.Lock()
-        self._until = 0.0
-        self._rows: list[asyncpg.Record] = []
-
-    async def rows(self) -> list[asyncpg.Record]:
-        """As list_pools.sql gives them; none where the database does not answer."""
-        async with self._turn:
-            began = time.monotonic()
-            if began >= self._until:
-                try:
-                    self._rows = await self._pool.fetch(SQL["list_pools"], None, None, timeout=5)
-                except (asyncpg.UndefinedTableError, *DATABASE_FAULTS) as fault:
-                    self._rows = []
-                    self._events.database_failed("No counts of users for a scrape", fault)
-                ended = time.monotonic()
-                self._until = ended + max(1, 4 * (ended - began))
-            return self._rows
-
-
-class Scrape:
-    """What GET /metrics shows, as prometheus_client collects it."""
-
-    def __init__(self, tally: Tally, pools: list[asyncpg.Record], workers: list[Snapshot]) -> None:
-        self.tally = tally
-        self.pools = pools
-        self.workers = workers
-
-    def collect(self) -> Iterator[MetricFamily]:
-        yield from self.tally.families()
-        yield self._users()
-        yield self._waiting()
-        yield from self._connections()
-        build = GaugeMetricFamily("botfarm_build_info", "Versions.", labels=["version", "python_version"])
-        build.add_metric([VERSION, platform.python_version()], 1)
-        yield build
-
-    def _users(self) -> MetricFamily:
-        users = GaugeMetricFamily(
-            "botfarm_users", "Users of a pool in a state.", labels=["project_id", "env", "domain", "state"]
-        )
-        for row in self.pools:
-            for state in get_args(UserState):
-                users.add_metric([str(row["project_id"]), row["env"], row["domain"], state], row[state])
-        return users
-
-    def _waiting(self) -> MetricFamily:
-        waiting = GaugeMetricFamily(
-            "botfarm_waiting_calls", "Calls that wait for users of a pool; one that fits several counts in each.",
-            labels=["project_id", "env", "domain"],
-        )  # fmt: skip
-        crowds: dict[uuid.UUID | None, list[tuple[list[Wish], int]]] = {}
-        for wishes, count in (crowd for worker in self.workers for crowd in worker.waiting):
-            for project_id in {wish.project_id for wish in wishes}:
-                crowds.setdefault(project_id, []).append((wishes, count))
-        for row in self.pools:
-            pool = pool_of(row)
-            here = crowds.get(pool.project_id, ())
-            count = sum(count for wishes, count in here if any(pool.meets(wish) for wish in wishes))
-            waiting.add_metric([str(pool.project_id), row["env"], row["domain"]], count)
-        return waiting
-
-    def _connections(self) -> Iterator[MetricFamily]:
-        found = GaugeMetricFamily("botfarm_database_connections", "Open connections.", labels=["pool", "state"])
-        limit = GaugeMetricFamily("botfarm_database_connections_limit", "Most connections.", labels=["pool"])
-        queue = GaugeMetricFamily(
-            "botfarm_database_connection_waiting_calls", "Calls that wait for a connection.", labels=["pool"]
-        )
-        for pool in ("locks", "other"):
-            every = [worker.connections[pool] for worker in self.workers]
-            busy, idle, most, waiting = (sum(column) for column in zip(*every, strict=True))
-            found.add_metric([pool, "busy"], busy)
-            found.add_metric([pool, "idle"], idle)
-            limit.add_metric([pool], most)
-            queue.add_metric([pool], waiting)
-        yield from (found, limit, queue)
-
-
 def snapshot(farm: Farm) -> Snapshot:
     """What this worker has at this moment."""
     return Snapshot(farm.desk.crowd(), {"locks": farm.hot.gauges(), "other": farm.pool.gauges()})
-
-
-async def publish(farm: Farm) -> None:
-    """Tell the other workers what there is here."""
-    farm.events.count_losses()
-    try:
-        farm.events.tally.publish(snapshot(farm))
-    except OSError as fault:
-        log.warning("The other workers cannot be told what there is here: %s", fault)
 
 
 async def sweep(farm: Farm) -> None:

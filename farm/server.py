@@ -29,7 +29,7 @@ from farm.migrations import prepared
 from farm.passwords import Keyring, check_keys, keyring_of, load_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
 from farm.settings import Secret, Settings, log
-from farm.telemetry import JOURNAL, SHARED
+from farm.telemetry import SHARED
 from farm.words import JSON
 
 HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
@@ -288,7 +288,6 @@ def serve(settings: Settings, create_app: Callable[[Settings], Litestar]) -> int
             os.environ[variable] = value
         with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
             os.environ[SHARED] = folder
-            JOURNAL.share(folder)
             workers = _Workers(uvicorn.Config("botfarm:app", workers=settings.workers, **options), settings)
             workers.run()
         failed = any(process.exitcode == STARTUP_FAILURE for process in workers.processes)

@@ -1,36 +1,55 @@
+"""What happened: the log, which is the audit trail, and the metrics."""
+
 from __future__ import annotations
 
+import asyncio
 import atexit
-import contextlib
 import copy
-import fcntl
 import itertools
 import logging
-import mmap
 import os
+import platform
 import re
 import secrets
-import select
 import threading
+import time
 import uuid
-from array import array
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from select import PIPE_BUF
+from typing import Any, TypeVar, get_args
 
 import asyncpg
 import msgspec
 from litestar import Request, Response
 from msgspec import Struct
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as MetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
+from farm import VERSION
+from farm.database import DATABASE_FAULTS, SQL, Connections
+from farm.passwords import SEALED
 from farm.problems import Problem, Refused, TokenRefusal
 from farm.settings import log
-from farm.words import JSON, Imported, Wish, caller_of
+from farm.words import JSON, Imported, UserState, Wish, caller_of, pool_of
+
+
+class Cause(Struct, frozen=True):
+    """Which request made something happen; nothing where the service did it by itself."""
+
+    request_id: str | None = None
+    trace_id: str | None = None
+    client: uuid.UUID | None = None
+    echo: Mapping[str, str] | None = None  # headers that the caller sent and finds in the reply
+
+
+NOWHERE = Cause()
 
 
 class Entry(Struct, omit_defaults=True):
@@ -49,6 +68,7 @@ class Entry(Struct, omit_defaults=True):
     ttl_seconds: int | None = None
     acquire_seconds: float | None = None
     wait_seconds: float | None = None
+    revealed: bool = False  # the password leaves with the reply
     held_seconds: float | None = None
     cooldown_seconds: int | None = None
     changed: list[str] | None = None
@@ -63,12 +83,27 @@ class Entry(Struct, omit_defaults=True):
     traceback: str | None = None
 
 
-class Journal:
-    """Writes lines to standard error, in batches, from a thread of its own.
+def readable(entry: Entry) -> bytes:
+    """A line for people. What could move the cursor of their terminal is escaped."""
+    members = ((name, getattr(entry, name)) for name in Entry.__struct_fields__[3:])
+    told = "".join(f" {name}={_plain(value)}" for name, value in members if value not in (None, False))
+    return f"{entry.time:%H:%M:%S.%f} {entry.level:7} {entry.event}{told}".encode()
 
-    Where the reader is slower than the events, up to LIMIT of them wait; then the newest are lost, and counted: in the
-    log itself as soon as it moves again, and in botfarm_log_lines_lost_total. To stall the test grid instead would
-    be worse: the database's history has each lock.
+
+def _plain(value: Any) -> str:
+    if not isinstance(value, str):
+        return str(value)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    return text if text and " " not in text else f'"{text}"'
+
+
+class Journal:
+    """Writes lines to standard error from a thread of its own, whole lines in pieces that a pipe takes at once.
+
+    So workers that share a pipe take no turns and yet break no line of another. Where the reader is slower than the
+    events, up to LIMIT of them wait; then the newest are lost, and counted: in the log itself as soon as it moves
+    again, and in botfarm_log_lines_lost_total. To stall the test grid instead would be worse: the database's history
+    has each lock.
     """
 
     LIMIT = 50_000  # lines, of some 250 bytes
@@ -80,94 +115,58 @@ class Journal:
         self._told = 0  # of those that were lost
         self._lines: deque[bytes] = deque()
         self._shown = readable if os.isatty(file) else msgspec.json.Encoder().encode
-        self._written = threading.Event()
-        self._wake = threading.Event()
         self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lock: int | None = None
 
     def write(self, entry: Entry) -> None:
         """Made a line at once: left to the thread, on another core, that took five times as long (1.5 us)."""
         if len(self._lines) >= self.LIMIT:
             self.lost += 1
             return
-        self._lines.append(self._shown(entry))
-        if not self._wake.is_set():
-            self._begin()
-
-    def _begin(self) -> None:
-        self._written.clear()
-        self._wake.set()
+        self._lines.append(self._shown(entry) + b"\n")
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="log", daemon=True)
             self._thread.start()
             atexit.register(self.flush)
 
-    def is_full(self) -> bool:
-        """Whether whoever has much to tell should better wait."""
-        return len(self._lines) > self.LIMIT // 2
-
-    def share(self, folder: str) -> None:
-        """Take turns with the other workers of this start: what two write to one pipe at once would mix."""
-        self._lock = os.open(Path(folder) / "log", os.O_RDWR | os.O_CREAT, 0o600)
-
     def flush(self, seconds: float = 1) -> None:
         """Wait until all is written; a reader that takes nothing is not waited for any longer."""
-        if self._thread is None:
-            return
+        end = time.monotonic() + seconds
         self._hurry.set()
-        self._begin()
-        self._written.wait(seconds)
-        self._hurry.clear()
+        while self._thread and self._hurry.is_set() and time.monotonic() < end:
+            time.sleep(0.001)
 
     def _run(self) -> None:
         while True:
-            self._wake.wait()
-            self._hurry.wait(self.PAUSE)
-            self._wake.clear()
-            self._drain()
-            if not self._lines:
-                self._written.set()
+            hurried = self._hurry.wait(self.PAUSE)
+            while self._lines:
+                self._write(list(self._piece()))
+            if hurried:
+                self._hurry.clear()
 
-    def _drain(self) -> None:
-        while self._lines:
-            batch = [self._lines.popleft() for _ in range(min(len(self._lines), 1000))]
-            lines, lost = len(batch), self.lost
-            if lost > self._told:
-                batch.append(self._shown(Entry(datetime.now(UTC), "error", "log-lost", count=lost - self._told)))
-            try:
-                self._put(b"\n".join([*batch, b""]))
+    def _piece(self) -> Iterator[bytes]:
+        """The next lines that a pipe takes at once; one that is longer stands alone."""
+        size = 0
+        while self._lines and (not size or size + len(self._lines[0]) <= PIPE_BUF):
+            size += len(self._lines[0])
+            yield self._lines.popleft()
+
+    def _write(self, lines: list[bytes]) -> None:
+        try:
+            if (lost := self.lost) > self._told:
+                entry = Entry(datetime.now(UTC), "error", "log-lost", count=lost - self._told)
+                self._put(self._shown(entry) + b"\n")
                 self._told = lost
-            except OSError:  # the reader is gone
-                self.lost += lines
+            self._put(b"".join(lines))
+        except OSError:  # the reader is gone
+            self.lost += len(lines)
 
     def _put(self, data: bytes) -> None:
-        if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        try:
-            left = memoryview(data)
-            while left:
-                try:
-                    left = left[os.write(self._file, left) :]
-                except BlockingIOError:  # somebody made standard error non-blocking
-                    select.select([], [self._file], [], 1)
-        finally:
-            if self._lock is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_UN)
-
-
-def readable(entry: Entry) -> bytes:
-    """A line for people. What could move the cursor of their terminal is escaped."""
-    members = ((name, getattr(entry, name)) for name in Entry.__struct_fields__[3:])
-    told = "".join(f" {name}={_plain(value)}" for name, value in members if value is not None)
-    return f"{entry.time:%H:%M:%S.%f} {entry.level:7} {entry.event}{told}".encode()
-
-
-def _plain(value: Any) -> str:
-    if not isinstance(value, str):
-        return str(value)
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-    return text if text and " " not in text else f'"{text}"'
+        while data:
+            try:
+                data = data[os.write(self._file, data) :]
+            except BlockingIOError:  # somebody made standard error non-blocking
+                time.sleep(0.01)
 
 
 JOURNAL = Journal()
@@ -205,255 +204,115 @@ def log_as_lines(events: bool = True) -> None:
     logging.getLogger("asyncpg").setLevel(logging.ERROR)  # warns of an outage with a traceback; we tell of it in a line
 
 
-class Cause(Struct, frozen=True):
-    """Which request made something happen; nothing where the service did it by itself."""
-
-    request_id: str | None = None
-    trace_id: str | None = None
-    client: uuid.UUID | None = None
-    echo: Mapping[str, str] | None = None  # headers that the caller sent and finds in the reply
-
-
-NOWHERE = Cause()
-
-
-class Metric(Struct, frozen=True):
-    """A counter; with bounds a histogram. It has a series for each of `values` where it has a label."""
-
-    name: str
-    help: str
-    label: str = ""
-    values: tuple[str, ...] = ("",)
-    bounds: tuple[float, ...] = ()
-
-    @property
-    def width(self) -> int:
-        """Cells of a series: the number, or one for each bucket, the last one endless, and then the sum."""
-        return len(self.bounds) + 2 if self.bounds else 1
-
-    def family(self, cells: Sequence[float]) -> MetricFamily:
-        """As prometheus_client shows it."""
-        labels = [self.label] if self.label else []
-        if not self.bounds:
-            counted = CounterMetricFamily(self.name, self.help, labels=labels)
-            for value, cell in zip(self.values, cells, strict=True):
-                counted.add_metric([value] if labels else [], cell)
-            return counted
-        observed = HistogramMetricFamily(self.name, self.help, labels=labels)
-        for number, value in enumerate(self.values):
-            *counts, total = cells[number * self.width : (number + 1) * self.width]
-            edges = [*map(str, self.bounds), "+Inf"]
-            buckets = list(zip(edges, itertools.accumulate(counts), strict=True))
-            observed.add_metric([value] if labels else [], buckets, total)
-        return observed
-
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # `serve` makes this folder for its workers
+FOLDER = os.environ.get(SHARED)  # read once, because prometheus_client reads it once: when it is imported
 
 MOMENTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-
-
 WAITS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-
 HOLDS = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 14400.0, 86400.0)
-
-
 SIZES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
-
-
 STATEMENTS = ("acquire_locks", "acquire_users", "release_locks", "extend_locks", "get_keyed_locks", "count_matching")
+REASONS = (*sorted(kind.slug for kind in Problem.__subclasses__()), *TokenRefusal.ERRORS)
+
+disable_created_metrics()
+
+M = TypeVar("M", Counter, Histogram)
 
 
-METRICS = (
-    Metric("botfarm_acquires", "Locks that were granted."),
-    Metric("botfarm_releases", "Locks that were given back."),
-    Metric("botfarm_extensions", "Locks that were extended, by heartbeats."),
-    Metric("botfarm_expirations", "Locks whose time ran out; counted when that is noticed, a second later at most."),
-    Metric("botfarm_forced_releases", "Locks that were ended by force."),
-    Metric("botfarm_password_reveals", "Passwords that left the service in the reply that grants a lock."),
-    Metric(
-        "botfarm_refusals", "Calls that were refused, by the slug of the problem or the error of a token.", "reason",
-        (*sorted(kind.slug for kind in Problem.__subclasses__()), *TokenRefusal.ERRORS),
-    ),
-    Metric("botfarm_log_lines_lost", "Lines that were lost because nobody read the log."),
-    Metric("botfarm_database_errors", "Calls and jobs that failed because the database did not answer."),
-    Metric(
-        "botfarm_acquire_duration_seconds", "From the call to the grant of a lock, for calls that did not wait.",
-        bounds=MOMENTS,
-    ),
-    Metric(
-        "botfarm_wait_duration_seconds", "How long calls waited for a user, by how that ended.", "outcome",
-        ("granted", "refused", "gone"), WAITS,
-    ),
-    Metric("botfarm_lock_held_duration_seconds", "From the grant of a lock to its end.", bounds=HOLDS),
-    Metric(
-        "botfarm_batch_size", "Calls that shared a statement.", "statement", STATEMENTS, SIZES,
-    ),
-)  # fmt: skip
-
-
-class Snapshot(Struct):
-    """What a worker has at this moment: who waits for which pools, and its database connections by name."""
-
-    waiting: list[tuple[list[Wish], int]] = []
-    connections: dict[str, tuple[int, int, int, int]] = {}  # see Connections.gauges
-
-
-SHARED = "BOTFARM_SHARED_FOLDER"  # no setting: `serve` makes the folder, and tells its workers so
-
-
-class Tally:
-    """The numbers of METRICS, of all workers of a start.
-
-    They stand in flat cells: of this process, or, with a folder that the workers share, in a file that is mapped
-    into its memory. A worker has a file of its own as long as it lives, and whoever is asked adds up those of all.
-    That of a killed worker stays, and the one that takes its place goes on adding to it: so no sum ever shrinks,
-    and nothing counts twice. (An increment takes 0.13 us and an observation 0.23; in prometheus_client's own
-    multiprocess mode 0.84 and 1.76, and the files of dead workers gather. All that is counted: 1 to 2 % of the CPU of
-    a cycle.)
-    """
-
-    def __init__(self, folder: str | None = None) -> None:
-        self._places: dict[tuple[str, str], int] = {}
-        self._series: dict[tuple[str, str], tuple[int, tuple[float, ...]]] = {}
-        size = 0
-        for metric in METRICS:
-            for value in metric.values:
-                self._places[metric.name, value] = size
-                self._series[metric.name, value] = size, metric.bounds
-                size += metric.width
-        self._size = size
-        self._folder = Path(folder) if folder else None
-        self._own = Path()
-        self._cells: Any = self._claim(self._folder) if self._folder else array("d", bytes(8 * size))
-
-    def _claim(self, folder: Path) -> Any:
-        """The cells of the first file that no living worker has."""
-        for number in itertools.count():
-            self._own = folder / f"{number}.cells"
-            file = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o600)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and so it stays until this process has ended
-                held = os.fstat(file).st_size  # written, not truncated to: a hole in a full disk kills who counts in it
-                os.pwrite(file, bytes(8 * self._size - held), held)
-                return memoryview(mmap.mmap(file, 8 * self._size)).cast("d")
-            os.close(file)
-        raise AssertionError
-
-    def count(self, name: str, value: str = "", by: int = 1) -> None:
-        self._cells[self._places[name, value]] += by
-
-    def observe(self, name: str, measured: float, value: str = "") -> None:
-        place, bounds = self._series[name, value]
-        cells = self._cells
-        cells[place + bisect_left(bounds, measured)] += 1
-        cells[place + len(bounds) + 1] += measured
-
-    def families(self) -> Iterator[MetricFamily]:
-        """The sums over all workers."""
-        cells = [sum(column) for column in zip(*self._all(), strict=True)]
-        for metric in METRICS:
-            first = self._places[metric.name, metric.values[0]]
-            yield metric.family(cells[first : first + len(metric.values) * metric.width])
-
-    def _all(self) -> list[Sequence[float]]:
-        if self._folder is None:
-            return [self._cells]
-        files = [file.read_bytes() for file in self._folder.glob("*.cells")]
-        return [array("d", file) for file in files if len(file) == 8 * self._size]
-
-    def publish(self, snapshot: Snapshot) -> None:
-        """Tell the other workers what there is here at this moment."""
-        if self._folder:
-            new = self._own.with_suffix(".new")
-            new.write_bytes(msgspec.json.encode(snapshot))
-            new.replace(self._own.with_suffix(".json"))
-
-    def others(self) -> list[Snapshot]:
-        """What the other workers that live told last."""
-        files = self._folder.glob("*.json") if self._folder else ()
-        alive = [file for file in files if file.stem != self._own.stem and _is_locked(file.with_suffix(".cells"))]
-        return [msgspec.json.decode(file.read_bytes(), type=Snapshot) for file in alive]
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a living process has this file."""
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def _each(metric: M, values: Iterable[str]) -> dict[str, M]:
+    """A series for each value of the label: there from the beginning, and found without a look-up in the metric."""
+    return {value: metric.labels(value) for value in values}
 
 
 Row = asyncpg.Record | Mapping[str, Any]
 
 
 class Events:
-    """What happened, told by whoever did it. Rows are those of the statement that did it."""
+    """What happened, told by whoever did it: counted and logged. Rows are those of the statement that did it.
 
-    ENDS: ClassVar[dict[str, str]] = {
-        "released": "botfarm_releases",
-        "expired": "botfarm_expirations",
-        "forced": "botfarm_forced_releases",
-    }
+    Numbers stand in a registry of their own. With several workers prometheus_client keeps them in files of FOLDER, a
+    set for each process, and a scrape adds up all; that of a killed worker stays, so no sum ever shrinks.
+    """
 
-    def __init__(self, tally: Tally, journal: Journal | None) -> None:
-        self.tally = tally
+    def __init__(self, journal: Journal | None) -> None:
         self.journal = journal  # none with BOTFARM_LOG=quiet
+        self._counted = 0  # of the lines that the log has lost
+        self.registry = CollectorRegistry()
+        counter, histogram = partial(Counter, registry=self.registry), partial(Histogram, registry=self.registry)
+        self._acquires = counter("botfarm_acquires", "Locks that were granted.")
+        self._extensions = counter("botfarm_extensions", "Locks that were extended, by heartbeats.")
+        told = "Locks whose time ran out; counted when that is noticed, a second later at most."
+        self._ends = {
+            "released": counter("botfarm_releases", "Locks that were given back."),
+            "expired": counter("botfarm_expirations", told),
+            "forced": counter("botfarm_forced_releases", "Locks that were ended by force."),
+        }
+        told = "Passwords that left the service in the reply that grants a lock."
+        self._reveals = counter("botfarm_password_reveals", told)
+        told = "Calls that were refused, by the slug of the problem or the error of a token."
+        self._refusals = _each(counter("botfarm_refusals", told, ["reason"]), REASONS)
+        self._lost = counter("botfarm_log_lines_lost", "Lines that were lost because nobody read the log.")
+        told = "Calls and jobs that failed because the database did not answer."
+        self._failures = counter("botfarm_database_errors", told)
+        told = "From the call to the grant of a lock, for calls that did not wait."
+        self._acquiring = histogram("botfarm_acquire_duration_seconds", told, buckets=MOMENTS)
+        told = "How long calls waited for a user, by how that ended."
+        waits = histogram("botfarm_wait_duration_seconds", told, ["outcome"], buckets=WAITS)
+        self._waits = _each(waits, ("granted", "refused", "gone"))
+        told = "From the grant of a lock to its end."
+        self._holds = histogram("botfarm_lock_held_duration_seconds", told, buckets=HOLDS)
+        sizes = histogram("botfarm_batch_size", "Calls that shared a statement.", ["statement"], buckets=SIZES)
+        self._sizes = _each(sizes, STATEMENTS)
 
-    def log(self, event: str, cause: Cause, **members: Any) -> None:
+    def log(self, event: str, cause: Cause, lock: Row | None = None, **members: Any) -> None:
+        """A line, with what names the lock where one is given."""
         if self.journal:
             now = datetime.now(UTC)
-            self.journal.write(Entry(now, "info", event, cause.request_id, cause.trace_id, cause.client, **members))
-
-    def _log_lock(
-        self, event: str, cause: Cause, lock: Row, *, ttl: int | None = None, acquired: float | None = None,
-        waited: float | None = None, held: float | None = None, cooldown: int | None = None,
-    ) -> None:  # fmt: skip
-        """Spelled out, because keywords that are handed on and on cost as much as the rest of it (1 us)."""
-        if self.journal:
-            self.journal.write(
-                Entry(
-                    datetime.now(UTC), "info", event, cause.request_id, cause.trace_id, cause.client, lock["holder"],
-                    lock["user_id"], str(lock["lock_id"])[:8], lock["fence"], ttl, acquired, waited, held, cooldown,
-                )
-            )  # fmt: skip
+            entry = Entry(now, "info", event, cause.request_id, cause.trace_id, cause.client, **members)
+            if lock is not None:
+                entry.holder, entry.user_id, entry.fence = lock["holder"], lock["user_id"], lock["fence"]
+                entry.lock = str(lock["lock_id"])[:8]
+            self.journal.write(entry)
 
     def batched(self, statement: str, size: int) -> None:
         """So many calls share a statement."""
-        self.tally.observe("botfarm_batch_size", size, statement)
+        self._sizes[statement].observe(size)
 
     def acquired(self, row: asyncpg.Record, cause: Cause, seconds: float, waited: bool) -> None:
         """A lock was granted. Where that ended one whose time had run out, this is told too."""
         if row["expired"]:
             self.ended("expired", msgspec.json.decode(row["expired"]))
-        self.tally.count("botfarm_acquires")
+        self._acquires.inc()
+        ttl, revealed = row["ttl"], row["secret"].startswith(SEALED)
         if waited:
             self.waited("granted", seconds)
-            self._log_lock("lock-acquired", cause, row, ttl=row["ttl"], waited=seconds)
+            self.log("lock-acquired", cause, row, ttl_seconds=ttl, revealed=revealed, wait_seconds=seconds)
         else:
-            self.tally.observe("botfarm_acquire_duration_seconds", seconds)
-            self._log_lock("lock-acquired", cause, row, ttl=row["ttl"], acquired=seconds)
+            self._acquiring.observe(seconds)
+            self.log("lock-acquired", cause, row, ttl_seconds=ttl, revealed=revealed, acquire_seconds=seconds)
 
     def waited(self, outcome: str, seconds: float) -> None:
         """A call that waited ended: granted, refused, or its caller was gone."""
-        self.tally.observe("botfarm_wait_duration_seconds", seconds, outcome)
+        self._waits[outcome].observe(seconds)
 
-    def revealed(self, row: asyncpg.Record, cause: Cause) -> None:
-        """The password of a user goes out with the reply."""
-        self.tally.count("botfarm_password_reveals")
-        self._log_lock("password-revealed", cause, row)
+    def repeated(self, row: asyncpg.Record, cause: Cause) -> None:
+        """An idempotency key was sent again, and its lock is told again."""
+        self.log("lock-repeated", cause, row, ttl_seconds=row["ttl"], revealed=row["secret"].startswith(SEALED))
+
+    def revealed(self, count: int) -> None:
+        """So many passwords go out with a reply; the lines of their locks say so."""
+        self._reveals.inc(count)
 
     def extended(self, row: asyncpg.Record, cause: Cause) -> None:
-        self.tally.count("botfarm_extensions")
-        self._log_lock("lock-extended", cause, row, ttl=row["ttl"])
+        self._extensions.inc()
+        self.log("lock-extended", cause, row, ttl_seconds=row["ttl"])
 
     def ended(self, how: str, lock: Row, cause: Cause = NOWHERE, cooldown: int | None = None) -> None:
         """A lock has ended: released, expired or forced."""
         held = lock["held_seconds"]
-        self.tally.count(self.ENDS[how])
-        self.tally.observe("botfarm_lock_held_duration_seconds", held)
-        self._log_lock(f"lock-{how}", cause, lock, held=held, cooldown=cooldown or None)
+        self._ends[how].inc()
+        self._holds.observe(held)
+        self.log(f"lock-{how}", cause, lock, held_seconds=held, cooldown_seconds=cooldown or None)
 
     def user(self, event: str, user_id: uuid.UUID, cause: Cause, **members: Any) -> None:
         """A user was created, changed, deleted or freed, or its password was checked."""
@@ -463,24 +322,158 @@ class Events:
         self.user("quarantined", user_id, cause, reason=reason)
 
     def imported(self, done: Imported, cause: Cause) -> None:
-        """After the lines of the users that were created and changed."""
         self.log("users-imported", cause, created=done.created, updated=done.updated, unchanged=done.unchanged)
 
     def refused(self, reason: str) -> None:
         """A call was refused. Nothing changed, so this is only counted."""
-        self.tally.count("botfarm_refusals", reason)
+        self._refusals[reason].inc()
 
     def database_failed(self, told: str, fault: BaseException, cause: Cause = NOWHERE) -> None:
-        self.tally.count("botfarm_database_errors")
+        self._failures.inc()
         log.warning("%s: %s: %s", told, type(fault).__name__, fault, extra={"cause": cause})
 
     def count_losses(self) -> None:
         """Into the metrics with the lines that the log has lost since it was asked last."""
-        if self.journal and (lost := self.journal.lost - self._lost):
-            self._lost += lost
-            self.tally.count("botfarm_log_lines_lost", by=lost)
+        if self.journal and (lost := self.journal.lost - self._counted):
+            self._counted += lost
+            self._lost.inc(lost)
 
-    _lost = 0
+
+class Snapshot(Struct):
+    """What a worker has at this moment: who waits for which pools, and its database connections by name."""
+
+    waiting: list[tuple[list[Wish], int]]
+    connections: dict[str, tuple[int, int, int, int]]  # see Connections.gauges
+
+
+Sample = tuple[Sequence[str], float]  # values of labels, and a number
+
+
+def _gauge(name: str, told: str, labels: str, samples: Iterable[Sample]) -> MetricFamily:
+    family = GaugeMetricFamily(name, told, labels=labels.split())
+    for values, number in samples:
+        family.add_metric(values, number)
+    return family
+
+
+class Scrape(Collector):
+    """What GET /metrics shows, as prometheus_client collects it: what was counted, and gauges of this moment."""
+
+    def __init__(self, counted: Collector, pools: list[asyncpg.Record], workers: list[Snapshot]) -> None:
+        self._counted = counted
+        self._pools = [(pool_of(row), (str(row["project_id"]), row["env"], row["domain"]), row) for row in pools]
+        self._workers = workers
+
+    def collect(self) -> Iterator[MetricFamily]:
+        yield from self._counted.collect()
+        states = get_args(UserState)
+        users = [((*labels, state), row[state]) for _, labels, row in self._pools for state in states]
+        yield _gauge("botfarm_users", "Users of a pool in a state.", "project_id env domain state", users)
+        told = "Calls that wait for users of a pool; one that fits several counts in each."
+        yield _gauge("botfarm_waiting_calls", told, "project_id env domain", self._waiting())
+        yield from self._connections()
+        versions = (VERSION, platform.python_version())
+        yield _gauge("botfarm_build_info", "Versions.", "version python_version", [(versions, 1)])
+
+    def _waiting(self) -> Iterator[Sample]:
+        crowds: dict[uuid.UUID | None, list[tuple[list[Wish], int]]] = {}
+        for wishes, count in (crowd for worker in self._workers for crowd in worker.waiting):
+            for project_id in {wish.project_id for wish in wishes}:
+                crowds.setdefault(project_id, []).append((wishes, count))
+        for pool, labels, _ in self._pools:
+            here = crowds.get(pool.project_id, ())
+            yield labels, sum(count for wishes, count in here if any(pool.meets(wish) for wish in wishes))
+
+    def _connections(self) -> Iterator[MetricFamily]:
+        sums: dict[str, list[int]] = {}
+        for name in self._workers[0].connections:
+            columns = zip(*(worker.connections[name] for worker in self._workers), strict=True)
+            sums[name] = [sum(column) for column in columns]
+        found = [((name, state), sums[name][place]) for name in sums for place, state in enumerate(("busy", "idle"))]
+        yield _gauge("botfarm_database_connections", "Open connections.", "pool state", found)
+        limits = [((name,), most) for name, (_, _, most, _) in sums.items()]
+        yield _gauge("botfarm_database_connections_limit", "Most connections.", "pool", limits)
+        waiting = [((name,), calls) for name, (_, _, _, calls) in sums.items()]
+        told = "Calls that wait for a connection."
+        yield _gauge("botfarm_database_connection_waiting_calls", told, "pool", waiting)
+
+
+class Workers(Collector):
+    """What all workers of a start have counted, and what each of them has at this moment.
+
+    The latter each tells once a second in a small file. Gauges of prometheus_client would keep every pool that anybody
+    ever waited for: in this mode it can't forget a label.
+    """
+
+    FRESH = 5  # seconds; an older file is that of a dead worker, whose process id may be another's by now
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+        self._own = self._folder / f"{os.getpid()}.json"
+
+    def collect(self) -> Iterable[MetricFamily]:
+        """The sums. An empty file is of a worker that begins, or was killed as it began: nobody could read it."""
+        return MultiProcessCollector.merge([str(file) for file in self._folder.glob("*.db") if file.stat().st_size])
+
+    def tell(self, snapshot: Snapshot) -> None:
+        new = self._own.with_suffix(".new")
+        new.write_bytes(msgspec.json.encode(snapshot))
+        new.replace(self._own)
+
+    def others(self) -> list[Snapshot]:
+        """What the other workers that live told last."""
+        now, files = time.time(), [file for file in self._folder.glob("*.json") if file != self._own]
+        fresh = [file for file in files if abs(now - file.stat().st_mtime) < self.FRESH]
+        return [msgspec.json.decode(file.read_bytes(), type=Snapshot) for file in fresh]
+
+
+class Exporter:
+    """Answers GET /metrics, over all workers of this start.
+
+    Users of pools are counted when asked for, and once a second at most. Where counting takes long it is kept for
+    four times as long, so that no scraper keeps the database busy.
+    """
+
+    def __init__(self, events: Events, pool: Connections, here: Callable[[], Snapshot]) -> None:
+        self._events = events
+        self._pool = pool
+        self._here = here
+        self._workers = Workers(FOLDER) if FOLDER else None
+        self._turn = asyncio.Lock()
+        self._until = 0.0
+        self._pools: list[asyncpg.Record] = []
+
+    async def text(self) -> bytes:
+        """As Prometheus reads it; made in a thread, because ten thousand pools take their time."""
+        self._events.count_losses()
+        pools = await self._census()
+        others = self._workers.others() if self._workers else []
+        scrape = Scrape(self._workers or self._events.registry, pools, [self._here(), *others])
+        return await asyncio.to_thread(generate_latest, scrape)
+
+    async def _census(self) -> list[asyncpg.Record]:
+        """As list_pools.sql gives them; none where the database does not answer."""
+        async with self._turn:
+            began = time.monotonic()
+            if began >= self._until:
+                try:
+                    self._pools = await self._pool.fetch(SQL["list_pools"], None, None, timeout=5)
+                except (asyncpg.UndefinedTableError, *DATABASE_FAULTS) as fault:
+                    self._pools = []
+                    self._events.database_failed("No counts of users for a scrape", fault)
+                ended = time.monotonic()
+                self._until = ended + max(1, 4 * (ended - began))
+            return self._pools
+
+    async def keep_told(self) -> None:
+        """Tell the other workers what there is here, for ever; nothing without others."""
+        while self._workers:
+            self._events.count_losses()
+            try:
+                self._workers.tell(self._here())
+            except OSError as fault:
+                log.warning("The other workers cannot be told what there is here: %s", fault)
+            await asyncio.sleep(1)
 
 
 def header(request: Request, name: bytes) -> str | None:

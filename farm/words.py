@@ -586,6 +586,10 @@ class HolderQuery(Body):
     project_id: uuid.UUID | None = None
 
 
+def pool_of(row: asyncpg.Record) -> Wish:
+    return Wish(None, row["project_id"], row["env"], row["domain"])
+
+
 def lock_of(row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock:
     user = LockedUser(
         id=row["user_id"],

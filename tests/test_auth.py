@@ -571,7 +571,7 @@ async def test_however_a_lock_ends_its_record_says_whose_it_was(empty_database):
             pool,
             pool,
             cast("Any", None),
-            farm.telemetry.Events(farm.telemetry.Tally(None), None),
+            farm.telemetry.Events(None),
         )
         secret = "$argon2id$"
         await pool.fetch(farm.database.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}")
