@@ -452,6 +452,7 @@ def test_lines_go_out_whole_in_pieces_that_a_pipe_takes_at_once():
     """So that workers who share a pipe break no line of another; a socket keeps the pieces apart."""
     reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with reading, writing:
+        reading.settimeout(5)
         journal = Journal(writing.fileno())
         for number in range(100):
             journal.write(entry("x" * (5000 if number % 10 == 5 else 50 * number)))
@@ -472,7 +473,7 @@ def test_standard_error_that_was_made_non_blocking_loses_no_line():
         journal.write(entry(message))
     time.sleep(0.3)  # the pipe is full
     data = b""
-    while data.count(b"\n") < len(sent):
+    while data.count(b"\n") < len(sent) and select.select([reading], [], [], 5)[0]:
         data += os.read(reading, 1 << 16)
     assert [json.loads(line)["message"] for line in data.splitlines()] == sent
     assert journal.lost == 0
