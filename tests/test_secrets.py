@@ -255,7 +255,7 @@ async def test_no_reply_log_line_metric_or_dump_holds_a_secret(canaries, project
     hidden = [canaries.password, canaries.secret, canaries.token, canaries.sealing, canaries.signing, canaries.database]
     farm.telemetry.JOURNAL.flush(10)
     seen = logged(caplog) + "".join(capfd.readouterr())
-    for told in ("unforeseen, with", '"event":"lock-acquired"', '"event":"password-revealed"'):
+    for told in ("unforeseen, with", '"event":"lock-acquired"', '"revealed":true'):
         assert told in seen
     assert not leaks(seen, *hidden)
     own = "\n".join(line for line in seen.splitlines() if "unforeseen, with" not in line)
