@@ -814,7 +814,7 @@ async def readyz(farm: Farm, request: Request) -> Response:
         applied = {row["migration_id"] for row in await farm.pool.fetch(SQL["list_migrations"], timeout=3)}
     except asyncpg.UndefinedTableError:
         applied = set()
-    missing = [migration.id for migration in MIGRATIONS if migration.id not in applied]
+    missing = [name for name in MIGRATIONS if name not in applied]
     if missing:
         raise DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
     return reply(Health("ok"))
