@@ -551,7 +551,7 @@ async def readyz(request: Call) -> Health:
         applied = {row["migration_id"] for row in await request.farm.pool.fetch(SQL["list_migrations"], timeout=3)}
     except asyncpg.UndefinedTableError:
         applied = set()
-    missing = [migration.id for migration in MIGRATIONS if migration.id not in applied]
+    missing = [name for name in MIGRATIONS if name not in applied]
     if missing:
         raise DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
     return Health("ok")

@@ -2,20 +2,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.resources
 import os
 import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import asyncpg
 from msgspec import Struct
 
-HERE = Path(__file__).resolve().parent.parent
-SQL = {path.stem: path.read_text(encoding="utf-8") for path in sorted((HERE / "sql").glob("*.sql"))}
+
+def sql_folder(name: str) -> Traversable:
+    """`sql` or `migrations`: an installed package holds them, in a checkout they lie beside it. Never an empty one."""
+    inside = importlib.resources.files("farm") / name
+    folder = inside if inside.is_dir() else Path(__file__).resolve().parent.parent / name
+    if not folder.is_dir() or not any(file.name.endswith(".sql") for file in folder.iterdir()):
+        raise FileNotFoundError(f"There are no SQL files in {folder}: BotFarm is not installed as a whole.")
+    return folder
+
+
+FILES = sorted(sql_folder("sql").iterdir(), key=lambda file: file.name)
+SQL = {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in FILES}
 
 
 # What asyncpg raises when the database is away, restarting, too busy, or cut us off.

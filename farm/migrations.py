@@ -1,159 +1,154 @@
+"""The schema: which migrations there are, and bringing a database up to date.
+
+yoyo applies the files of `migrations/`, over psycopg. Importing the two takes longer than most commands, so only a run
+does it.
+"""
+
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
 import os
 import re
 import socket
 import time
 import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
-
-import asyncpg
-import yoyo
-from yoyo.backends.base import DatabaseBackend
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from farm import VERSION, embedded
-from farm.database import HERE
+from farm.database import sql_folder
 from farm.settings import Settings, log
 
-
-class _Cursor:
-    """The little of a DB-API cursor that yoyo uses."""
-
-    description = None
-
-    def __init__(self, connection: _Connection) -> None:
-        self.connection = connection
-        self.rows: deque[tuple[Any, ...]] = deque()
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
-        self.rows = deque(tuple(row) for row in self.connection.run(sql, parameters))
-
-    def fetchone(self) -> tuple[Any, ...] | None:
-        return self.rows.popleft() if self.rows else None
-
-    def fetchall(self) -> list[tuple[Any, ...]]:
-        return list(self.rows)
-
-    def close(self) -> None:
-        self.rows.clear()
+FOLDER = sql_folder("migrations")
+MIGRATIONS = sorted(file.name.removesuffix(".sql") for file in FOLDER.iterdir() if ".rollback." not in file.name)
 
 
 class SchemaError(Exception):
     """The database's schema does not fit this version of BotFarm, or its address leads nowhere."""
 
 
-UNREADABLE_URL = "{} is not readable: write what is special in its password as %2F (/), %23 (#), %3F (?), %40 (@)."
+class Unreachable(SchemaError):
+    """The database does not serve, or not yet."""
 
 
-class _Connection:
-    """A blocking connection over asyncpg, with an event loop of its own."""
+# ---- The address -------------------------------------------------------------------------------------------
+# The service reads DATABASE_URL by asyncpg, a migration by libpq. They differ in what they refuse, and in what counts
+# where a thing is said twice; but both have to come to one database.
 
-    def __init__(self, url: str) -> None:
-        self.runner = asyncio.Runner()
-        try:
-            self.wire = self.runner.run(asyncpg.connect(url, timeout=10, statement_cache_size=0))
-        except ValueError:  # its message shows a part of the URL, maybe of the password
-            raise SchemaError(UNREADABLE_URL.format("DATABASE_URL")) from None
-
-    def run(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
-        if parameters:
-            numbers = iter(range(1, len(parameters) + 1))
-            sql = re.sub(r"%s", lambda _: f"${next(numbers)}", sql)
-            return self.runner.run(self.wire.fetch(sql, *parameters))
-        if sql.lstrip()[:6].lower() == "select":
-            return self.runner.run(self.wire.fetch(sql))
-        self.runner.run(self.wire.execute(sql))
-        return ()
-
-    def cursor(self) -> _Cursor:
-        return _Cursor(self)
-
-    def commit(self) -> None:
-        """yoyo's transactions are told in SQL, see MigrationBackend."""
-
-    rollback = commit
-
-    def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self.runner.run(self.wire.close(timeout=5))
-        self.runner.close()
+UNREADABLE = "is not readable: write what is special in its password as %2F (/), %23 (#), %3F (?), %40 (@)."
+PLACE = re.compile(r"(/.*|[^:\[\]]*)(?::(\d+))?|\[([^\]]+)\](?::(\d+))?")  # a folder or host, or an IPv6 address
+SOCKETS = "/run/postgresql,/var/run/postgresql,/tmp,localhost"
 
 
-class _Driver:
-    paramstyle = "format"
-    DatabaseError = asyncpg.PostgresError
+def libpq_parameters(url: str) -> dict[str, Any]:
+    """What asyncpg reads in a URL, as libpq wants it. ValueError where it is not readable."""
+    parts = urlsplit(url)
+    asked = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+    login, _, place = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    if "@" in login:
+        raise ValueError("a second @")
+    host, port = _places(place or asked.get("host") or _default_hosts(asked))
+    named = {
+        "user": unquote(user) or asked.get("user"),
+        "password": unquote(password) or asked.get("password"),
+        "host": unquote(host) if place else host,
+        "port": port if place else asked.get("port", port),
+        "dbname": unquote(parts.path[1:]) if parts.path else asked.get("dbname", asked.get("database")),
+    }
+    return _with_settings(asked | {name: value or "" for name, value in named.items()})
 
 
-class MigrationBackend(DatabaseBackend):
-    """yoyo over asyncpg, with all of a run in one transaction.
+def _default_hosts(asked: dict[str, str]) -> str:
+    """Where asyncpg looks; empty where libpq is told elsewhere."""
+    return "" if "service" in asked or {"PGHOST", "PGSERVICE"} & os.environ.keys() else SOCKETS
+
+
+def _places(hosts: str) -> tuple[str, str]:
+    """Hosts and ports of a list, each comma-separated again."""
+    found = [PLACE.fullmatch(part) for part in hosts.split(",")]
+    pairs = [(match[1] or match[3] or "", match[2] or match[4]) for match in found if match]
+    if len(pairs) < len(found):
+        raise ValueError("a port that is no number")
+    ports = [port or "5432" for _, port in pairs] if any(port for _, port in pairs) else []
+    return ",".join(host for host, _ in pairs), ",".join(ports)
+
+
+def _with_settings(parameters: dict[str, str]) -> dict[str, str]:
+    """asyncpg takes what it does not know for a setting of the session; libpq wants that among the `options`."""
+    from psycopg.pq import Conninfo
+
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    settings = {
+        name: re.sub(r"([\\\s])", r"\\\1", parameters[name]) for name in parameters.keys() - known - {"database"}
+    }
+    options = [parameters.get("options", ""), *(f"-c {name}={value}" for name, value in settings.items())]
+    parameters = {name: parameters[name] for name in parameters.keys() & known} | {"options": " ".join(options).strip()}
+    return {name: value for name, value in parameters.items() if value}
+
+
+# ---- A run -------------------------------------------------------------------------------------------------
+
+
+def open_backend(url: str) -> Any:
+    """yoyo's own backend, but with all of a run in one transaction.
 
     yoyo's own lock is a row that a killed process leaves behind, and it marks a migration as applied in a
     second transaction. Here one transaction holds `lock table`, the migrations and their marks, so a run
     that is killed anywhere leaves nothing, and several that start at once go one after the other.
     """
+    from psycopg import errors
+    from yoyo import internalmigrations
+    from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
+    from yoyo.connections import DatabaseURI
 
-    list_tables_sql = "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()"
-    driver = _Driver  # pyright: ignore
+    class Backend(PostgresqlPsycopgBackend):
+        def copy(self) -> Backend:
+            """Itself, so that yoyo's transactions are savepoints in ours."""
+            return self
 
-    def __init__(self, url: str) -> None:
-        self._connection = _Connection(url)
-        self.migration_table = "_yoyo_migration"
-        self.has_transactional_ddl = True
-        self.DatabaseError = asyncpg.PostgresError
+        def __exit__(self, *exception: object) -> None:
+            """Kept open for the next migration."""
 
-    def __exit__(self, *exception: object) -> None:
-        """Kept open for the next migration: see copy()."""
+        def ensure_internal_schema_updated(self) -> None:
+            """Done once, in `exclusive`."""
 
-    def copy(self) -> MigrationBackend:
-        return self
+        @contextmanager
+        def exclusive(self) -> Iterator[None]:
+            """One transaction that no other run shares."""
+            with contextlib.suppress(errors.UniqueViolation, errors.DuplicateObject):  # another made it just now
+                self.execute("create table if not exists botfarm_migrating (only_one boolean primary key)")
+            with self.transaction():
+                self.execute("lock table botfarm_migrating in exclusive mode")
+                self.execute("set local lock_timeout = '2s'")  # what waits for a table holds up all who come after it
+                internalmigrations.upgrade(self)
+                yield
 
-    def list_tables(self, **_: Any) -> list[str]:
-        return [row[0] for row in self.execute(self.list_tables_sql).fetchall()]
+        def get_log_data(self, migration: Any = None, operation: str = "apply") -> dict[str, Any]:
+            return _log_data(migration, operation)
 
-    def commit(self) -> None:
-        self.execute("commit")
-        self._in_transaction = False
-
-    def rollback(self) -> None:
-        self.execute("rollback")
-        self._in_transaction = False
-
-    def ensure_internal_schema_updated(self) -> None:
-        """Done once, at the start of `exclusive`."""
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """One transaction that no other run shares."""
-        with self.transaction():
-            self.execute("create table if not exists botfarm_migrating (only_one boolean primary key)")
-            self.execute("lock table botfarm_migrating in exclusive mode")
-            self.execute("set local lock_timeout = '2s'")  # what waits for a table holds up all who come after it
-            if yoyo.internalmigrations.needs_upgrading(self):  # pyright: ignore[reportAttributeAccessIssue]
-                yoyo.internalmigrations.upgrade(self)  # pyright: ignore[reportAttributeAccessIssue]
-            yield
-
-    def get_log_data(self, migration: Any = None, operation: str = "apply") -> dict[str, Any]:
-        """As yoyo's, without its look-ups of the user and the host, which fail or wait in containers."""
-        return {
-            "id": str(uuid.uuid4()),
-            "migration_id": migration.id if migration else None,
-            "migration_hash": migration.hash if migration else None,
-            "username": str(os.getuid()),
-            "hostname": socket.gethostname(),
-            "created_at_utc": datetime.now(UTC).replace(tzinfo=None),
-            "operation": operation,
-        }
+    try:
+        parameters = libpq_parameters(url)
+    except ValueError:  # its message shows a part of the URL, maybe of the password
+        raise SchemaError(f"DATABASE_URL {UNREADABLE}") from None
+    own = {"prepare_threshold": None, "target_session_attrs": "read-write", "connect_timeout": "10"}
+    return Backend(DatabaseURI("postgresql", None, None, None, None, None, own | parameters), "_yoyo_migration")
 
 
-MIGRATIONS = yoyo.read_migrations(str(HERE / "migrations"))
+def _log_data(migration: Any, operation: str) -> dict[str, Any]:
+    """As yoyo's, without its look-ups of the user and the host, which fail or wait in containers."""
+    return {
+        "id": str(uuid.uuid4()),
+        "migration_id": migration.id if migration else None,
+        "migration_hash": migration.hash if migration else None,
+        "username": str(os.getuid()),
+        "hostname": socket.gethostname(),
+        "created_at_utc": datetime.now(UTC).replace(tzinfo=None),
+        "operation": operation,
+    }
 
 
 MIGRATING = 600  # seconds for which a migration tries to get the tables
@@ -164,44 +159,46 @@ def migrate(url: str, rollback: bool = False) -> list[str]:
 
     SchemaError when the database has migrations that this version does not know: it was set up by a newer one.
     """
+    from psycopg import OperationalError, errors
+
     end = time.monotonic() + MIGRATING
-    for attempt in itertools.count(1):
-        backend = MigrationBackend(url)
+    while time.monotonic() < end:
         try:
-            with backend.exclusive():
+            backend = open_backend(url)
+            with contextlib.closing(backend.connection), backend.exclusive():
                 return _run_migrations(backend, rollback)
-        except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError):
-            pause = 0.05 * attempt  # several first starts at once: the others wait for the first
-        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+        except (errors.LockNotAvailable, errors.DeadlockDetected):
             log.warning("The migration waits for others that use the tables (a backup?), and lets calls through.")
-            pause = 3
-        finally:
-            backend.connection.close()
-        if time.monotonic() > end:
-            break
-        time.sleep(pause)
+            time.sleep(3)
+        except OperationalError as fault:
+            raise Unreachable(f"The database cannot be reached: {' '.join(str(fault).split())}") from None
     raise SchemaError(f"Others have used this database's tables for {MIGRATING} seconds; migrate when they are done.")
 
 
-def _run_migrations(backend: MigrationBackend, rollback: bool) -> list[str]:
+def _run_migrations(backend: Any, rollback: bool) -> list[str]:
+    from yoyo import read_migrations
+
     check_schema(row[0] for row in backend.execute("select migration_id from _yoyo_migration").fetchall())
+    known = read_migrations(str(FOLDER))
     if not rollback:
-        chosen = backend.to_apply(MIGRATIONS)
+        chosen = backend.to_apply(known)
         backend.apply_migrations(chosen)
     else:
-        chosen = backend.to_rollback(MIGRATIONS)[:1]
+        chosen = backend.to_rollback(known)[:1]
         backend.rollback_migrations(chosen)
     return [migration.id for migration in chosen]
 
 
 def check_schema(applied: Iterable[str]) -> None:
     """SchemaError when the database knows migrations that we don't."""
-    unknown = sorted(set(applied) - {migration.id for migration in MIGRATIONS})
-    if unknown:
+    if unknown := sorted(set(applied) - set(MIGRATIONS)):
         raise SchemaError(
             f"The database has the migration {unknown[-1]!r}, which BotFarm {VERSION} does not know: it was set up "
             "by a newer version. Run that version, or take its migrations back with its `migrate --rollback`."
         )
+
+
+# ---- The database of a service or a command ----------------------------------------------------------------
 
 
 @contextmanager
@@ -221,16 +218,15 @@ def prepared(settings: Settings) -> Iterator[str]:
 
 
 def _patiently(url: str) -> None:
-    """Migrate, in a thread because we may be in an event loop; a database that starts up gets 30 s."""
+    """Migrate; a database that starts up gets 30 s."""
     end = time.monotonic() + 30
     while True:
         try:
-            with ThreadPoolExecutor(1) as thread:
-                thread.submit(migrate, url).result()
+            migrate(url)
             return
-        except (OSError, asyncpg.CannotConnectNowError) as fault:
+        except Unreachable as fault:
             if time.monotonic() > end:
-                raise SchemaError(f"The database cannot be reached: {type(fault).__name__}: {fault}") from None
+                raise
             log.warning("Waiting for the database: %s", fault)
             time.sleep(1)
 

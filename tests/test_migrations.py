@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import select
+import shutil
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 
 import asyncpg
+import psycopg
 import pytest
-from conftest import ROOT, command, execute
+from asyncpg import connect_utils
+from conftest import ROOT, command, execute, free_port
 
 import farm.migrations
+import farm.settings
 
 CATALOGUE = """
     select table_name, column_name, data_type, is_nullable, column_default
@@ -57,22 +67,22 @@ async def test_up_down_and_up_again_give_the_same_catalogue(empty_database):
 
 
 def test_several_at_once_apply_each_migration_once(empty_database):
-    with ThreadPoolExecutor(6) as threads:
-        runs = list(threads.map(farm.migrations.migrate, [empty_database] * 6))
-    assert sorted(runs) == [[]] * 5 + [NAMES]
+    with ThreadPoolExecutor(8) as threads:
+        runs = list(threads.map(farm.migrations.migrate, [empty_database] * 8))
+    assert sorted(runs) == [[]] * 7 + [NAMES]
     farm.migrations.migrate(empty_database, rollback=True)
-    with ThreadPoolExecutor(6) as threads:
-        runs = list(threads.map(farm.migrations.migrate, [empty_database] * 6))
-    assert sorted(runs) == [[]] * 5 + [NAMES[-1:]]
+    with ThreadPoolExecutor(8) as threads:
+        runs = list(threads.map(farm.migrations.migrate, [empty_database] * 8))
+    assert sorted(runs) == [[]] * 7 + [NAMES[-1:]]
 
 
 async def test_a_migrator_killed_in_the_middle_leaves_nothing_and_blocks_nobody(empty_database):
     code = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
-import botfarm
-backend = farm.migrations.MigrationBackend({empty_database!r})
+import farm.migrations, yoyo
+backend = farm.migrations.open_backend({empty_database!r})
 with backend.exclusive():
-    backend.apply_migrations(backend.to_apply(farm.migrations.MIGRATIONS)[:2])
+    backend.apply_migrations(backend.to_apply(yoyo.read_migrations({str(ROOT / "migrations")!r}))[:2])
     print("half", flush=True)
     time.sleep(60)
 """
@@ -86,10 +96,17 @@ with backend.exclusive():
 
 async def test_a_migration_that_fails_changes_nothing(empty_database, tmp_path, monkeypatch):
     (tmp_path / "0001.bad.sql").write_text("create table half (id int);\n\nselect 1/0;\n")
-    monkeypatch.setattr(farm.migrations, "MIGRATIONS", farm.migrations.yoyo.read_migrations(str(tmp_path)))
-    with pytest.raises(asyncpg.DivisionByZeroError):
+    monkeypatch.setattr(farm.migrations, "FOLDER", tmp_path)
+    with pytest.raises(psycopg.errors.DivisionByZero):
         await asyncio.to_thread(farm.migrations.migrate, empty_database)
     assert await catalogue(empty_database) == []
+
+
+async def test_a_table_of_somebody_else_is_told_at_once(empty_database):
+    """It is no other start that makes the same tables."""
+    await execute(empty_database, "create table pools (id int)")
+    with pytest.raises(psycopg.errors.DuplicateTable, match='"pools" already exists'):
+        await asyncio.to_thread(farm.migrations.migrate, empty_database)
 
 
 async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(empty_database):
@@ -141,3 +158,134 @@ def test_no_applied_migration_was_edited():
 
 def test_every_migration_can_be_taken_back():
     assert all((ROOT / "migrations" / f"{name}.rollback.sql").exists() for name in NAMES)
+
+
+def test_known_migrations_are_told_without_what_runs_them():
+    """Importing yoyo and psycopg takes longer than most commands."""
+    code = "import sys, farm.migrations as m; print(*m.MIGRATIONS, 'yoyo' in sys.modules or 'psycopg' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == [*NAMES, "False"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_sql_is_found_inside_an_installed_package_and_beside_it_in_a_checkout(tmp_path, inside):
+    install(tmp_path, tmp_path / "farm" if inside else tmp_path, ("sql", "migrations"))
+    assert imported(tmp_path).stdout.split() == [str(len(list(ROOT.glob("sql/*.sql")))), *NAMES]
+
+
+@pytest.mark.parametrize("folder", ["sql", "migrations"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_without_any_sql_nothing_starts(tmp_path, folder, is_there):
+    install(tmp_path, tmp_path, {"sql", "migrations"} - {folder})
+    if is_there:
+        (tmp_path / folder).mkdir()
+    refused = imported(tmp_path)
+    assert refused.returncode
+    assert f"There are no SQL files in {tmp_path / folder}" in refused.stderr
+
+
+def install(folder, sql, names):
+    shutil.copytree(ROOT / "farm", folder / "farm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in names:
+        shutil.copytree(ROOT / name, sql / name)
+
+
+def imported(folder):
+    code = "import farm.migrations as m, farm.database as d; print(len(d.SQL), *m.MIGRATIONS)"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:p@h/d",
+        "postgres://u@h:7/d?sslmode=require&target_session_attrs=read-write",
+        "postgresql://u:%40%2F%25%C3%A9+@h/my%20d",
+        "postgresql://u:100%pure@h/d",
+        "postgresql://botfarm@/postgres?host=%2Ftmp%2Fa%20b&port=5432",
+        "postgresql://u@%2Ftmp%2Fx/d",
+        "postgresql://u@a,b:7/d",
+        "postgresql://u@/d?host=a,b&port=6,7",
+        "postgresql://u@/d?host=a:6,b:7",
+        "postgresql://u@a/d?host=b&port=7&user=v&password=w&dbname=e",
+        "postgresql:///d?user=v&password=w+x&host=b",
+        "postgresql://?user=v&database=e&host=/tmp",
+        "postgresql://u@[::1]:7/d",
+        "postgresql://u@[::1],h/d",
+        "postgresql:///d?user=u",
+    ],
+)
+def test_a_migration_reads_an_address_as_the_service_does(url, monkeypatch):
+    for variable in ("PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE", "PGSSLMODE"):
+        monkeypatch.delenv(variable, raising=False)
+    parse = connect_utils._parse_connect_dsn_and_args
+    arguments = dict.fromkeys(signature(parse).parameters) | {"dsn": url, "passfile": "/nowhere"}
+    places, service = parse(**arguments)
+    ours = farm.migrations.libpq_parameters(url)
+    assert ours["user"] == service.user
+    assert ours.get("password") == service.password
+    assert ours["dbname"] == service.database
+    assert ours.get("target_session_attrs", "any") == service.target_session_attrs.value
+    assert ("sslmode" in ours) == ("sslmode" in url)
+    hosts, ports = ours["host"].split(","), ours.get("port", "5432").split(",")
+    ports *= len(hosts) if len(ports) == 1 else 1
+    sockets = {place: place.rpartition("/.s.PGSQL.")[::2] for place in places if isinstance(place, str)}
+    expected = [tuple(map(str, sockets.get(place, place))) for place in places]
+    assert [*zip(hosts, ports, strict=True)] == [place for place in expected if place[0] != "/private/tmp"]
+
+
+async def test_settings_in_the_address_count_for_a_migration(empty_database):
+    sign = "&" if "?" in empty_database else "?"
+    url = f"{empty_database}{sign}search_path=a%5Cb,%20public&work_mem=1MB&options=-c%20geqo%3Doff"
+    ask = "select current_setting('search_path'), current_setting('work_mem'), current_setting('geqo')"
+    backend = await asyncio.to_thread(farm.migrations.open_backend, url)
+    with contextlib.closing(backend.connection):
+        assert backend.execute(ask).fetchall() == [(r"a\b, public", "1MB", "off")]
+    assert [tuple(row) for row in await execute(url, ask)] == [(r"a\b, public", "1MB", "off")]
+
+
+def test_a_database_that_starts_up_is_waited_for(empty_database, caplog):
+    """First nobody listens, then PostgreSQL says that it is not ready."""
+    port = free_port()
+    real = farm.migrations.libpq_parameters(empty_database)
+    url = f"postgresql://botfarm@127.0.0.1:{port}/{real['dbname']}?sslmode=disable"
+    starting = threading.Thread(target=start_up, args=(port, real))
+    starting.start()
+    configured = farm.settings.Settings(database_url=farm.settings.Secret(url))
+    with farm.migrations.prepared(configured) as ready:
+        assert ready == url
+    starting.join(10)
+    reasons = [record.getMessage() for record in caplog.records if "Waiting for the database" in record.getMessage()]
+    assert "Connection refused" in reasons[0]
+    assert "the database system is starting up" in reasons[1]
+
+
+def start_up(port, real):
+    """A server that comes late, refuses the first connection as PostgreSQL does, and hands on the second."""
+    time.sleep(0.5)
+    fault = b"SFATAL\0C57P03\0Mthe database system is starting up\0\0"
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        listener.settimeout(20)
+        refused, _ = listener.accept()
+        with refused:
+            refused.recv(1000)
+            refused.sendall(b"E" + struct.pack("!i", len(fault) + 4) + fault)
+        served, _ = listener.accept()
+    path = real["host"].startswith("/")
+    behind = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
+    with served, behind:
+        behind.connect(f"{real['host']}/.s.PGSQL.{real['port']}" if path else (real["host"], int(real["port"])))
+        while True:
+            for one in select.select([served, behind], [], [])[0]:
+                data = one.recv(65536)
+                if not data:
+                    return
+                (behind if one is served else served).sendall(data)
+
+
+@pytest.mark.parametrize("password", ["p@ss", "p/ss", "p#ss", "p?ss", "[ss"])
+def test_a_password_that_breaks_the_address_is_not_told(password):
+    with pytest.raises(farm.migrations.SchemaError, match="DATABASE_URL is not readable") as refused:
+        farm.migrations.migrate(f"postgresql://u:{password}@h.invalid/d")
+    assert "ss@" not in str(refused.value)
+    assert password not in str(refused.value)
