@@ -116,7 +116,7 @@ from farm.problems import (
     shown,
     user_locked,
 )
-from farm.server import CALLERS, on_stop
+from farm.server import on_stop
 from farm.settings import Settings, log, parse_keys
 from farm.telemetry import (
     JOURNAL,
@@ -1078,9 +1078,6 @@ def _unforeseen(request: Request, error: Exception) -> Response:
     log.error("request %s: %s %s failed", known, request.method, path, exc_info=error, extra={"cause": cause})
     detail = f"An unforeseen error; the service's log has it as request {known}."
     return echoed(request, _counted(request, InternalError(detail, request_id=known).response()))
-
-
-CALLERS.setLevel(logging.ERROR)
 
 
 @asynccontextmanager

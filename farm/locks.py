@@ -460,8 +460,6 @@ async def _in_turn(farm: Farm, request: Request, ask: Ask) -> list[asyncpg.Recor
         if gone.done() and rows and not ask.key:
             await farm.give_back(rows, ask.cause)
             return []
-        if rows and not ask.key:
-            request.scope["state"][UNREAD] = _unread(farm, ask, rows)
         return rows
     finally:
         gone.cancel()
@@ -471,20 +469,6 @@ async def _in_turn(farm: Farm, request: Request, ask: Ask) -> list[asyncpg.Recor
 
 
 GONE = "botfarm-gone"  # in the state of a request: its caller has closed the connection
-
-
-UNREAD = "botfarm-unread"  # and what to do when it turns out not to have read the reply
-
-
-def _unread(farm: Farm, ask: Ask, rows: list[asyncpg.Record]) -> Callable[[], None]:
-    """What to do when the caller turns out not to have read its grant, see Protocol."""
-    end = time.monotonic() + 1
-
-    def lost() -> None:
-        if time.monotonic() < end:
-            farm.spawn(farm.give_back(rows, ask.cause))
-
-    return lost
 
 
 async def _is_hopeless(farm: Farm, ask: Ask) -> bool:

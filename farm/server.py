@@ -20,11 +20,11 @@ import msgspec
 import uvicorn
 from litestar import Litestar
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors import Multiprocess
 
 from farm.database import open_pool
-from farm.locks import GONE, UNREAD
+from farm.locks import GONE
 from farm.migrations import prepared
 from farm.passwords import Keyring, check_keys, keyring_of, load_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
@@ -36,101 +36,66 @@ HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
 
 
 CALLERS = logging.getLogger("botfarm.callers")  # what uvicorn says of callers; but for errors anybody could fill it
+CALLERS.setLevel(logging.ERROR)
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, which bounds what slow and endless senders hold, and tells of callers that did not read.
+    """uvicorn's HTTP, which bounds what slow and endless callers hold, and tells a call that its caller is gone.
 
     uvicorn itself would keep for ever a connection that sends nothing or half a request, a reply that nobody reads,
-    and headers and trailers of any size. What comes in one piece, as nearly every request does, starts no timer.
+    and headers and trailers of any size.
     """
 
-    LATE = 40  # seconds for the head of a request; a body brings SLOW bytes in them, a reply is read
+    LATE = 40  # seconds for a head; in as many a body brings SLOW bytes, and some of a reply is read
     SLOW = 40 * 1024
     HEAD = 64 * 1024  # bytes of a head, of trailers, or of what else is no body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         self.logger = CALLERS
-        self._received = self._bodiless = 0
+        self._heads = self._brought = self._bodiless = 0
         self._running: RequestResponseCycle | None = None  # the call that is answered now, or was last
-        self._unread: asyncio.TimerHandle | None = None
-        self._late: asyncio.TimerHandle | None = None
-        self._watched: Any = None
-        self._watch()
+        self._owed: tuple[Any, float] = None, 0
+        self._look()
+
+    def _look(self) -> None:
+        """Give up a caller that owes the same as LATE seconds ago."""
+        owed, now = self._owes(), self.loop.time()
+        if owed is None or owed != self._owed[0]:
+            self._owed = owed, now
+        elif now - self._owed[1] >= self.LATE:
+            self.transport.abort()
+        self._timer = self.loop.call_later(self.LATE / 8, self._look)
+
+    def _owes(self) -> tuple[str, int] | None:
+        """What the caller has to do next. As long as it gets on, the number changes."""
+        if unsent := self.transport.get_write_buffer_size():  # then the system is full too, with up to megabytes
+            queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            return "reading", unsent + int.from_bytes(queued, sys.byteorder)
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not self.scope:
+            return "head", self._heads
+        if cycle.response_complete:  # uvicorn's own timer is gone when an empty line came, or more of a refused body
+            return None if self.timeout_keep_alive_task else ("head", self._heads)
+        return ("body", self._brought // self.SLOW) if cycle.more_body and not self.flow.read_paused else None
 
     def data_received(self, data: bytes) -> None:
         self._bodiless += len(data)
         super().data_received(data)
-        if self._is_partial():
-            self._received += len(data)
-            if self._bodiless > self.HEAD and not self.transport.is_closing():
-                self._refuse(HeadTooLarge())
-            elif self._watched is not self.scope:
-                self._watch()
-        else:
-            self._bodiless = 0
-            cycle = self.cycle
-            if cycle and cycle.response_complete and not self.timeout_keep_alive_task:  # an empty line came after it
-                self.timeout_keep_alive_task = self.loop.call_later(
-                    self.timeout_keep_alive, self.timeout_keep_alive_handler
-                )
+        if self._bodiless > self.HEAD and not self.transport.is_closing():
+            self._refuse(HeadTooLarge())
+
+    def on_headers_complete(self) -> None:
+        self._heads += 1
+        self._bodiless = 0
+        if self.url.startswith(b"//"):  # else //users is read as the index page of a host named users
+            self.url = b"/%252F" + self.url[2:]
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._brought += len(body)
         self._bodiless = 0
         super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self._bodiless = 0
-        super().on_message_complete()
-
-    def _is_partial(self) -> bool:
-        """Whether the end of a request is still to come."""
-        return self.cycle is None or self.cycle.scope is not self.scope or self.cycle.more_body
-
-    def _watch(self) -> None:
-        """Look again when it is late: whether this very request is still there, and has brought enough."""
-        if self._late:
-            self._late.cancel()
-        self._watched = self.scope
-        self._late = self.loop.call_later(self.LATE, self._look, self.scope, self._received)
-
-    def _look(self, scope: Any, received: int) -> None:
-        self._late = self._watched = None
-        if not self._is_partial() or self.transport.is_closing():
-            return
-        has_body = self.cycle is not None and self.cycle.scope is scope and not self.cycle.response_complete
-        is_enough = self._received - received >= self.SLOW or self.flow.read_paused
-        if self.scope is not scope or (has_body and is_enough):
-            self._watch()
-        else:
-            self.transport.close()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_reply()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._watch_reply()  # what is left of it has to be read too
-
-    def _watch_reply(self) -> None:
-        """Look again when it is late: whether somebody reads."""
-        if self._unread:
-            self._unread.cancel()
-        self._unread = self.loop.call_later(self.LATE, self._look_at_reply, self._left())
-
-    def _look_at_reply(self, before: int) -> None:
-        left = self._left()
-        if 0 < left < before:
-            self._watch_reply()
-        elif left:
-            self.transport.abort()
-
-    def _left(self) -> int:
-        """Bytes that the caller has not taken yet, also of those that the system has, which may be megabytes."""
-        queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedBody("The request is not HTTP."))
@@ -138,43 +103,24 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Answer without the application, and end the connection."""
         body = problem.response().content
-        headers = {"content-type": "application/problem+json", "content-length": len(body), "connection": "close"}
-        lines = [f"HTTP/1.1 {problem.status} ", *(f"{name}: {value}" for name, value in [*headers.items(), *HEADERS])]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
+        headers += [(b"connection", b"close"), *self.server_state.default_headers]
+        head = [STATUS_LINE[problem.status], *(b"%b: %b\r\n" % header for header in headers)]
+        self.transport.write(b"".join([*head, b"\r\n", body]))
         self.transport.close()
-
-    def on_headers_complete(self) -> None:
-        if self.url.startswith(b"//"):  # else //users is read as the index page of a host named users
-            self.url = b"/%252F" + self.url[2:]
-        super().on_headers_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Who closed without reading the reply answers it with a reset; who has read it ends the connection."""
-        for timer in (self._late, self._unread):
-            if timer:
-                timer.cancel()
-        was_reset = exc is not None or self._is_reset()
-        running = self._running
-        if running:  # uvicorn tells the last call that it has read of it, and this may be one before that
+        """uvicorn tells the last call that it has read, and the one that is answered may be one before that."""
+        self._timer.cancel()
+        if running := self._running:
             running.scope.setdefault("state", {})[GONE] = True
             running.disconnected = running.disconnected or not running.response_complete
             running.message_event.set()
         super().connection_lost(exc)
-        if was_reset and running and (unread := running.scope.get("state", {}).get(UNREAD)):
-            unread()
-
-    def _is_reset(self) -> bool:
-        """Also where the end of the connection was read before the reset: Linux tells by the state (7: TCP_CLOSE)."""
-        connection = self.transport.get_extra_info("socket")
-        if connection is None or not hasattr(socket, "TCP_INFO"):
-            return False
-        with contextlib.suppress(OSError):
-            return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 7
-        return False
 
 
 def on_stop(stop: Callable[[], None]) -> None:
