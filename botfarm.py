@@ -33,6 +33,13 @@ Sections, in reading order:
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: a command imports only what it needs, and this module under its own name
+    import sys
+
+    from farm.commands import main
+
+    sys.exit(main())
+
 import asyncio
 import base64
 import contextlib
@@ -40,7 +47,6 @@ import gc
 import importlib.resources
 import logging
 import os
-import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -61,7 +67,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from farm import VERSION
 from farm.clients import Gate, signing_keys
-from farm.commands import main
 from farm.database import DATABASE_FAULTS, SQL, STATEMENT, UNBATCHED, T, new_id, open_pool
 from farm.imports import PAUSE, CsvFile, Import, NdjsonFile, chunks, exported, turn
 from farm.locks import (
@@ -1170,7 +1175,3 @@ def __getattr__(name: str) -> Litestar:
             log_as_lines(settings.log == "events")
         return create_app(settings)
     raise AttributeError(name)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], create_app))
