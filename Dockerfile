@@ -22,6 +22,6 @@ ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 TMPDIR=/de
 # By number, so that Kubernetes sees that it is not root.
 USER 65532:65532
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=6s --start-period=60s CMD ["python", "botfarm.py", "check"]
+HEALTHCHECK --interval=10s --timeout=6s --start-period=60s CMD ["python", "-m", "farm.check"]
 ENTRYPOINT ["python", "botfarm.py"]
 CMD ["serve"]

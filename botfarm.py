@@ -36,12 +36,18 @@ tells of it, and farm/passwords.py opens the password for the reply. Where there
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: a command imports only what it needs, and this module under its own name
+    import sys
+
+    from farm.commands import main
+
+    sys.exit(main())
+
 import asyncio
 import contextlib
 import gc
 import importlib.resources
 import logging
-import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -71,7 +77,6 @@ from farm.clients import (
     read_form,
     signing_keys,
 )
-from farm.commands import main
 from farm.database import DATABASE_FAULTS, SQL, STATEMENT, new_id, open_pool
 from farm.imports import CsvFile, NdjsonFile, exported
 from farm.locks import Release, Renewal
@@ -758,7 +763,3 @@ def __getattr__(name: str) -> Litestar:
             log_as_lines(settings.log == "events")
         return create_app(settings)
     raise AttributeError(name)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], create_app))

@@ -1,67 +1,311 @@
+"""The command line: `python botfarm.py --help`, or `botfarm-server` where it is installed.
+
+A command imports what it needs inside itself, so that `--help` is there at once, and what only calls a service does
+so without the framework. The application comes by its name, and is imported by the commands that run it.
+"""
+
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import os
+import pkgutil
 import re
 import secrets
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-import asyncpg
-import httpx
+import click
 import msgspec
-from litestar import Litestar
-from rich.console import Console
-from rich.progress import Progress, TextColumn
 
-from farm import embedded
-from farm.clients import SCOPES
-from farm.database import SQL, open_pool
-from farm.migrations import SchemaError, database, migrate
-from farm.passwords import HASHER, KeyFault, check_keys, generate_key, keyring_of, load_keys, reseal
-from farm.server import serve
+from farm.check import address, check
 from farm.settings import SECRET_SETTINGS, SETTING_TYPES, BadSettings, Settings
-from farm.telemetry import log_as_lines, tell
-from farm.words import CSV, NDJSON
+
+if TYPE_CHECKING:
+    import httpx
+    from rich.progress import Progress
+
+    from farm.passwords import Keyring
+
+VARIABLES = Settings.variables()
+FLAGS = [field for field in VARIABLES if field not in SECRET_SETTINGS]  # all users of a machine see its command lines
+HELP = ["-h", "--help"]
+NDJSON, CSV = "application/x-ndjson", "text/csv"
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def migrate_command(settings: Settings, rollback: bool, rest: int | None) -> int:
+def setting_flags(*fields: str) -> Callable[[Command], Command]:
+    """A flag for each of these settings. It wins over the variable, by setting it."""
+
+    def keep(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            os.environ[VARIABLES[str(option.name)]] = value
+
+    def add(command: Command) -> Command:
+        for field in reversed(fields):
+            text = next(part for part in get_args(SETTING_TYPES[field]) if isinstance(part, str))
+            flag, text = f"--{field.replace('_', '-')}", f"{text} ({VARIABLES[field]})"
+            command = click.option(flag, callback=keep, expose_value=False, metavar="VALUE", help=text)(command)
+        return command
+
+    return add
+
+
+@click.group(context_settings={"help_option_names": HELP})
+def commands() -> None:
+    """A pool of test users that tests lock."""
+
+
+@commands.command("serve")
+@setting_flags(*FLAGS)
+@click.pass_obj
+def serve_command(app: str) -> int:
+    """Serve (the default)."""
+    settings = Settings.load()
+    from farm.server import serve
+    from farm.telemetry import log_as_lines
+
+    log_as_lines()
+    return serve(settings, app)
+
+
+# -- What the database is needed for ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _database(settings: Settings) -> Iterator[str]:
+    """The URL of the database, of the embedded one for as long as it is needed. What happens is logged."""
+    from farm.migrations import database
+    from farm.telemetry import log_as_lines
+
+    log_as_lines()
     with database(settings) as url:
+        yield url
+
+
+async def _rows(settings: Settings, url: str, statement: str, *values: Any) -> Sequence[Any]:
+    from farm.database import SQL, open_pool
+
+    async with open_pool(url, 1, "force_custom_plan", 3600, settings.pooler) as pool:
+        return await pool.fetch(SQL[statement], *values)
+
+
+@commands.command("migrate")
+@click.option("--rollback", is_flag=True, help="take the last migration back instead")
+@click.option(
+    "--after-restore", "rest", metavar="[SECONDS]", type=int, is_flag=False, flag_value=-1,
+    help="a backup was restored: let every user rest, because locks taken since are unknown (default: the longest "
+    "ttl), and move the fences ahead",
+)  # fmt: skip
+@setting_flags("home", "max_ttl")
+def migrate_command(rollback: bool, rest: int | None) -> None:
+    """Bring the database's schema up to date."""
+    settings = Settings.load()
+    if rest is not None and not -1 <= rest <= 86400 * 365:
+        raise BadSettings(f"--after-restore: {rest} is not 0 to {86400 * 365} seconds")
+    from farm.migrations import migrate
+
+    with _database(settings) as url:
         names = migrate(url, rollback)
         verb = "taken back" if rollback else "applied"
         print("\n".join(f"{verb}: {name}" for name in names) or "nothing to do")
         if rest is not None:
-            users = asyncio.run(_rest(url, settings.pooler, rest))
-            tell("users-rested", users)
-            print(f"{users} users rest for {rest} seconds, and their fences have moved ahead")
-    return 0
+            _rest(settings, url, settings.max_ttl if rest == -1 else rest)
 
 
-async def _rest(url: str, pooler: str, seconds: int) -> int:
-    async with open_pool(url, 1, "force_custom_plan", 3600, pooler) as pool:
-        return await pool.fetchval(SQL["rest_after_restore"], seconds)
+def _rest(settings: Settings, url: str, seconds: int) -> None:
+    """Let all users rest after a restore."""
+    from farm.telemetry import tell
+
+    ((users,),) = asyncio.run(_rows(settings, url, "rest_after_restore", seconds))
+    tell("users-rested", users)
+    print(f"{users} users rest for {seconds} seconds, and their fences have moved ahead")
 
 
-def check_command(settings: Settings, url: str | None) -> int:
-    """Exit status 0 when the service is ready, else 1: for container health checks."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104
-    address = url or f"http://{host}:{settings.port}"
-    try:
-        answer = httpx.get(f"{address}/readyz", timeout=5)
-    except httpx.HTTPError as error:
-        print(f"{address} does not answer: {error}", file=sys.stderr)
-        return 1
+@commands.command("reseal")
+@setting_flags("home")
+def reseal_command() -> None:
+    """Seal all passwords under the first of BOTFARM_KEYS."""
+    settings = Settings.load()
+    from farm.migrations import migrate
+    from farm.passwords import keyring_of, load_keys
+    from farm.telemetry import tell
+
+    keyring = keyring_of(load_keys(settings))
+    if keyring is None:
+        raise BadSettings("reseal needs BOTFARM_KEYS: the new key first, then the old ones.")
+    with _database(settings) as url, _progress("{task.completed}") as bar:
+        migrate(url)
+        total = asyncio.run(_reseal(settings, url, keyring, bar))
+    tell("passwords-resealed", total)
+    print(f"{total} passwords are now sealed under the key {keyring.first!r}")
+
+
+async def _reseal(settings: Settings, url: str, keyring: Keyring, bar: Progress) -> int:
+    from farm.database import open_pool
+    from farm.passwords import check_keys, reseal
+
+    task = bar.add_task("reseal", total=None)
+    async with open_pool(url, 1, "force_custom_plan", 600, settings.pooler) as pool:
+        await check_keys(pool, keyring)
+        return await reseal(pool, keyring, lambda done: bar.update(task, completed=done))
+
+
+def _progress(*columns: str) -> Progress:
+    """A bar on standard error, with these columns or the usual ones."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    return Progress(*map(TextColumn, columns), console=Console(stderr=True))
+
+
+# -- Clients, for BOTFARM_AUTH=on: a JSON line for each ---------------------------------------------------
+
+
+def _name(context: click.Context, argument: click.Parameter, text: str) -> str:
+    if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{1,100}", text):
+        raise click.BadParameter(f"{text!r} is not 1 to 100 characters without control characters")
+    return text
+
+
+def _scopes(context: click.Context, option: click.Parameter, text: str) -> list[str]:
+    from farm.clients import SCOPES
+
+    scopes = list(dict.fromkeys(text.split()))
+    if unknown := [scope for scope in scopes if scope not in SCOPES]:
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SCOPES)}")
+    if not scopes:
+        raise click.BadParameter(f"name at least one of {', '.join(SCOPES)}")
+    return scopes
+
+
+named = click.argument("name", callback=_name)
+
+
+@commands.group("client")
+def client_commands() -> None:
+    """Add, list, rotate or remove the clients that may call."""
+
+
+@client_commands.command("add")
+@named
+@click.option("--scope", "scopes", required=True, callback=_scopes, help="some of users:read users:write locks admin")
+@click.option("--project", "projects", type=click.UUID, multiple=True, help="limit it to projects")
+def add_client(name: str, scopes: list[str], projects: tuple[uuid.UUID, ...]) -> int:
+    """Add a client and print its secret, this once."""
+    secret, hashed = _new_secret()
+    rows = _clients("add_client", uuid.uuid4(), name, hashed, scopes, projects or None)
+    return _shown(rows, secret, f"The client {name!r} exists already: choose another name.")
+
+
+@client_commands.command("list")
+def list_clients() -> int:
+    """List the clients."""
+    return _shown(_clients("list_clients"))
+
+
+@client_commands.command("rotate")
+@named
+@click.option(
+    "--keep", metavar="SECONDS", type=click.IntRange(0, 9_999_999), default=3600, show_default=True,
+    help="for how long the old secret stays valid",
+)  # fmt: skip
+def rotate_client(name: str, keep: int) -> int:
+    """Give a client a new secret and print it, this once."""
+    secret, hashed = _new_secret()
+    return _shown(_clients("rotate_client", name, hashed, keep), secret, f"The client {name!r} does not exist.")
+
+
+@client_commands.command("remove")
+@named
+def remove_client(name: str) -> int:
+    """Remove a client; its tokens end within a minute."""
+    return _shown(_clients("remove_client", name), refusal=f"The client {name!r} does not exist.")
+
+
+def _new_secret() -> tuple[str, str]:
+    """A secret and its hash."""
+    from farm.passwords import HASHER
+
+    secret = secrets.token_urlsafe(32)
+    return secret, HASHER.hash(secret)
+
+
+def _clients(statement: str, *values: Any) -> Sequence[Any]:
+    settings = Settings.load()
+    from farm.migrations import migrate
+
+    with _database(settings) as url:
+        migrate(url)
+        return asyncio.run(_rows(settings, url, statement, *values))
+
+
+def _shown(rows: Sequence[Any], secret: str | None = None, refusal: str = "") -> int:
+    """Print clients; their secret is shown this once. Exit status 1 where there is none and should be."""
+    for row in rows:
+        line = {"client_id": row["id"], "client_secret": secret, "scope": " ".join(row["scopes"])}
+        line |= {"projects": row["projects"], "name": None if secret else row["name"]}
+        line |= {"created_at": row.get("created_at"), "old_secret_valid_until": row.get("previous_until")}
+        shown = {key: value for key, value in line.items() if value is not None or key == "projects"}
+        print(msgspec.json.encode(shown).decode())
+    if rows or not refusal:
+        return 0
+    print(refusal, file=sys.stderr)
+    return 1
+
+
+# -- What calls a service --------------------------------------------------------------------------------
+
+of_service = click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="the service")
+
+
+@commands.command("check")
+@click.option("--url", help="the service (default: BOTFARM_HOST and BOTFARM_PORT)")
+@setting_flags("host", "port")
+def check_command(url: str | None) -> int:
+    """Exit status 0 when the service is ready, else 1."""
+    settings = Settings.load()
+    return check(url or address(settings.host, settings.port))
+
+
+@commands.command("import")
+@click.argument("file", metavar="FILE|-")
+@click.option("--type", "media", type=click.Choice([NDJSON, CSV]), help="what it is, for standard input")
+@of_service
+def import_command(file: str, media: str | None, url: str) -> int:
+    """Send a file of users to a service.
+
+    NDJSON, or CSV when the name ends in .csv. When it is refused, the errors are told by line.
+    """
+    import httpx
+
+    media = media or (CSV if file.endswith(".csv") else NDJSON)
+    with contextlib.ExitStack() as stack:
+        source = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
+        bar = stack.enter_context(_progress())
+        task = bar.add_task("import", total=None if file == "-" else os.path.getsize(file))
+
+        def parts() -> Iterator[bytes]:
+            while part := source.read(1 << 16):
+                bar.advance(task, len(part))
+                yield part
+
+        headers = {"Content-Type": media} | _token_headers(url)
+        answer = httpx.post(f"{url}/users/import", content=parts(), headers=headers, timeout=3600)
+    if answer.status_code != 200:
+        return _refused(answer)
     print(answer.text)
-    return 0 if answer.status_code == 200 else 1
+    return 0
 
 
 def _token_headers(url: str) -> dict[str, str]:
     """A token of the client that BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET name, where they are set."""
+    import httpx
+
     client = os.environ.get("BOTFARM_CLIENT_ID", ""), os.environ.get("BOTFARM_CLIENT_SECRET", "")
     if not all(client):
         return {}
@@ -71,238 +315,81 @@ def _token_headers(url: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {answer.json()['access_token']}"}
 
 
-def import_command(url: str, name: str, media: str | None) -> int:
-    """Send a file with a progress bar. Exit status 1 when it is refused, with the errors by line."""
-    media = media or (CSV if name.endswith(".csv") else NDJSON)
-    with contextlib.ExitStack() as stack:
-        file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
-        size = None if name == "-" else os.path.getsize(name)
-        bar = stack.enter_context(Progress(console=Console(stderr=True)))
-        task = bar.add_task("import", total=size)
-
-        def parts() -> Iterator[bytes]:
-            while part := file.read(1 << 16):
-                bar.advance(task, len(part))
-                yield part
-
-        headers = {"Content-Type": media} | _token_headers(url)
-        answer = httpx.post(f"{url}/users/import", content=parts(), headers=headers, timeout=3600)
-    print(
-        answer.text if answer.status_code == 200 else _told(answer),
-        file=sys.stdout if answer.is_success else sys.stderr,
-    )
-    return 0 if answer.status_code == 200 else 1
-
-
-def _told(answer: httpx.Response) -> str:
-    """A refused import, an error a line."""
+def _refused(answer: httpx.Response) -> int:
+    """Tell why, an error a line."""
     try:
         problem = answer.json()
     except ValueError:
-        return f"{answer.status_code}: {answer.text[:200]}"
-    errors = [f"line {e.get('line')}: {e.get('field') or ''}: {e['message']}" for e in problem.get("errors", [])]
-    return "\n".join([f"{problem['status']} {problem['detail']}", *errors])
-
-
-def export_command(url: str) -> int:
-    """All users as NDJSON to standard output."""
-    with Progress(TextColumn("{task.completed} users"), console=Console(stderr=True)) as bar:
-        task = bar.add_task("export", total=None)
-        with httpx.stream("GET", f"{url}/users/export", headers=_token_headers(url), timeout=3600) as answer:
-            if answer.status_code != 200:
-                answer.read()
-                print(_told(answer), file=sys.stderr)
-                return 1
-            for line in answer.iter_lines():
-                print(line)
-                bar.advance(task)
-    return 0
-
-
-def reseal_command(settings: Settings) -> int:
-    keyring = keyring_of(load_keys(settings))
-    if keyring is None:
-        raise BadSettings("reseal needs BOTFARM_KEYS: the new key first, then the old ones.")
-
-    async def run(url: str, bar: Progress) -> int:
-        task = bar.add_task("reseal", total=None)
-        async with open_pool(url, 1, "force_custom_plan", 600, settings.pooler) as pool:
-            await check_keys(pool, keyring)
-            return await reseal(pool, keyring, lambda done: bar.update(task, completed=done))
-
-    with database(settings) as url, Progress(TextColumn("{task.completed}"), console=Console(stderr=True)) as bar:
-        migrate(url)
-        total = asyncio.run(run(url, bar))
-    tell("passwords-resealed", total)
-    print(f"{total} passwords are now sealed under the key {keyring.first!r}")
-    return 0
-
-
-def client_command(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Add, list, rotate or remove a client: a JSON line for each. Exit status 1 when it is refused."""
-    secret = secrets.token_urlsafe(32)
-    name = getattr(arguments, "name", None)
-    match arguments.action:
-        case "add":
-            values: tuple[Any, ...] = (uuid.uuid4(), name, HASHER.hash(secret), arguments.scope, arguments.project)
-        case "rotate":
-            values = (name, HASHER.hash(secret), arguments.keep)
-        case "remove":
-            values = (name,)
-        case _:
-            values = ()
-    with database(settings) as url:
-        migrate(url)
-        rows = asyncio.run(_clients(url, settings.pooler, arguments.action, values))
-    for row in rows:
-        print(_client_line(row, secret if arguments.action in ("add", "rotate") else None))
-    if not rows and name:
-        reason = "exists already: choose another name" if arguments.action == "add" else "does not exist"
-        print(f"The client {name!r} {reason}.", file=sys.stderr)
+        print(f"{answer.status_code}: {answer.text[:200]}", file=sys.stderr)
         return 1
+    print(f"{problem['status']} {problem['detail']}", file=sys.stderr)
+    for error in problem.get("errors", []):
+        print(f"line {error.get('line')}: {error.get('field') or ''}: {error['message']}", file=sys.stderr)
+    return 1
+
+
+@commands.command("export")
+@of_service
+def export_command(url: str) -> int:
+    """Print all users of a service as NDJSON."""
+    import httpx
+
+    with (
+        _progress("{task.completed} users") as bar,
+        httpx.stream("GET", f"{url}/users/export", headers=_token_headers(url), timeout=3600) as answer,
+    ):
+        if answer.status_code != 200:
+            answer.read()
+            return _refused(answer)
+        task = bar.add_task("export", total=None)
+        for line in answer.iter_lines():
+            print(line)
+            bar.advance(task)
     return 0
 
 
-async def _clients(url: str, pooler: str, action: str, values: Sequence[Any]) -> list[asyncpg.Record]:
-    statements = {"add": "add_client", "list": "list_clients", "rotate": "rotate_client", "remove": "remove_client"}
-    async with open_pool(url, 1, "force_custom_plan", 60, pooler) as pool:
-        return await pool.fetch(SQL[statements[action]], *values)
+# -- What needs neither ----------------------------------------------------------------------------------
 
 
-def _client_line(row: asyncpg.Record, secret: str | None) -> str:
-    """A client in JSON; its secret is shown this once."""
-    line = {"client_id": row["id"], "client_secret": secret, "scope": " ".join(row["scopes"])}
-    line |= {"projects": row["projects"], "name": None if secret else row["name"], "created_at": row.get("created_at")}
-    line |= {"old_secret_valid_until": row.get("previous_until")}
-    shown = {key: value for key, value in line.items() if value is not None or key == "projects"}
-    return msgspec.json.encode(shown).decode()
+@commands.command("keygen")
+def keygen_command() -> None:
+    """Print a new key for BOTFARM_KEYS or BOTFARM_SIGNING_KEYS."""
+    from farm.passwords import generate_key
+
+    print(generate_key())
 
 
-def _scopes(text: str) -> list[str]:
-    scopes = list(dict.fromkeys(text.split()))
-    if unknown := [scope for scope in scopes if scope not in SCOPES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(SCOPES)}")
-    if not scopes:
-        raise argparse.ArgumentTypeError(f"name at least one of {', '.join(SCOPES)}")
-    return scopes
+@commands.command("openapi")
+@click.pass_obj
+def openapi_command(app: str) -> None:
+    """Print the OpenAPI document."""
+    print(json.dumps(pkgutil.resolve_name(app).state.openapi(), indent=2))
 
 
-def _client_name(text: str) -> str:
-    if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{1,100}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 100 characters without control characters")
-    return text
-
-
-def _seconds(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,7}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return int(text)
-
-
-def _add_client_commands(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
-    adding = actions.add_parser("add", help="add a client and print its secret, this once")
-    adding.add_argument("--scope", type=_scopes, required=True, help=f"some of {' '.join(SCOPES)}")
-    adding.add_argument("--project", type=uuid.UUID, action="append", metavar="UUID", help="limit it to projects")
-    actions.add_parser("list", help="list the clients")
-    rotating = actions.add_parser("rotate", help="give a client a new secret and print it, this once")
-    rotating.add_argument(
-        "--keep", type=_seconds, default=3600, metavar="SECONDS",
-        help="for how long the old secret stays valid (default: %(default)s)",
-    )  # fmt: skip
-    removing = actions.add_parser("remove", help="remove a client; its tokens end within a minute")
-    for action in (adding, rotating, removing):
-        action.add_argument("name", metavar="NAME", type=_client_name)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="botfarm.py", description="A pool of test users that tests lock.")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    serving = commands.add_parser("serve", help="serve (the default)")
-    migrating = commands.add_parser("migrate", help="bring the database's schema up to date")
-    migrating.add_argument("--rollback", action="store_true", help="take the last migration back instead")
-    migrating.add_argument(
-        "--after-restore", metavar="SECONDS", type=int, nargs="?", const=-1,
-        help="a backup was restored: let every user rest, because locks taken since are unknown (default: the longest "
-        "ttl), and move the fences ahead",
-    )  # fmt: skip
-    checking = commands.add_parser("check", help="exit status 0 when the service is ready, else 1")
-    importing = commands.add_parser("import", help="send a file of users to a service")
-    importing.add_argument("file", metavar="FILE|-", help="NDJSON, or CSV when the name ends in .csv")
-    importing.add_argument("--type", dest="media", choices=[NDJSON, CSV], help="what it is, for standard input")
-    exporting = commands.add_parser("export", help="print all users of a service as NDJSON")
-    commands.add_parser("keygen", help="print a new key for BOTFARM_KEYS or BOTFARM_SIGNING_KEYS")
-    resealing = commands.add_parser("reseal", help="seal all passwords under the first of BOTFARM_KEYS")
-    clients = commands.add_parser("client", help="add, list, rotate or remove the clients that may call")
-    _add_client_commands(clients)
-    commands.add_parser("openapi", help="print the OpenAPI document")
-    checking.add_argument("--url", help="the service (default: BOTFARM_HOST and BOTFARM_PORT)")
-    for sending in (importing, exporting):
-        sending.add_argument("--url", default="http://127.0.0.1:8000", help="the service (default: %(default)s)")
-    for command, fields in (
-        (serving, None),
-        (migrating, {"home", "max_ttl"}),
-        (resealing, {"home"}),
-        (checking, {"host", "port"}),
-    ):
-        _add_setting_flags(command, fields)
-    return parser
-
-
-def _add_setting_flags(parser: argparse.ArgumentParser, fields: set[str] | None) -> None:
-    """A flag for each setting but the secrets, which everybody on the machine could read off the process list."""
-    for field, variable in Settings.variables().items():
-        if field not in SECRET_SETTINGS and (fields is None or field in fields):
-            text = next(part for part in get_args(SETTING_TYPES[field]) if isinstance(part, str)) if field not in (
-                "envs", "domains") else f"allowed values of {field[:-1]}, comma-separated"  # fmt: skip
-            parser.add_argument(f"--{field.replace('_', '-')}", dest=f"set_{variable}", help=f"{text} ({variable})")
-
-
-def _rest_of(settings: Settings, seconds: int | None) -> int | None:
-    """How long users rest after a restore; the longest ttl where no seconds were given."""
-    if seconds is not None and not -1 <= seconds <= 86400 * 365:
-        raise BadSettings(f"--after-restore: {seconds} is not 0 to {86400 * 365} seconds")
-    return settings.max_ttl if seconds == -1 else seconds
-
-
-def _run(arguments: argparse.Namespace, create_app: Callable[[Settings], Litestar]) -> int:
-    match arguments.command:
-        case "keygen":
-            print(generate_key())
-            return 0
-        case "import":
-            return import_command(arguments.url, arguments.file, arguments.media)
-        case "export":
-            return export_command(arguments.url)
-    settings = Settings.load()
-    match arguments.command:
-        case "migrate":
-            return migrate_command(settings, arguments.rollback, _rest_of(settings, arguments.after_restore))
-        case "check":
-            return check_command(settings, arguments.url)
-        case "reseal":
-            return reseal_command(settings)
-        case "client":
-            return client_command(settings, arguments)
-        case "openapi":
-            print(json.dumps(create_app(settings).state.openapi(), indent=2))
-            return 0
-    return serve(settings, create_app)
-
-
-def main(argv: Sequence[str], create_app: Callable[[Settings], Litestar]) -> int:
+def main(argv: Sequence[str] | None = None, app: str = "botfarm:app") -> int:
     """Exit status 0: done; 1: refused; 2: bad flags or settings; 3: the service could not start."""
-    log_as_lines()
-    words = list(argv) if argv and (not argv[0].startswith("-") or argv[0] in ("-h", "--help")) else ["serve", *argv]
-    arguments = _parser().parse_args(words)
-    for name, value in vars(arguments).items():
-        if name.startswith("set_") and value is not None:
-            os.environ[name.removeprefix("set_")] = value
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or (words[0].startswith("-") and words[0] not in HELP):
+        words.insert(0, "serve")
     try:
-        return _run(arguments, create_app)
+        return commands.main(words, obj=app, standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    except (SchemaError, KeyFault, embedded.EmbeddedError, httpx.HTTPError, OSError) as error:
+    except _foreseen() as error:
         print(error, file=sys.stderr)
-        return 3 if arguments.command == "serve" else 1
+        return 3 if words[0] == "serve" else 1
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    """What ends a command with a sentence. Imported only when something has gone wrong."""
+    import httpx
+
+    from farm.embedded import EmbeddedError
+    from farm.migrations import SchemaError
+    from farm.passwords import KeyFault
+
+    return SchemaError, KeyFault, EmbeddedError, httpx.HTTPError, OSError

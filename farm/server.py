@@ -16,19 +16,18 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import uvicorn
-from litestar import Litestar
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors import Multiprocess
 
+from farm.check import address
 from farm.database import open_pool
 from farm.locks import GONE
 from farm.migrations import prepared
 from farm.passwords import Keyring, check_keys, keyring_of, load_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
-from farm.settings import Secret, Settings, log
+from farm.settings import Settings, log
 from farm.telemetry import SHARED
 from farm.words import JSON
 
@@ -143,16 +142,16 @@ def on_stop(stop: Callable[[], None]) -> None:
 
 
 def banner(settings: Settings) -> str:
-    address = f"http://{settings.host}:{settings.port}"
+    service = address(settings.host, settings.port)
     project = "11111111-1111-4111-8111-111111111111"
     token = ' -H "Authorization: Bearer $TOKEN"' if settings.auth == "on" else ""
     json_post = f"curl -X POST{token} -H 'Content-Type: {JSON}'"
     user = f'{{"login": "bot-1", "password": "secret", "project_id": "{project}", "env": "stage"}}'
     wish = f'{{"project_id": "{project}", "env": "stage", "holder": "me"}}'
-    return f"""BotFarm serves at {address}  (API: {address}/docs)
-create:  {json_post} {address}/users -d '{user}'
-acquire: {json_post} {address}/locks -d '{wish}'
-release: curl -X DELETE{token} '{address}/locks?holder=me'"""
+    return f"""BotFarm serves at {service}  (API: {service}/docs)
+create:  {json_post} {service}/users -d '{user}'
+acquire: {json_post} {service}/locks -d '{wish}'
+release: curl -X DELETE{token} '{service}/locks?holder=me'"""
 
 
 class _Server(uvicorn.Server):
@@ -183,6 +182,23 @@ class _Workers(Multiprocess):
             print(banner(self.settings), flush=True)
 
 
+def serve(settings: Settings, app: str) -> int:
+    """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
+    if settings.log == "quiet":
+        logging.getLogger().setLevel(logging.WARNING)
+    _open_many_files()
+    if settings.auth == "off" and not _is_loopback(settings.host):
+        log.warning("Opened to %s without authentication: whoever reaches it gets passwords", settings.host)
+    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
+        signal.signal(stop, lambda *_: sys.exit(0))
+    with prepared(settings) as url:
+        keys = load_keys(settings)
+        asyncio.run(_check_keys(url, settings.pooler, keyring_of(keys)))
+        _hand_on("DATABASE_URL", url)
+        _hand_on("BOTFARM_KEYS", keys.reveal() if keys else "")
+        return (_serve_alone if settings.workers == 1 else _serve_by_workers)(settings, _config(settings, app))
+
+
 def _open_many_files() -> None:
     """Each connection is a file, and thousands may wait."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -197,49 +213,47 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def serve(settings: Settings, create_app: Callable[[Settings], Litestar]) -> int:
-    """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
-    options: dict[str, Any] = {
-        "host": settings.host,
-        "port": settings.port,
-        "access_log": False,  # halves the rate
-        "log_config": None,
-        "server_header": False,
-        "headers": HEADERS,
-        "proxy_headers": "FORWARDED_ALLOW_IPS" in os.environ,  # else a caller could choose its address at /token
-        "lifespan": "on",
-        "backlog": 4096,
-        "timeout_graceful_shutdown": 8,
-        "timeout_keep_alive": 75,  # longer than clients keep idle connections, or one is closed as they use it again
-        "http": Protocol,
-        "ws": "none",
-    }
-    if settings.log == "quiet":
-        logging.getLogger().setLevel(logging.WARNING)
-    _open_many_files()
-    if settings.auth == "off" and not _is_loopback(settings.host):
-        log.warning("Opened to %s without authentication: whoever reaches it gets passwords", settings.host)
-    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
-        signal.signal(stop, lambda *_: sys.exit(0))
-    with prepared(settings) as url:
-        keys = load_keys(settings)
-        asyncio.run(_check_keys(url, settings.pooler, keyring_of(keys)))
-        if settings.workers == 1:
-            ready = msgspec.structs.replace(settings, database_url=Secret(url), keys=keys)
-            server = _Server(uvicorn.Config(create_app(ready), **options), settings)
-            server.run()
-            return 0 if server.started else 3
-        for variable, value in (("DATABASE_URL", url), ("BOTFARM_KEYS", keys.reveal() if keys else "")):
-            os.environ.pop(f"{variable}_FILE", None)
-            os.environ[variable] = value
-        with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
-            os.environ[SHARED] = folder
-            workers = _Workers(uvicorn.Config("botfarm:app", workers=settings.workers, **options), settings)
-            workers.run()
-        failed = any(process.exitcode == STARTUP_FAILURE for process in workers.processes)
-        return 0 if workers.told and not failed else 3
-
-
 async def _check_keys(url: str, pooler: str, keyring: Keyring | None) -> None:
     async with open_pool(url, 1, "force_custom_plan", 60, pooler) as pool:
         await check_keys(pool, keyring)
+
+
+def _hand_on(variable: str, value: str) -> None:
+    """To the application, which reads the environment."""
+    os.environ.pop(f"{variable}_FILE", None)
+    os.environ[variable] = value
+
+
+def _config(settings: Settings, app: str) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        access_log=False,  # halves the rate
+        log_config=None,
+        server_header=False,
+        headers=HEADERS,
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else a caller could choose its address at /token
+        lifespan="on",
+        backlog=4096,
+        timeout_graceful_shutdown=8,
+        timeout_keep_alive=75,  # longer than clients keep idle connections, or one is closed as they use it again
+        http=Protocol,
+        ws="none",
+    )
+
+
+def _serve_alone(settings: Settings, config: uvicorn.Config) -> int:
+    server = _Server(config, settings)
+    server.run()
+    return 0 if server.started else STARTUP_FAILURE
+
+
+def _serve_by_workers(settings: Settings, config: uvicorn.Config) -> int:
+    with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
+        os.environ[SHARED] = folder
+        workers = _Workers(config, settings)
+        workers.run()
+    failed = any(process.exitcode == STARTUP_FAILURE for process in workers.processes)
+    return 0 if workers.told and not failed else STARTUP_FAILURE

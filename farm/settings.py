@@ -62,8 +62,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=1, le=65535), "port to listen on"] = 8000
     workers: Annotated[int, Meta(ge=1, le=256), "serving processes"] = 1
     keys: Annotated[Secret | None, "id:key,...: the first seals passwords, all unseal; none: hashes only"] = None
-    envs: Annotated[Names, "allowed values of env"] = ("prod", "preprod", "stage")
-    domains: Annotated[Names, "allowed values of domain"] = ("canary", "regular")
+    envs: Annotated[Names, "allowed values of env, comma-separated"] = ("prod", "preprod", "stage")
+    domains: Annotated[Names, "allowed values of domain, comma-separated"] = ("canary", "regular")
     max_ttl: Annotated[int, Meta(ge=1, le=86400 * 365), "longest ttl of a lock, in seconds"] = 86400
     max_wait: Annotated[int, Meta(ge=0, le=86400), "longest wait for a user, in seconds"] = 300
     max_body: Annotated[int, Meta(ge=1024), "largest body of a request, in bytes"] = 1 << 20

@@ -831,7 +831,7 @@ async def test_the_commands_send_a_token_of_their_client(secured, project):
         (("add", "a\nb", "--scope", "locks"), "control characters"),
         (("add", "x", "--scope", "locks", "--project", "nope"), "nope"),
         (("rotate", "x", "--keep", "soon"), "'soon'"),
-        ((), "action"),
+        ((), "COMMAND"),
     ],
 )
 def test_a_mistyped_client_command_is_refused_with_what_is_wrong(words, named):

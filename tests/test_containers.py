@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -83,10 +84,11 @@ def test_the_port_is_the_same_everywhere():
 def test_what_containers_run_is_a_command():
     entry = re.search(r'^ENTRYPOINT \["python", "botfarm.py"\]$', DOCKERFILE, re.M)
     assert entry
-    (check,) = re.findall(r'HEALTHCHECK .* CMD \["python", "botfarm.py", "(\w+)"\]', DOCKERFILE)
     (default,) = re.findall(r'^CMD \["(\w+)"\]', DOCKERFILE, re.M)
-    for arguments in ([check], [default], SERVICE["args"], MIGRATION["args"]):
-        farm.commands._parser().parse_args(arguments)
+    for (word,) in ([default], SERVICE["args"], MIGRATION["args"]):
+        farm.commands.commands.commands[word].make_context(word, [])
+    (check,) = re.findall(r'HEALTHCHECK .* CMD \["python", "-m", "([\w.]+)"\]', DOCKERFILE)
+    assert importlib.util.find_spec(check)
     assert "python /botfarm/botfarm.py keygen" in COMPOSE["secrets"]["command"][0]
 
 
@@ -202,7 +204,7 @@ def test_probes_ask_what_the_program_answers():
 
 
 def test_a_pod_may_take_longer_to_end_than_a_shutdown_takes():
-    shutdown = int(re.search(r'"timeout_graceful_shutdown": (\d+)', (ROOT / "botfarm.py").read_text())[1]) + 2
+    shutdown = int(re.search(r"timeout_graceful_shutdown=(\d+)", (ROOT / "farm/server.py").read_text())[1]) + 2
     (_, before) = SERVICE["lifecycle"]["preStop"]["exec"]["command"]
     assert POD["terminationGracePeriodSeconds"] > shutdown + int(before)
     assert seconds(COMPOSE["botfarm"]["stop_grace_period"]) > shutdown

@@ -307,8 +307,7 @@ async def test_the_end_of_a_reply_has_to_be_read_too(service, api, project, hast
         until(lambda: other not in service.server.server_state.connections, 5)
 
 
-def test_a_connection_is_not_kept_by_empty_lines(service, monkeypatch):
-    monkeypatch.setattr(service.server.config, "timeout_keep_alive", 1)
+def test_a_connection_is_not_kept_by_empty_lines(service, hasty):
     begin = time.monotonic()
     answer = raw(service.url, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n", pause=0.2, seconds=20)
     assert answer[9:12] == b"200"

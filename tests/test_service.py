@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import uuid
+from urllib.parse import urlsplit
 
 import asyncpg
 import httpx
@@ -30,10 +33,12 @@ from conftest import (
 from conftest import settings as configured
 
 import botfarm
+import farm.check
 import farm.database
 import farm.passwords
 import farm.server
 import farm.settings
+import farm.words
 
 README = (ROOT / "README.md").read_text()
 
@@ -192,6 +197,57 @@ def test_commands_import_export_and_check_a_service(empty_database, project, tmp
     assert command("export", "--url", url).returncode == 1
 
 
+def test_the_check_of_containers_imports_nothing_and_asks_no_proxy(service):
+    url = urlsplit(service.url)
+    env = {"BOTFARM_HOST": "0.0.0.0", "BOTFARM_PORT": str(url.port), "http_proxy": "http://127.0.0.1:9"}
+    ready = python("-m", "farm.check", env=env)
+    assert (ready.returncode, json.loads(ready.stdout)) == (0, {"status": "ok"})
+    away = python("-m", "farm.check", env=env | {"BOTFARM_PORT": str(free_port())})
+    assert (away.returncode, away.stdout) == (1, "")
+    assert "does not answer: " in away.stderr
+    loaded = python("-c", "import farm.check, sys; print(*sys.modules)").stdout.split()
+    assert not {name.partition(".")[0] for name in loaded} & (LIBRARIES | {"asyncio", "click", "msgspec"})
+
+
+def test_what_checks_a_container_listens_where_the_service_does_if_nothing_is_set(capfd):
+    defaults = farm.settings.Settings()
+    assert f'"BOTFARM_HOST") or "{defaults.host}"' in (ROOT / "farm/check.py").read_text()
+    assert f'"BOTFARM_PORT") or "{defaults.port}"' in (ROOT / "farm/check.py").read_text()
+    assert farm.check.address("fd00::1", 80) == "http://[fd00::1]:80"
+    assert farm.check.address("::", "80") == "http://[::1]:80"
+    for url in ("127.0.0.1:8000", "postgres://127.0.0.1", "http://", "http://127.0.0.1:http", "http://[::1"):
+        assert farm.check.check(url) == 1
+        assert f"{url} does not answer: " in capfd.readouterr().err
+
+
+LIBRARIES = {"litestar", "uvicorn", "asyncpg", "psycopg", "yoyo", "httpx", "rich", "argon2", "cryptography", "jwt"}
+
+
+def python(*arguments, env=None):
+    """Python itself, in the folder of the service."""
+    words = [sys.executable, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT, env=os.environ | (env or {}))
+
+
+def test_a_command_imports_what_it_needs_and_no_more():
+    """Else `--help` takes half a second."""
+    loaded = python("-c", "import farm.commands, sys; print(*sys.modules)").stdout.split()
+    assert "click" in loaded
+    assert not LIBRARIES & set(loaded)
+    assert python("-X", "importtime", "botfarm.py", "--help").stderr.count("farm.") == 3  # commands, check, settings
+
+
+@pytest.mark.parametrize("words", [["--nope"], ["nope"], ["import"], ["keygen", "x"], ["client", "add", "x"]])
+def test_bad_flags_end_with_status_2(words):
+    refused = command(*words)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "Usage: botfarm.py" in refused.stderr
+
+
+def test_the_help_of_a_new_client_names_all_scopes():
+    assert f"some of {' '.join(farm.words.SCOPES)}" in " ".join(command("client", "add", "--help").stdout.split())
+
+
 def test_keygen_prints_a_key_that_works():
     assert farm.passwords.Keyring.parse(command("keygen").stdout.strip())
 
@@ -202,13 +258,10 @@ def test_reseal_needs_a_key(empty_database):
     assert "BOTFARM_KEYS" in refused.stderr
 
 
-def test_every_statement_is_used_and_there(tmp_path):
+def test_every_statement_is_used_and_there():
     source = "".join(path.read_text() for path in (ROOT / "botfarm.py", *ROOT.glob("farm/*.py")))
-    named = set(re.findall(r'SQL\["(\w+)"\]', source)) | {
-        "prune_history", "prune_keys", "import_create", "import_unlock", "import_update", "import_move",
-        "add_client", "rotate_client", "remove_client",
-    }  # fmt: skip
-    assert named == set(farm.database.SQL)
+    assert set(re.findall(r'SQL\["(\w+)"\]', source)) <= set(farm.database.SQL)
+    assert [name for name in farm.database.SQL if f'"{name}"' not in source] == []
     assert all(text.startswith("-- ") for text in farm.database.SQL.values())
 
 

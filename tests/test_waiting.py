@@ -8,7 +8,9 @@ import itertools
 import json
 import os
 import random
+import select
 import socket
+import struct
 import time
 import uuid
 from datetime import datetime
@@ -254,13 +256,13 @@ async def test_waiting_for_what_does_not_exist_is_refused_at_once(api, project):
     assert time.monotonic() - began < 10
 
 
-def raw_waiter(url, project, key=None):
-    """A connection on which a waiting acquire was sent."""
+def raw_waiter(url, project, key=None, then=b""):
+    """A connection on which a waiting acquire was sent, and then something else."""
     body = json.dumps({"project_id": project, "wait": 20})
     extra = f"Idempotency-Key: {key}\r\n" if key else ""
     connection = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port))
     head = f"POST /locks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    connection.sendall(f"{head}{extra}\r\n{body}".encode())
+    connection.sendall(f"{head}{extra}\r\n{body}".encode() + then)
     return connection
 
 
@@ -268,7 +270,8 @@ async def test_a_waiter_that_went_away_is_never_given_a_user(api, service, proje
     await make_users(api, project)
     lock = (await acquire(api, project)).json()
     connections = [raw_waiter(service.url, project, key) for key in (None, uuid.uuid4(), None)]
-    await queued(service, 3)
+    connections.append(raw_waiter(service.url, project, then=b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"))
+    await queued(service, 4)
     for connection in connections:
         connection.close()
     until(lambda: not service.farm.desk.queue, 5)
@@ -278,7 +281,10 @@ async def test_a_waiter_that_went_away_is_never_given_a_user(api, service, proje
     assert [item["fence"] for item in user] == [1]
 
 
-async def test_a_user_granted_to_one_that_goes_away_in_that_moment_comes_back_at_once(api, service, project):
+async def test_a_user_granted_to_one_that_goes_away_in_that_moment_is_its_own_or_comes_back_at_once(
+    api, service, project
+):
+    """It is the caller's if the reply was written before the service learned of the closing."""
     (user,) = await make_users(api, project)
     for round in range(60):
         lock = (await acquire(api, project, wait=5)).json()
@@ -286,12 +292,39 @@ async def test_a_user_granted_to_one_that_goes_away_in_that_moment_comes_back_at
         await queued(service)
         release = asyncio.create_task(api.delete(f"/locks/{lock['id']}"))
         await asyncio.sleep(round % 20 * 0.0003)
-        connection.close()
+        connection.shutdown(socket.SHUT_WR)  # for the service it is closed, but here a reply can still be read
+        answer = await asyncio.to_thread(rest_of, connection)
         await release
+        if answer:
+            granted = json.loads(answer.partition(b"\r\n\r\n")[2])
+            assert (await api.delete(f"/locks/{granted['id']}")).status_code == 204
         end = time.monotonic() + 1.5
         while (await api.get(f"/users/{user['id']}")).json()["state"] != "free":
             assert time.monotonic() < end, f"round {round}: the user is lost"
             await asyncio.sleep(0.02)
+
+
+def rest_of(connection):
+    """All that comes until the other side closes."""
+    with connection, connection.makefile("rb") as file:
+        connection.settimeout(10)
+        return file.read()
+
+
+async def test_once_the_reply_is_written_no_end_of_the_connection_ends_the_lock(api, service, project):
+    """A proxy may reset a connection whose reply it has handed on."""
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    connection = raw_waiter(service.url, project)
+    await queued(service)
+    (waiting,) = (c for c in service.server.server_state.connections if c.client == connection.getsockname())
+    await api.delete(f"/locks/{lock['id']}")
+    assert select.select([connection], [], [], 5)[0]
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    until(lambda: waiting not in service.server.server_state.connections, 5)
+    await asyncio.sleep(0.4)
+    assert (await api.get(f"/users/{user['id']}")).json()["state"] == "locked"
 
 
 async def test_a_key_finds_the_lock_that_was_granted_while_its_caller_went_away(api, service, project):

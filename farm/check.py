@@ -1,0 +1,44 @@
+"""Whether a service is ready: `python -m farm.check`.
+
+Containers ask every few seconds, so this needs nothing but the standard library. It asks no proxy: a service that is
+reached by one is not the one of this container.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import sys
+from urllib.parse import urlsplit
+
+
+def address(host: str, port: int | str) -> str:
+    """The URL of a service that listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def check(url: str) -> int:
+    """Exit status 0 when the service is ready, else 1."""
+    try:
+        status, text = _get(f"{url}/readyz")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        print(f"{url} does not answer: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    return 0 if status == 200 else 1
+
+
+def _get(url: str) -> tuple[int, str]:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it is no http:// or https:// address")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname, parts.port, timeout=5)
+    connection.request("GET", parts.path)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+if __name__ == "__main__":
+    sys.exit(check(address(os.environ.get("BOTFARM_HOST") or "127.0.0.1", os.environ.get("BOTFARM_PORT") or "8000")))
