@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEY, ROOT, command, free_port, fresh_database, process, serving, wait_ready
+from conftest import KEY, ROOT, acquire, command, free_port, fresh_database, make_users, process, serving, wait_ready
 from conftest import settings as configured
 
 from farm.problems import Problem
@@ -328,6 +328,25 @@ def is_told(schema: dict[str, Any], required: bool, value: str, default: str) ->
     assert default.strip("`") == ("needed" if required else shown)
 
 
+def test_the_scope_of_each_call_is_told():
+    told = {cells[0].strip("`"): cells[2].strip("`|").split() for cells in table(CALLS, "call | what it does")}
+    for name, operation in calls().items():
+        assert told[name] == [scope for way in operation["security"] for scopes in way.values() for scope in scopes], (
+            name
+        )
+
+
+async def test_the_example_of_a_problem_is_what_a_full_pool_answers(api, project):
+    await make_users(api, project, 2, env="stage")
+    for _ in range(2):
+        assert (await acquire(api, project, env="stage")).status_code == 201
+    refused = (await acquire(api, project, env="stage")).json()
+    (text,) = re.findall(r"^```json\n(.*?)^```$", CALLS.partition("## Users")[0], re.M | re.S)
+    example = json.loads(text)
+    example["detail"] = example["detail"].replace("22222222-2222-4222-8222-222222222222", project)
+    assert example | {"next_free_at": refused["next_free_at"]} == refused
+
+
 @every_call
 def test_the_body_of_a_call_is_that_of_the_program(name):
     body = calls()[name].get("requestBody", {}).get("content", {}).get("application/json")
@@ -387,5 +406,3 @@ def test_the_example_of_an_answer_is_one(name):
 def test_there_is_an_example_of_each_kind_of_answer():
     for name in ("POST /users", "POST /users/import", "GET /users/{id}/history", "GET /pools", "POST /locks"):
         assert "```json" in section(name)
-    (problem,) = re.findall(r"^```json\n(.*?)^```$", CALLS.partition("## Users")[0], re.M | re.S)
-    assert {"type", "title", "status", "detail"} <= json.loads(problem).keys()
