@@ -52,7 +52,7 @@ import farm.words
 SIGNING = "s1:" + "B" * 43 + "="
 OTHER = "s2:" + "C" * 43 + "="
 ALL = "users:write locks"
-README = (ROOT / "README.md").read_text()
+SECURITY = (ROOT / "docs/security.md").read_text()
 GRANT = {"grant_type": "client_credentials"}
 
 
@@ -967,8 +967,8 @@ needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is no
 
 
 @needs_curl
-def test_the_lines_of_the_readme_on_authentication_work(empty_database, tmp_path):
-    section = README.partition("## Authentication")[2].partition("\n## ")[0]
+def test_the_lines_about_authentication_work(empty_database, tmp_path):
+    section = SECURITY.partition("## Authentication")[2].partition("\n## ")[0]
     start, use = re.findall(r"```sh\n(.*?)```", section, re.S)
     port = free_port()
     here = f"{sys.executable} {ROOT}/botfarm.py"

@@ -1,4 +1,4 @@
-"""The Dockerfile, docker-compose.yml, k8s.yaml and requirements.txt agree with the program, the README and each other.
+"""The files for containers, requirements.txt, docs/operating.md and the program agree with each other.
 
 `.ci/containers` runs them; what can be told by reading is told here.
 """
@@ -20,7 +20,7 @@ import farm
 import farm.commands
 from farm.settings import SECRET_SETTINGS, Settings
 
-README = (ROOT / "README.md").read_text()
+OPERATING = (ROOT / "docs/operating.md").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 REQUIREMENTS = (ROOT / "requirements.txt").read_text()
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -98,8 +98,8 @@ def test_the_image_holds_all_of_the_program():
         pytest.skip("only a checkout tells which files are the project's")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     entries = {name.partition("/")[0] for name in tracked.splitlines()}
-    elsewhere = {".ci", ".dockerignore", ".gitignore", "Dockerfile", "README.md", "docker-compose.yml", "k8s.yaml"}
-    elsewhere |= {"pyproject.toml", "tests"}
+    elsewhere = {".ci", ".dockerignore", ".gitignore", "Dockerfile", "README.md", "docker-compose.yml", "docs"}
+    elsewhere |= {"k8s.yaml", "pyproject.toml", "tests"}
     copied = {name for line in re.findall(r"^COPY (?!--)(.*) \S+$", DOCKERFILE, re.M) for name in line.split()}
     assert entries - elsewhere == copied
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
@@ -109,7 +109,7 @@ def test_the_image_holds_all_of_the_program():
 
 def test_images_bear_the_version():
     name = f"botfarm:{farm.VERSION}"
-    assert f"docker build -t {name} ." in README
+    assert f"docker build -t {name} ." in OPERATING
     images = [COMPOSE["secrets"]["image"], COMPOSE["botfarm"]["image"], SERVICE["image"], MIGRATION["image"]]
     assert set(images) == {name}
     assert DATABASE["template"]["spec"]["containers"][0]["image"] == COMPOSE["postgres"]["image"]
@@ -161,8 +161,8 @@ def test_no_secret_stands_in_a_file():
 
 
 def test_secrets_are_mounted_where_they_are_looked_for():
-    """And the README's line makes each of them."""
-    made = set(re.findall(r"--from-literal=([\w-]+)=", README))
+    """And the line of docs/operating.md makes each of them."""
+    made = set(re.findall(r"--from-literal=([\w-]+)=", OPERATING))
     used = set()
     for pod, container in CONTAINERS:
         (volume,) = (volume for volume in pod["volumes"] if "secret" in volume)
@@ -217,7 +217,7 @@ def test_all_replicas_together_fit_into_the_database():
     scaler = CLUSTER["HorizontalPodAutoscaler", "botfarm"]["spec"]
     surge = DEPLOYMENT["strategy"]["rollingUpdate"]["maxSurge"]
     worker = Settings().pool_size + 5
-    assert f"{worker} connections a" in README
+    assert f"{worker} connections a" in OPERATING
     workers = int(variables(SERVICE).get("BOTFARM_WORKERS", Settings().workers))
     assert (scaler["maxReplicas"] + 2 * surge) * (worker * workers + 1) <= offered
 
@@ -251,8 +251,8 @@ def test_nobody_in_a_cluster_gets_a_password_without_a_token():
     assert all(port.startswith("127.0.0.1:") for port in COMPOSE["botfarm"]["ports"])
 
 
-def test_the_readmes_lines_for_kubernetes_name_what_is_there():
-    block = re.search(r"^## Kubernetes$.*?```sh\n(.*?)```", README, re.M | re.S)[1]
+def test_the_lines_for_kubernetes_name_what_is_there():
+    block = re.search(r"^## Kubernetes$.*?```sh\n(.*?)```", OPERATING, re.M | re.S)[1]
     assert "kubectl create namespace botfarm\n" in block
     assert set(re.findall(r"-n (\S+)", block)) == {"botfarm"}
     for kind, name in re.findall(r" (deployment|service)/(\w+)", block):
@@ -283,8 +283,8 @@ def test_each_requirement_says_why_it_is_there():
 
 
 def test_the_embedded_database_and_the_tests_can_be_left_out(tmp_path):
-    """By the README's line, which the Dockerfile has too."""
-    (line,) = re.findall(r"^sed -i .* requirements.txt$", README, re.M)
+    """By the line of docs/operating.md, which the Dockerfile has too."""
+    (line,) = re.findall(r"^sed -i .* requirements.txt$", OPERATING, re.M)
     assert line in DOCKERFILE
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     subprocess.run(line, shell=True, cwd=tmp_path, check=True)

@@ -438,8 +438,8 @@ async def test_odd_numbers_and_double_keys_are_answered(api, project, ttl, statu
         assert answer.json()["ttl"] == 61
 
 
-def test_the_limits_of_the_readme_are_those_of_the_program():
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_the_limits_of_the_security_table_are_those_of_the_program():
+    text = " ".join((ROOT / "docs/security.md").read_text().split())
     late, pause, pace = farm.server.Protocol.LATE, farm.imports.PAUSE, farm.imports.SLOWEST // 1024
     bodies = f"{pause} s for a body, {pace} KiB/s for an import after its first {pause} s"
     assert f"{late} s for a head, {bodies}, {late} s for a reply that is not read" in text

@@ -48,7 +48,7 @@ import farm.telemetry
 from farm.database import SQL
 from farm.telemetry import Entry, Journal
 
-README = (ROOT / "README.md").read_text()
+OPERATING = (ROOT / "docs/operating.md").read_text()
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
 
@@ -93,7 +93,7 @@ def of_lock(lock: dict[str, Any]) -> dict[str, Any]:
 
 
 class Seen(dict):
-    """The members of the events that the tests have seen, by event, for the README's table."""
+    """The members of the events that the tests have seen, by event, for the table of docs/operating.md."""
 
 
 SEEN = Seen()
@@ -629,8 +629,8 @@ async def test_no_secret_is_in_any_line(empty_database, project, tmp_path):
         assert secret not in text
 
 
-def test_the_readme_lists_every_event_with_its_members():
+def test_the_table_of_events_lists_each_with_its_members():
     """As the tests above have seen them."""
     assert len(SEEN) > 5, "run the whole file"
-    rows = re.findall(r"^\| `((?:lock|users?|passwords?)-[a-z]+)` \|(.*?)\|", README, re.M)
+    rows = re.findall(r"^\| `((?:lock|users?|passwords?)-[a-z]+)` \|(.*?)\|", OPERATING, re.M)
     assert {event: set(re.findall(r"`([a-z_]+)`", members)) for event, members in rows} == SEEN

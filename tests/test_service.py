@@ -32,15 +32,12 @@ from conftest import (
 )
 from conftest import settings as configured
 
-import botfarm
 import farm.check
 import farm.database
 import farm.passwords
 import farm.server
 import farm.settings
 import farm.words
-
-README = (ROOT / "README.md").read_text()
 
 
 async def test_everything_that_goes_wrong_is_a_problem(api):
@@ -298,33 +295,7 @@ async def test_the_pages_work_without_internet(api):
             assert (await api.get(asset)).status_code == 200
 
 
-def test_the_readme_has_every_setting_call_and_command():
-    for field, variable in farm.settings.Settings.variables().items():
-        default = farm.settings.Settings.__struct_defaults__[farm.settings.Settings.__struct_fields__.index(field)]
-        shown = ",".join(default) if isinstance(default, tuple) else str(default)
-        (row,) = re.findall(rf"^\| `{variable}` \| (.*?) \|", README, re.M)
-        assert shown in row.replace("none", "None").replace("`", ""), variable
-    for path, operations in botfarm.create_app(farm.settings.Settings(auth="on")).state.openapi()["paths"].items():
-        for method in operations:
-            assert f"`{method.upper()} {path}`" in README
-    for name in ("serve", "migrate", "check", "import", "export", "keygen", "client", "reseal", "openapi"):
-        assert f"`{name}" in README
-
-
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; CI installs it")
-
-
-@needs_curl
-def test_the_first_curl_lines_of_the_readme_work(service):
-    """The README's lines, with the port of the test's service."""
-    block = re.search(r"```sh\n(curl.*?)```", README, re.S)
-    assert block
-    script = block[1].replace("http://127.0.0.1:8000", service.url)
-    assert script != block[1]
-    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert '"password":"correct horse"' in done.stdout
-    assert '{"released":1}' in done.stdout
 
 
 @needs_curl

@@ -370,7 +370,7 @@ async def test_a_release_at_another_replica_wakes_a_waiter(api, other, service, 
 
 
 async def test_no_waiter_starves_behind_another_replica_that_is_busier(api, other, service, replica, project):
-    """The bound of the README: nobody elsewhere who came three seconds later is served before it."""
+    """The bound of docs/waiting.md: nobody elsewhere who came three seconds later is served before it."""
     await make_users(api, project, 2)
     served: list[tuple[float, float, str]] = []
     stop = time.monotonic() + 8
