@@ -102,7 +102,7 @@ COMPARISONS: dict[int, Comparison] = {}
 UNITS = {"requests": "/s", "p50": " ms", "p99": " ms", "cpu": " us", "memory": " MB"}
 
 
-def compared(number: int, path: str, rounds: int = 6, **targets: Target) -> Callable[[Any], Any]:
+def compared(number: int, path: str, rounds: int = 10, **targets: Target) -> Callable[[Any], Any]:
     """Register a row of `--against`: its function makes the drive for a checkout."""
 
     def register(make: Callable[[Bench, ExitStack, Checkout], Drive]) -> Callable[..., Drive]:
@@ -539,15 +539,15 @@ def logging(bench: Bench) -> Sequence[float]:
     return [ratio(runs[0], runs[1])]
 
 
-# ---- Against another checkout alone ----------------------------------------------------------------------
+# ---- Against another checkout alone ------------------------------------------------------------------------
 
 
-@compared(17, "--help", rounds=10, p50=Target("time of `python botfarm.py --help`", 0.6, None, at_most=True))
+@compared(17, "--help", p50=Target("time of `python botfarm.py --help`", 0.6, None, at_most=True))
 def help_page(_: Bench, __: ExitStack, checkout: Checkout) -> Drive:
     return lambda _: checkout.run([checkout.python, "botfarm.py", "--help"], {})
 
 
-@compared(18, "health check", rounds=10, cpu=Target("CPU of the container's health check", 0.25, None, at_most=True))
+@compared(18, "health check", cpu=Target("CPU of the container's health check", 0.25, None, at_most=True))
 def health_check(bench: Bench, _: ExitStack, checkout: Checkout) -> Drive:
     service = bench.main_of(checkout)
     env = {"DATABASE_URL": service.database, "BOTFARM_PORT": str(service.port)}
