@@ -30,6 +30,7 @@ import httpx  # noqa: E402
 
 import farm.database  # noqa: E402
 import farm.locks  # noqa: E402
+import farm.passwords  # noqa: E402
 from farm import embedded  # noqa: E402
 
 TICK = os.sysconf("SC_CLK_TCK")
