@@ -4,6 +4,7 @@
     .venv/bin/python tests/load/bench.py --short            everything once, in under one minute: it works
     .venv/bin/python tests/load/bench.py --rows 1,2 --json raw.json
     .venv/bin/python tests/load/bench.py --from-json raw.json --plot rate.png
+    .venv/bin/python tests/load/bench.py --against ../old   another checkout with its own .venv: new to old, 15 minutes
 
 It starts its own PostgreSQL (or makes databases of its own on the server of DATABASE_URL) and its own
 services. Compared paths take turns, and a ratio is the median of the ratios of neighbouring rounds; so
@@ -28,13 +29,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import harness
 import offered
 import waiting
-from harness import BenchError, Run, Service, alternate, cycle, direct, livez, ratio, say
+from harness import HERE, BenchError, Checkout, Drive, Run, Service, alternate, cycle, direct, livez, ratio, say
 
 CONNECTIONS = 64
 CURVE = (1, 4, 16, 64, 256)
@@ -86,6 +88,30 @@ def row(number: int, *targets: Target, paths: tuple[str, ...] = ()) -> Callable[
     return register
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A path of which both checkouts serve a round in turn, and the figures of a Run whose ratios are told."""
+
+    path: str
+    rounds: int
+    targets: dict[str, Target]
+    make: Callable[[Bench, ExitStack, Checkout], Drive]
+
+
+COMPARISONS: dict[int, Comparison] = {}
+UNITS = {"requests": "/s", "p50": " ms", "p99": " ms", "cpu": " us", "memory": " MB"}
+
+
+def compared(number: int, path: str, rounds: int = 10, **targets: Target) -> Callable[[Any], Any]:
+    """Register a row of `--against`: its function makes the drive for a checkout."""
+
+    def register(make: Callable[[Bench, ExitStack, Checkout], Drive]) -> Callable[..., Drive]:
+        COMPARISONS[number] = Comparison(path, rounds, targets, make)
+        return make
+
+    return register
+
+
 # ---- What the rows share -----------------------------------------------------------------------------------
 
 
@@ -99,6 +125,7 @@ class Bench:
     short: bool
     chosen: list[int]
     raw: dict[str, list[Run]] = field(default_factory=dict)
+    plain: dict[Checkout, Service] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -112,28 +139,32 @@ class Bench:
     def length(self, full: int, short: int) -> int:
         return short if self.short else full
 
-    def start(self, stack: ExitStack, **settings: int | str) -> Service:
+    def start(self, stack: ExitStack, checkout: Checkout = HERE, **settings: int | str) -> Service:
         """A service on a fresh database; it has not finished starting: `wait` for it."""
         url = stack.enter_context(harness.conftest.fresh_database(self.server))
-        port = harness.conftest.free_port()
         env = {f"BOTFARM_{name.upper()}": str(value) for name, value in settings.items()}
-        env |= {"DATABASE_URL": url, "BOTFARM_KEYS": harness.conftest.KEY}
-        service = Service(["botfarm.py", "serve", "--port", str(port)], port, env, self.folder)
+        return self.serve(stack, checkout, env | {"DATABASE_URL": url, "BOTFARM_KEYS": harness.conftest.KEY})
+
+    def serve(self, stack: ExitStack, checkout: Checkout, env: dict[str, str]) -> Service:
+        port = harness.conftest.free_port()
+        service = Service(["botfarm.py", "serve", "--port", str(port)], port, env, self.folder, checkout)
         stack.callback(service.stop)
         return service
 
     def start_beside(self, stack: ExitStack, other: Service) -> Service:
         """Another replica on the database of a service."""
-        port = harness.conftest.free_port()
         env = {"DATABASE_URL": other.database, "BOTFARM_KEYS": harness.conftest.KEY}
-        service = Service(["botfarm.py", "serve", "--port", str(port)], port, env, self.folder)
-        stack.callback(service.stop)
-        return service.wait()
+        return self.serve(stack, HERE, env).wait()
 
-    @cached_property
+    @property
     def main(self) -> Service:
-        """One worker, 1000 users in one pool."""
-        return self.fill(self.start(self.stack))
+        return self.main_of(HERE)
+
+    def main_of(self, checkout: Checkout) -> Service:
+        """One worker, 1000 users in one pool; it serves to the end."""
+        if checkout not in self.plain:
+            self.plain[checkout] = self.fill(self.start(self.stack, checkout))
+        return self.plain[checkout]
 
     @cached_property
     def single(self) -> Service:
@@ -157,7 +188,7 @@ class Bench:
             cycle(service, CONNECTIONS, 2, pools)
         return service
 
-    def alternate(self, paths: Mapping[str, harness.Drive], rounds: int | None = None) -> list[list[Run]]:
+    def alternate(self, paths: Mapping[str, Drive], rounds: int | None = None) -> list[list[Run]]:
         """Rounds in turn, kept for the table of raw figures."""
         runs = alternate(paths, rounds or self.rounds, self.seconds)
         self.raw |= runs
@@ -167,7 +198,7 @@ class Bench:
     def core(self) -> dict[str, list[Run]]:
         """Rounds on those of the simple paths that the chosen rows need."""
         say("the simple paths, in turn")
-        paths: dict[str, Callable[[], harness.Drive]] = {
+        paths: dict[str, Callable[[], Drive]] = {
             "GET /livez": lambda: partial(livez, self.main, CONNECTIONS),
             "bare ASGI application": lambda: partial(livez, self.bare, CONNECTIONS),
             "cycle": lambda: partial(cycle, self.main, CONNECTIONS),
@@ -186,6 +217,12 @@ class Bench:
      paths=("GET /livez", "bare ASGI application", "cycle"))  # fmt: skip
 def to_the_ceiling(bench: Bench) -> Sequence[float]:
     return [ratio(bench.core["cycle"], bench.core["GET /livez"])]
+
+
+@compared(1, "cycle", requests=Target("cycle requests/s, 64 connections", 0.9, 1.0),
+          cpu=Target("CPU of the service per cycle request", 1.1, None, at_most=True))  # fmt: skip
+def cycles_compared(bench: Bench, _: ExitStack, checkout: Checkout) -> Drive:
+    return partial(cycle, bench.main_of(checkout), CONNECTIONS)
 
 
 @row(2, Target("cycles/s over HTTP to the same statements by pgbench, 64 connections", 0.7, 1.0),
@@ -253,12 +290,17 @@ def size_and_shape(bench: Bench) -> Sequence[float]:
 @row(7, Target("409 pool-exhausted/s of an empty pool to cycle requests/s", 0.8, 1.3))
 def refusals(bench: Bench) -> Sequence[float]:
     with ExitStack() as stack:
-        empty = bench.fill(bench.start(stack), locked=1000)
         runs = bench.alternate({
-            "409 pool-exhausted": partial(harness.refused, empty, CONNECTIONS),
+            "409 pool-exhausted": refusing(bench, stack),
             "cycle, beside the 409": partial(cycle, bench.main, CONNECTIONS),
         })  # fmt: skip
     return [ratio(runs[0], runs[1])]
+
+
+@compared(7, "409 pool-exhausted", requests=Target("409 pool-exhausted/s of an empty pool", 0.9, 1.0))
+def refusing(bench: Bench, stack: ExitStack, checkout: Checkout = HERE) -> Drive:
+    empty = bench.fill(bench.start(stack, checkout), locked=1000)
+    return partial(harness.refused, empty, CONNECTIONS)
 
 
 @row(8, Target("renewals/s of 1,000 held locks to cycle requests/s", 1.0, 1.3),
@@ -266,17 +308,28 @@ def refusals(bench: Bench) -> Sequence[float]:
 def renewals(bench: Bench) -> Sequence[float]:
     with ExitStack() as stack:
         service = bench.fill(bench.start(stack))
-        paths = bench.folder / "renewals"
-        wish = json.dumps({"project_id": harness.project(1), "ttl": 600})
-        ids = [json.loads(service.call("POST", "/locks", wish))["id"] for _ in range(bench.length(1000, 200))]
-        paths.write_text("".join(f"/locks/{id}\n" for id in ids))
+        path = renewing(bench, service)
         before = updates(service)
         runs = bench.alternate({
-            "renewal": partial(harness.renew, service, CONNECTIONS, paths=paths),
+            "renewal": path,
             "cycle, beside the renewals": partial(cycle, bench.main, CONNECTIONS),
         })  # fmt: skip
         after = updates(service, before[0])
     return [ratio(runs[0], runs[1]), 100 * (after[1] - before[1]) / (after[0] - before[0])]
+
+
+def renewing(bench: Bench, service: Service) -> Drive:
+    """Renewals of 1,000 locks that are taken now."""
+    paths = bench.folder / f"renewals-{service.port}"
+    wish = json.dumps({"project_id": harness.project(1), "ttl": 600})
+    ids = [json.loads(service.call("POST", "/locks", wish))["id"] for _ in range(bench.length(1000, 200))]
+    paths.write_text("".join(f"/locks/{id}\n" for id in ids))
+    return partial(harness.renew, service, CONNECTIONS, paths=paths)
+
+
+@compared(8, "renewal", requests=Target("renewals/s of 1,000 held locks", 0.9, 1.0))
+def renewals_compared(bench: Bench, stack: ExitStack, checkout: Checkout) -> Drive:
+    return renewing(bench, bench.fill(bench.start(stack, checkout)))
 
 
 def updates(service: Service, above: int = -1) -> tuple[int, int]:
@@ -358,29 +411,47 @@ def growth(samples: list[dict[str, int]], cycles: float) -> list[str]:
 
 @row(11, Target("p99 of an acquire under a constant load of 300 cycles/s", 15, 5, " ms"))
 def constant_load(bench: Bench) -> Sequence[float]:
-    runs = []
-    for _ in range(bench.length(3, 1)):
-        told = offered.run(offered.offer(bench.main.port, WISH, 300, bench.length(20, 1)))
-        say(f"  p50 {told['p50']:.1f} ms, p99 {told['p99']:.1f} ms, {told['connections']:.0f} connections")
-        runs.append(Run(600, 300, told["p50"], told["p99"]))
-    bench.raw["constant load of 300 cycles/s: acquires"] = runs
+    path = partial(steady, bench.main, bench.length(20, 1))
+    (runs,) = bench.alternate({"constant load of 300 cycles/s: acquires": path}, bench.length(3, 1))
     return [statistics.median(run.p99 for run in runs)]
+
+
+def steady(service: Service, length: int, _: int) -> Run:
+    """Acquires under a constant load of 300 cycles/s, for a length of its own."""
+    told = offered.run(offered.offer(service.port, WISH, 300, length))
+    return Run(600, 300, told["p50"], told["p99"])
+
+
+@compared(11, "constant load of 300 cycles/s: acquires",
+          p99=Target("p99 of an acquire under a constant load of 300 cycles/s", 1.1, None, at_most=True))  # fmt: skip
+def constant_load_compared(bench: Bench, _: ExitStack, checkout: Checkout) -> Drive:
+    return partial(steady, bench.main_of(checkout), bench.length(10, 1))
 
 
 @row(12, Target("import of 1,000,000 users, a second", 20_000, 60_000),
      Target("growth of the service's memory meanwhile", 100, None, " MB", at_most=True))  # fmt: skip
 def importing(bench: Bench) -> Sequence[float]:
-    users = bench.length(1_000_000, 10_000)
+    run = import_once(bench, HERE, bench.length(1_000_000, 10_000))
+    return [run.requests, run.memory or 0]
+
+
+def import_once(bench: Bench, checkout: Checkout, users: int, _: int = 0) -> Run:
+    """Users a second into a fresh service, and by how much its memory grew."""
     file = harness.users_file(bench.folder, users)
     with ExitStack() as stack:
-        service = bench.start(stack).wait()
+        service = bench.start(stack, checkout).wait()
         service.forget_peak()
         before = service.memory()
         taken = service.send(file)
         grown = service.memory("VmHWM") - before
     file.unlink()
     say(f"  {users:,} users in {taken:.1f} s")
-    return [users / taken, grown / 1e6]
+    return Run(users / taken, None, taken * 1e3, taken * 1e3, memory=grown / 1e6)
+
+
+@compared(12, "import", rounds=4, requests=Target("import of 200,000 users, a second", 0.9, 1.0))
+def importing_compared(bench: Bench, _: ExitStack, checkout: Checkout) -> Drive:
+    return partial(import_once, bench, checkout, bench.length(200_000, 10_000))
 
 
 @row(13, Target("p99 from a release to the answer of who waits at the same replica", 20, None, " ms", at_most=True),
@@ -406,17 +477,23 @@ def handovers(bench: Bench) -> Sequence[float]:
      Target("CPU of the service while they wait and nothing changes", 5, None, "%", at_most=True),
      Target("slowest GET /livez meanwhile", 50, None, " ms", at_most=True))  # fmt: skip
 def crowd(bench: Bench) -> Sequence[float]:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    run, used = crowd_once(bench, HERE, bench.length(20, 2))
+    return [run.memory or 0, used, run.p99]
+
+
+def crowd_once(bench: Bench, checkout: Checkout, seconds: int) -> tuple[Run, float]:
+    """What 5,000 waiting calls cost a fresh service, with the times of GET /livez (the slowest as p99); % of CPU."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     patient = json.dumps({"project_id": harness.project(1), "wait": 120}).encode()
     with ExitStack() as stack:
-        service = bench.fill(bench.start(stack), 1)
+        service = bench.fill(bench.start(stack, checkout), 1)
         service.call("POST", "/locks", json.dumps({"project_id": harness.project(1), "ttl": 600}))
         idle = service.memory()
 
         async def measure() -> tuple[float, float, list[float]]:
             look: asyncio.Queue[str] = asyncio.Queue()
-            count, seconds = bench.length(5000, 200), bench.length(20, 2)
-            coming = asyncio.create_task(waiting.crowd(service.port, patient, count, seconds, look))
+            coming = asyncio.create_task(waiting.crowd(service.port, patient, bench.length(5000, 200), seconds, look))
             done, _ = await asyncio.wait(
                 (coming, first := asyncio.create_task(look.get())), return_when="FIRST_COMPLETED"
             )
@@ -426,9 +503,16 @@ def crowd(bench: Bench) -> Sequence[float]:
             await look.get()
             return grown / 1e6, 100 * (service.cpu() - before) / seconds, await coming
 
-        memory, cpu, taken = asyncio.run(measure())
-    say(f"  {memory:.0f} MB, {cpu:.1f} % CPU, /livez p50 {offered.at(taken, 0.5) * 1e3:.1f} ms")
-    return [memory, cpu, taken[-1] * 1e3]
+        memory, used, taken = asyncio.run(measure())
+    p50 = offered.at(taken, 0.5) * 1e3
+    say(f"  {memory:.0f} MB, {used:.1f} % CPU, /livez p50 {p50:.1f} ms")
+    return Run(len(taken) / seconds, None, p50, taken[-1] * 1e3, memory=memory), used
+
+
+@compared(14, "5,000 waiting calls: GET /livez", rounds=4,
+          memory=Target("memory of 5,000 waiting calls", 1.1, None, at_most=True))  # fmt: skip
+def crowd_compared(bench: Bench, _: ExitStack, checkout: Checkout) -> Drive:
+    return lambda _: crowd_once(bench, checkout, bench.length(2, 1))[0]
 
 
 @row(15, Target("cycle requests/s with authentication on to off", 0.9, 0.95))
@@ -453,6 +537,38 @@ def logging(bench: Bench) -> Sequence[float]:
             "cycle, quiet": partial(cycle, quiet, CONNECTIONS),
         })  # fmt: skip
     return [ratio(runs[0], runs[1])]
+
+
+# ---- Against another checkout alone ------------------------------------------------------------------------
+
+
+@compared(17, "--help", p50=Target("time of `python botfarm.py --help`", 0.6, None, at_most=True))
+def help_page(_: Bench, __: ExitStack, checkout: Checkout) -> Drive:
+    return lambda _: checkout.run([checkout.python, "botfarm.py", "--help"], {})
+
+
+@compared(18, "health check", cpu=Target("CPU of the container's health check", 0.25, None, at_most=True))
+def health_check(bench: Bench, _: ExitStack, checkout: Checkout) -> Drive:
+    service = bench.main_of(checkout)
+    env = {"DATABASE_URL": service.database, "BOTFARM_PORT": str(service.port)}
+    return lambda _: checkout.run(checkout.health_check(), env)
+
+
+@compared(19, "serve, embedded",
+          p50=Target("`serve` on an existing embedded database until ready", 1.0, None, at_most=True))  # fmt: skip
+def start_embedded(bench: Bench, _: ExitStack, checkout: Checkout) -> Drive:
+    """The first start, which makes the database, is not among the rounds."""
+    env = {"BOTFARM_HOME": str(bench.folder / f"home-{checkout.name}")}
+
+    def start(_: int) -> Run:
+        with ExitStack() as stack:
+            begin = time.perf_counter()
+            service = bench.serve(stack, checkout, env).wait()
+            taken = time.perf_counter() - begin
+            return Run(1 / taken, None, taken * 1e3, taken * 1e3, service.cpu() * 1e6)
+
+    start(0)
+    return start
 
 
 # ---- Without a number --------------------------------------------------------------------------------------
@@ -506,19 +622,24 @@ def figure(value: float | None, unit: str = "") -> str:
     return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}") + unit
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
 def target_table(results: dict[str, Any]) -> str:
-    lines = ["| | what | measured | must | aim | reached |", "|---|---|---|---|---|---|"]
-    for number, text, value, must, aim, verdict in results["targets"]:
-        lines.append(f"| {number} | {text} | {value} | {must} | {aim} | {verdict} |")
-    return "\n".join(lines)
+    return table(["", "what", *results["figures"], "must", "aim", "reached"], results["targets"])
+
+
+RAW = {"requests": "requests/s", "cycles": "cycles/s", "p50": "p50 ms", "p99": "p99 ms", "cpu": "CPU us/request",
+       "memory": "memory MB"}  # fmt: skip
 
 
 def raw_table(results: dict[str, Any]) -> str:
-    lines = ["| path | requests/s | cycles/s | p50 ms | p99 ms | CPU us/request |", "|---|---|---|---|---|---|"]
-    for name, runs in results["raw"].items():
-        cells = [middle([run[key] for run in runs]) for key in ("requests", "cycles", "p50", "p99", "cpu")]
-        lines.append(f"| {name} | {' | '.join(figure(cell) for cell in cells)} |")
-    return "\n".join(lines)
+    def cells(runs: list[dict[str, float | None]]) -> list[Any]:
+        return [len(runs), *(figure(middle([run[key] for run in runs])) for key in RAW)]
+
+    return table(["path", "rounds", *RAW.values()], [[name, *cells(runs)] for name, runs in results["raw"].items()])
 
 
 def middle(values: list[float | None]) -> float | None:
@@ -529,7 +650,7 @@ def middle(values: list[float | None]) -> float | None:
 def show(results: dict[str, Any]) -> None:
     print(f"\n{results['about']}\n\n{target_table(results)}\n\n{raw_table(results)}\n")
     print("Medians; p50 and p99 are of single requests (of pgbench: of single statements).\n")
-    print("\n".join(f"- {note}" for note in results["notes"]))
+    print("".join(f"- {note}\n" for note in results["notes"]), end="")
 
 
 def plot(points: dict[str, list[dict[str, float]]], name: str) -> None:
@@ -565,42 +686,66 @@ def plot(points: dict[str, list[dict[str, float]]], name: str) -> None:
 def measure(arguments: argparse.Namespace, chosen: list[int]) -> dict[str, Any]:
     """All results, as the JSON file has them."""
     begin = time.monotonic()
+    places = {"new": harness.ROOT, "old": Path(arguments.against)} if arguments.against else {}
+    checkouts = [Checkout.of(name, root) for name, root in places.items()]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-load-")))
         folder.chmod(0o755)  # PostgreSQL's own user has to reach it
         server = stack.enter_context(harness.postgres(folder))
         bench = Bench(server, folder, stack, arguments.short, chosen)
-        targets = [line for number in chosen for line in measure_row(bench, number)]
-        if not arguments.rows:
+        if checkouts:
+            targets = [line for number in chosen for line in compare_row(bench, number, checkouts)]
+        else:
+            targets = [line for number in chosen for line in measure_row(bench, number)]
+        every = not arguments.rows and not checkouts
+        if every:
             say("two workers")
             database_cpu(bench)
             two_workers(bench)
         points = {}
-        if not arguments.rows or arguments.plot:
+        if every or arguments.plot:
             say("the curve")
             points = curve(bench)
-        about = describe(bench, time.monotonic() - begin)
+        about = describe(bench, time.monotonic() - begin, checkouts)
     raw = {name: [asdict(run) for run in runs] for name, runs in bench.raw.items()}
-    return {"about": about, "targets": targets, "raw": raw, "curve": points, "notes": bench.notes}
+    heads = [checkout.name for checkout in checkouts] + ["new to old"] if checkouts else ["measured"]
+    return {
+        "about": about, "figures": heads, "targets": targets, "raw": raw, "curve": points, "notes": bench.notes
+    }  # fmt: skip
 
 
 def measure_row(bench: Bench, number: int) -> list[list[Any]]:
     targets = ROWS[number].targets
     say(f"row {number}: {targets[0].text}")
+    figures = ROWS[number].measure(bench)
+    return [told(number, target, value) for target, value in zip(targets, figures, strict=True)]
+
+
+def compare_row(bench: Bench, number: int, checkouts: Sequence[Checkout]) -> list[list[Any]]:
+    row = COMPARISONS[number]
+    say(f"row {number}: {row.path}")
+    with ExitStack() as stack:
+        paths = {f"{row.path}, {checkout.name}": row.make(bench, stack, checkout) for checkout in checkouts}
+        new, old = bench.alternate(paths, bench.length(row.rounds, 1))
     lines = []
-    for target, value in zip(targets, ROWS[number].measure(bench), strict=True):
-        bound = "<= " if target.lower else ">= "
-        must, aim = (
-            bound + figure(goal, target.unit) if goal is not None else "-" for goal in (target.must, target.aim)
-        )
-        lines.append([number, target.text, figure(value, target.unit), must, aim, target.verdict(value)])
-        say(f"  {target.text}: {figure(value, target.unit)}")
+    for key, target in row.targets.items():
+        medians = [figure(middle([getattr(run, key) for run in runs]), UNITS[key]) for runs in (new, old)]
+        lines.append(told(number, target, ratio(new, old, attrgetter(key)), *medians))
     return lines
 
 
-def describe(bench: Bench, seconds: float) -> str:
+def told(number: int, target: Target, value: float, *before: str) -> list[Any]:
+    """A line of the table: what was measured (and what stands before it), and what it must and should be."""
+    say(f"  {target.text}: {figure(value, target.unit)}")
+    bound = "<= " if target.lower else ">= "
+    must, aim = (bound + figure(goal, target.unit) if goal is not None else "-" for goal in (target.must, target.aim))
+    return [number, target.text, *before, figure(value, target.unit), must, aim, target.verdict(value)]
+
+
+def describe(bench: Bench, seconds: float, checkouts: Sequence[Checkout]) -> str:
     version = harness.sql(bench.server, "show server_version")[0][0]
-    how = f"{bench.rounds} alternating rounds of {bench.seconds} s"
+    how = f"Alternating rounds of {bench.seconds} s"
+    compared = "".join(f" {checkout.name}: {checkout.version()}." for checkout in checkouts)
     short = (
         " This was a short run, with times and numbers of users far below those that the rows name: it shows that "
         "all works, its figures say nothing."
@@ -609,7 +754,7 @@ def describe(bench: Bench, seconds: float) -> str:
     )
     return (
         f"{how}, ratios are medians of neighbouring rounds; {os.cpu_count()} cores, PostgreSQL {version}, "
-        f"Python {platform.python_version()}; took {seconds:.0f} s.{short}"
+        f"Python {platform.python_version()}; took {seconds:.0f} s.{compared}{short}"
     )
 
 
@@ -617,22 +762,27 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure BotFarm under load, as ratios.")
     parser.add_argument("--short", action="store_true", help="everything once, in under one minute")
     parser.add_argument("--rows", metavar="1,2,5", help="only those rows")
+    parser.add_argument("--against", metavar="PATH", help="compare this checkout with another one, which has a .venv")
     parser.add_argument("--json", metavar="FILE", help="write the raw results")
     parser.add_argument("--plot", metavar="FILE.png", help="draw rate and p99 against connections (matplotlib)")
     parser.add_argument("--from-json", metavar="FILE", help="measure nothing, show what --json wrote")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.against and arguments.plot:
+        parser.error("--plot draws no comparison: leave --against or --plot out")
+    return arguments
 
 
 def main(words: Sequence[str]) -> int:
     """Exit status 0: measured; 1: a request failed or a service did not start; 2: a tool or a row is missing."""
     arguments = parsed(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
+    rows = COMPARISONS if arguments.against else ROWS
     if arguments.from_json:
         results = json.loads(Path(arguments.from_json).read_text())
     else:
-        chosen = [int(number) for number in arguments.rows.split(",")] if arguments.rows else sorted(ROWS)
+        chosen = [int(number) for number in arguments.rows.split(",")] if arguments.rows else sorted(rows)
         lacking = [f"{tool} is missing: Debian has it in {TOOLS[tool]}." for tool in TOOLS if not shutil.which(tool)]
-        lacking += [f"There is no row {number}: {sorted(ROWS)}." for number in chosen if number not in ROWS]
+        lacking += [f"There is no row {number}: {sorted(rows)}." for number in chosen if number not in rows]
         if lacking:
             print("\n".join(lacking), file=sys.stderr)
             return 2

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import secrets
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ import httpx  # noqa: E402
 
 import farm.database  # noqa: E402
 import farm.locks  # noqa: E402
+import farm.passwords  # noqa: E402
 from farm import embedded  # noqa: E402
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -41,13 +43,66 @@ class BenchError(Exception):
 
 @dataclass
 class Run:
-    """One round on one path; times in ms, `cpu` in microseconds of the server process per request."""
+    """One round on one path; times in ms, `cpu` in microseconds of the server process per request, `memory` in MB.
+
+    The run of a command is one request.
+    """
 
     requests: float  # a second
     cycles: float | None  # acquire and release, a second
     p50: float
     p99: float
     cpu: float | None = None
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A copy of the project, and the Python that runs it. The side of the clients is always that of this copy."""
+
+    name: str
+    root: Path
+    python: str = sys.executable
+
+    @classmethod
+    def of(cls, name: str, root: Path) -> Checkout:
+        """One that runs in its own virtual environment."""
+        python = root.resolve() / ".venv/bin/python"
+        for needed in (root / "botfarm.py", python):
+            if not needed.exists():
+                raise BenchError(f"{needed} is missing: {root} is to be a checkout with its own environment in .venv")
+        return cls(name, root.resolve(), str(python))
+
+    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        """What its processes are given: `env`, no other setting of BotFarm, and its Python as the first `python`."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
+        return inherited | {"PATH": f"{Path(self.python).parent}:{os.environ['PATH']}"} | dict(env)
+
+    def version(self) -> str:
+        """Its commit, where it is a clone and git is there; else its folder."""
+        with contextlib.suppress(OSError):
+            words = ["git", "-C", str(self.root), "describe", "--always", "--dirty"]
+            return subprocess.run(words, capture_output=True, text=True).stdout.strip() or self.root.name
+        return self.root.name
+
+    def health_check(self) -> list[str]:
+        """The command by which the container's health is checked, as the Dockerfile has it."""
+        found = re.search(r"^HEALTHCHECK .*?CMD (\[.*?\])$", (self.root / "Dockerfile").read_text(), re.M | re.S)
+        if not found:
+            raise BenchError(f"{self.root}/Dockerfile has no line HEALTHCHECK with a CMD in brackets")
+        return json.loads(found[1])
+
+    def run(self, words: list[str], env: Mapping[str, str]) -> Run:
+        """A command run to its end."""
+        before, begin = children_cpu(), time.perf_counter()
+        done = subprocess.run(words, env=self.environment(env), cwd=self.root, capture_output=True, text=True)
+        taken, used = time.perf_counter() - begin, children_cpu() - before
+        if done.returncode:
+            raise BenchError(f"{' '.join(words)} failed in {self.root}:\n{done.stdout[-500:]}{done.stderr[-1000:]}")
+        return Run(1 / taken, None, taken * 1e3, taken * 1e3, used * 1e6)
+
+
+HERE = Checkout("here", ROOT)
 
 
 def project(pool: int) -> str:
@@ -69,6 +124,12 @@ def backend_cpu(url: str) -> float:
 def cpu_of(pid: int) -> float:
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / TICK
+
+
+def children_cpu() -> float:
+    """Seconds of CPU of the processes that have ended and were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def sql(url: str, *statements: str) -> list[Any]:
@@ -126,15 +187,16 @@ def lock_by_sql(url: str, count: int) -> None:
 class Service:
     """A process that serves on a port; its log goes down a pipe, as in a container, and its end is kept."""
 
-    def __init__(self, command: list[str], port: int, env: dict[str, str], folder: Path) -> None:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
+    def __init__(
+        self, command: list[str], port: int, env: dict[str, str], folder: Path, checkout: Checkout = HERE
+    ) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self.database = env.get("DATABASE_URL", "")
         self.headers: dict[str, str] = {}  # of every request, see authorize()
         self._log = folder / f"{port}.log"
         self.process = subprocess.Popen(
-            [sys.executable, *command],
-            env=inherited | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
+            [checkout.python, *command],
+            env=checkout.environment(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=checkout.root,
         )  # fmt: skip
         with self._log.open("wb") as log:
             self._reader = subprocess.Popen(["tail", "-c", "2000"], stdin=self.process.stdout, stdout=log)
@@ -149,12 +211,12 @@ class Service:
     def wait(self, path: str = "/readyz") -> Service:
         end = time.monotonic() + 60
         while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(self.url + path, timeout=5).status_code == 200:
-                    return self
+            with contextlib.suppress(OSError, http.client.HTTPException, BenchError):
+                self.call("GET", path, timeout=5)
+                return self
             if self.process.poll() is not None or time.monotonic() > end:
                 raise BenchError(f"{self.process.args} does not serve:\n{self._last_words()}")
-            time.sleep(0.05)
+            time.sleep(0.01)
 
     def stop(self) -> None:
         self.process.terminate()
@@ -179,9 +241,11 @@ class Service:
     def forget_peak(self) -> None:
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
-    def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> bytes:
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 1800
+    ) -> bytes:
         """The body of a 2xx answer. A file is streamed."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1800, blocksize=1 << 16)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout, blocksize=1 << 16)
         try:
             connection.request(
                 method, path, body, {"Content-Type": "application/json"} | self.headers | (headers or {})
@@ -359,11 +423,11 @@ Drive = Callable[[int], Run]  # a round of so many seconds
 
 
 def alternate(paths: Mapping[str, Drive], rounds: int, seconds: int) -> dict[str, list[Run]]:
-    """A round on each path in turn, and again, so that what else the machine does falls on all alike."""
+    """A round on each path in turn, and again the other way round, so that what else the machine does falls on all."""
     runs: dict[str, list[Run]] = {name: [] for name in paths}
     for number in range(rounds):
-        for name, path in paths.items():
-            run = path(seconds)
+        for name in reversed(list(paths)) if number % 2 else paths:
+            run = paths[name](seconds)
             runs[name].append(run)
             say(f"  round {number + 1} of {rounds}: {name}: {run.requests:,.0f} requests/s, p99 {run.p99:.1f} ms")
     return runs
