@@ -74,8 +74,6 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:+/=@-]{1,128}")
 TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _PREFIX = secrets.token_hex(6)
 _NUMBERS = itertools.count(1)
-
-
 CALLER, CAUSE = "botfarm-caller", "botfarm-cause"  # in the state of a request
 
 

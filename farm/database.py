@@ -29,7 +29,6 @@ def sql_folder(name: str) -> Traversable:
 FILES = sorted(sql_folder("sql").iterdir(), key=lambda file: file.name)
 SQL = {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in FILES}
 
-
 # What asyncpg raises when the database is away, restarting, too busy, or cut us off.
 DATABASE_FAULTS = (
     OSError,
@@ -44,7 +43,6 @@ DATABASE_FAULTS = (
     asyncpg.ObjectNotInPrerequisiteStateError,
     asyncpg.ReadOnlySQLTransactionError,
 )
-
 
 STATEMENT = 6  # seconds for a statement; with a connection to wait for and to give back, ten for a call
 
@@ -133,14 +131,8 @@ async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str
 
 
 BACKLOG = 5000  # calls that may wait for a statement
-
-
 UNBATCHED = 16  # statements at once where BOTFARM_BATCH is 1
-
-
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 

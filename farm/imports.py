@@ -30,20 +30,10 @@ from farm.settings import WORD, Settings
 from farm.words import UNREADABLE, Imported, ImportedUser, User, UserFilter, field_errors, forbidden
 
 PAUSE = 30  # seconds that a body may take, and an import pause
-
-
 LONGEST_LINE = 64 * 1024
-
-
 SLOWEST = 16 * 1024  # bytes a second that an import has to bring, after its first PAUSE
-
-
 CHUNK = 500
-
-
 FIELDS = ("login", "password", "project_id", "env", "domain")
-
-
 Numbered = tuple[int, ImportedUser]
 
 

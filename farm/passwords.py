@@ -117,8 +117,6 @@ class Passwords:
 
 
 PROOF_OWNER = uuid.UUID(int=0)
-
-
 PROOF = "BotFarm"
 
 

@@ -32,8 +32,6 @@ from farm.telemetry import SHARED
 from farm.words import JSON
 
 HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
-
-
 CALLERS = logging.getLogger("botfarm.callers")  # what uvicorn says of callers; but for errors anybody could fill it
 CALLERS.setLevel(logging.ERROR)
 

@@ -33,8 +33,6 @@ class BadSettings(Exception):
 
 
 WORD = r"^[A-Za-z0-9_.-]{1,63}(?!\n)$"
-
-
 ORIGIN = r"^(https?://[A-Za-z0-9.:\[\]-]+|\*)(?!\n)$"
 RULES = {
     WORD: "write words of 1 to 63 of A-Z a-z 0-9 _ . -, separated by commas",
@@ -48,8 +46,6 @@ def in_words(message: Any, rules: Mapping[str, str]) -> str:
 
 
 Names = Annotated[tuple[Annotated[str, Meta(pattern=WORD)], ...], Meta(min_length=1)]
-
-
 Origin = Annotated[str, Meta(pattern=ORIGIN)]
 
 
@@ -104,14 +100,8 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 LIST_SETTINGS = frozenset({"envs", "domains", "cors_origins"})
-
-
 SECRET_SETTINGS = frozenset({"database_url", "keys", "listen_url", "signing_keys"})
-
-
 NO_SIGNING_KEY = "needed when BOTFARM_AUTH=on; `python botfarm.py keygen` prints a key"
-
-
 SETTING_TYPES = get_type_hints(Settings, include_extras=True)
 
 

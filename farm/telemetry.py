@@ -170,8 +170,6 @@ class Journal:
 
 
 JOURNAL = Journal()
-
-
 DETAIL = re.compile(r"\n[ |]*DETAIL:.*")  # of PostgreSQL's errors: shows rows, and so lock ids and sealed secrets
 
 

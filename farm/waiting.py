@@ -20,23 +20,11 @@ from farm.telemetry import NOWHERE, Cause, Events
 from farm.words import Wish, Wishes
 
 POLL = 0.2  # seconds between two looks while somebody waits
-
-
 EXCHANGE = 0.5  # seconds between two exchanges with the other replicas while somebody waits, else twice that
-
-
 HEAD_START = 0.5  # seconds by which one who waits here may overtake one who waits at another replica
-
-
 PATIENCE = 3.0  # seconds after which a waiting set goes before those who came later
-
-
 LOOK = 500  # distinct wishes that one look serves
-
-
 GROUPS = 200  # calls that one statement serves: it compares each with each
-
-
 BREADTH = 200  # free users that one look lists for a wish; at least as many as a set may have
 
 

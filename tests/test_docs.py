@@ -21,9 +21,9 @@ import pytest
 from conftest import KEY, ROOT, acquire, command, free_port, fresh_database, make_users, process, serving, wait_ready
 from conftest import settings as configured
 
+from farm.clients import SCOPES
 from farm.problems import Problem
 from farm.settings import SECRET_SETTINGS, Settings
-from farm.words import SCOPES
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 README, CALLS, OPERATING = PAGES["README.md"], PAGES["docs/calls.md"], PAGES["docs/operating.md"]
