@@ -114,7 +114,7 @@ async def test_each_thing_that_happens_to_a_lock_is_counted_once(own, project):
 
 async def test_every_reason_has_a_number_from_the_beginning(own):
     """So that the first of its kind can be seen to grow; a reason without one would be an error 500."""
-    source = (ROOT / "botfarm.py").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "botfarm.py", *ROOT.glob("farm/*.py")))
     reasons = set(re.findall(r'TokenRefusal\(\s*"(\w+)"', source)) | {"pool-exhausted", "forbidden", "internal-error"}
     assert len(reasons) == 8
     shown = scraped(own.url)
