@@ -125,6 +125,7 @@ def parameter_schema(parameter: dict[str, Any], settings: Settings) -> dict[str,
         schema |= {"type": "string", "enum": [value for value in schema["enum"] if value is not None]}
     if parameter["name"] == "label":
         schema["items"] = msgspec.json.schema(LabelPair)
+    schema = {key: int(value) if isinstance(value, float) else value for key, value in schema.items()}
     return schema | limits(settings).get(parameter["name"], {})
 
 

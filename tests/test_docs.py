@@ -242,7 +242,7 @@ def problems() -> set[tuple[str, str]]:
     found, new = set(), [Problem]
     while new:
         kind = new.pop()
-        found.add((str(kind.status), kind.slug))
+        found.add((str(kind.status_code), kind.slug))
         new += kind.__subclasses__()
     return found
 
