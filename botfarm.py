@@ -66,10 +66,10 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from litestar.response import Stream
 from litestar.static_files import create_static_files_router
-from litestar.types import ExceptionHandlersMap
+from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
 from msgspec import UNSET
 
-from farm.calls import Call, Door, Farm, echo, fail, refusal, refuse, reply
+from farm.calls import Call, Farm, echo, enter, fail, refusal, refuse, reply
 from farm.clients import (
     LONGEST_FORM,
     Gate,
@@ -745,7 +745,7 @@ def create_app(settings: Settings) -> Litestar:
         lifespan=[running],
         state=State({"settings": settings, "openapi": partial(openapi_document, settings, tuple(calls_of(settings)))}),
         request_class=Call,
-        middleware=[Door()],
+        before_request=cast("BeforeRequestHookHandler", enter),
         before_send=[echo],
         exception_handlers=cast("ExceptionHandlersMap", {HTTPException: refuse, Exception: fail}),
         openapi_config=None,

@@ -1,6 +1,6 @@
 """Calls: what each passes on its way in and out, and what the handlers share.
 
-In: `Door` asks who calls, and refuses a query that says more than its handler understands; `Call` reads the body as
+In: `enter` asks who calls, and refuses a query that says more than its handler understands; `Call` reads the body as
 the struct that the handler declares. Out: `reply` for what was done, and a problem for what was refused.
 """
 
@@ -17,11 +17,9 @@ import msgspec
 from litestar import Request, Response
 from litestar.constants import RESERVED_KWARGS
 from litestar.datastructures import State
-from litestar.enums import ScopeType
 from litestar.exceptions import ClientException, HTTPException, ValidationException
 from litestar.handlers import HTTPRouteHandler
-from litestar.middleware import ASGIMiddleware
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import Message, Scope
 from msgspec import Struct
 
 from farm.clients import (
@@ -118,6 +116,11 @@ class Call(Request[Any, Any, State]):
         """A header, looked up in the scope: request.headers builds a mapping of them all first."""
         return next((value.decode("latin-1") for key, value in self.scope["headers"] if key == name), None)
 
+    def has_body(self) -> bool:
+        """Whether a body is announced."""
+        headers = self.scope["headers"]
+        return any(name in (b"content-length", b"transfer-encoding") and value != b"0" for name, value in headers)
+
     async def body(self) -> bytes:
         """The whole body: one event for nearly every call. (Litestar's own way takes 8 of the 80 us of a call.)"""
         if self._read is None:
@@ -126,17 +129,19 @@ class Call(Request[Any, Any, State]):
 
     async def _read_body(self, limit: int) -> bytes:
         self.check_length(limit)
-        event = await self._part()
-        if not event.get("more_body", False) and len(event["body"]) <= limit:
-            return event["body"]
         try:
+            event = await self._part()
+            if not event.get("more_body", False) and len(event["body"]) <= limit:
+                return event["body"]
             async with asyncio.timeout(self.PAUSE):
                 return await self._read_rest(event, limit)
         except TimeoutError:
-            close = {"Connection": "close"}
-            raise MalformedBody(
-                f"The body did not come to its end within {self.PAUSE} seconds.", headers=close
-            ) from None
+            text = f"The body did not come to its end within {self.PAUSE} seconds."
+            raise MalformedBody(text, headers={"Connection": "close"}) from None
+        except asyncio.CancelledError:  # the server has waited for it as long as it may
+            if not self.farm.locks.stopping:
+                raise
+            raise ShuttingDown(headers={"Connection": "close"}) from None
 
     def check_length(self, limit: int, named: str = "BOTFARM_MAX_BODY") -> None:
         """Refuse a body that is announced as too long before any of it is sent."""
@@ -211,49 +216,33 @@ def query_of(handler: HTTPRouteHandler) -> dict[str, Any]:
     return {query_name(field): field for name, field in known.items() if name not in RESERVED_KWARGS}
 
 
-class Door(ASGIMiddleware):
-    """What every call passes: who calls, and whether its query says only what the handler understands."""
+async def enter(request: Call) -> None:
+    """What every call passes: who calls, and whether it says only what its handler understands.
 
-    scopes = (ScopeType.HTTP,)
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        farm: Farm = scope["litestar_app"].state.farm
-        handler = cast("HTTPRouteHandler", scope["route_handler"])
-        if farm.gate and (needed := handler.opt.get("scope")):
-            await self._admit(farm, farm.gate, scope, needed)
-        if scope["query_string"]:
-            check_query(scope["query_string"], query_of(handler), scope["path_params"])
-        if scope.get("method") == "DELETE":
-            await self._check_no_body(Call(scope, receive, send))
-        try:
-            await next_app(scope, receive, send)
-        except asyncio.CancelledError:  # the server has waited for it as long as it may
-            if not farm.locks.stopping:
-                raise
-            raise ShuttingDown(headers={"Connection": "close"}) from None
-
-    async def _admit(self, farm: Farm, gate: Gate, scope: Any, needed: str) -> None:
-        sent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
-        caller = scope["state"][CALLER] = await gate.admit(sent, needed)
+    As Litestar's `before_request`: a middleware, with the layer that it brings for its exceptions, took 5 us more.
+    """
+    scope, handler = request.scope, request.route_handler
+    if (gate := request.farm.gate) and (needed := handler.opt.get("scope")):
+        scope["state"][CALLER] = caller = await gate.admit(request.header(b"authorization"), needed)
         if caller.projects is not None:
-            await self._keep_inside(farm, caller, scope)
+            await keep_inside(request.farm, caller, scope)
+    if scope["query_string"]:
+        check_query(scope["query_string"], query_of(handler), scope["path_params"])
+    if scope["method"] == "DELETE" and request.has_body():  # what was meant as a filter there must not widen it
+        request.decode(await request.body() or b"{}", NoBody)
 
-    async def _keep_inside(self, farm: Farm, caller: Caller, scope: Any) -> None:
-        """For a client that is limited to projects, users of others do not exist.
 
-        A lock of its own is in them anyway; one of another client is only an admin's to touch.
-        """
-        id, is_user = scope["path_params"].get("id"), scope["path"].startswith("/users/")
-        if id is None or not (is_user or caller.owner is None):
-            return
-        ids = (id, None) if is_user else (None, id)
-        if await farm.pool.fetchval(SQL["get_project"], *ids) not in (caller.projects or ()):
-            raise UserNotFound.of(id) if is_user else LockNotHeld.of(id)
+async def keep_inside(farm: Farm, caller: Caller, scope: Any) -> None:
+    """For a client that is limited to projects, users of others do not exist.
 
-    async def _check_no_body(self, call: Call) -> None:
-        """A body on a DELETE is read: what was meant as a filter there is refused, and widens nothing."""
-        if call.header(b"content-length") not in (None, "0") or call.header(b"transfer-encoding"):
-            call.decode(await call.body() or b"{}", NoBody)
+    A lock of its own is in them anyway; one of another client is only an admin's to touch.
+    """
+    id, is_user = scope["path_params"].get("id"), scope["path"].startswith("/users/")
+    if id is None or not (is_user or caller.owner is None):
+        return
+    ids = (id, None) if is_user else (None, id)
+    if await farm.pool.fetchval(SQL["get_project"], *ids) not in (caller.projects or ()):
+        raise UserNotFound.of(id) if is_user else LockNotHeld.of(id)
 
 
 def check_query(query: bytes, known: Mapping[str, Any], path: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 import tomllib
 
 import pytest
@@ -112,3 +113,72 @@ def test_the_security_rules_of_ruff_look_at_the_service():
     for path in SOURCES:
         switched_off = re.findall(r"#\s*(?:ruff|noqa)\b.*", path.read_text())
         assert not [text for text in switched_off if not re.fullmatch(r"noqa: (ASYNC109|S104)", text.strip("# "))]
+
+
+# The rooms of the house, lowest first: each imports only those before it.
+ROOMS = (
+    "check embedded settings problems words database migrations passwords telemetry clients waiting locks imports "
+    "calls openapi server commands"
+).split()
+
+
+def imported_rooms(source: str) -> set[str]:
+    """The rooms that a source names, wherever in it, also for types alone; `botfarm` counts as one."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        parts = [name.split(".") for name in names]
+        found |= {part[1] for part in parts if part[0] == "farm" and len(part) > 1} | {
+            "botfarm" for part in parts if part[0] == "botfarm"
+        }
+    return found - {"VERSION"}
+
+
+def runs_upward(room: str, source: str) -> set[str]:
+    return imported_rooms(source) - set(ROOMS[: ROOMS.index(room)])
+
+
+def test_each_room_imports_only_rooms_below_it():
+    rooms = {path.stem: path.read_text() for path in ROOT.glob("farm/*.py") if path.stem != "__init__"}
+    assert rooms.keys() == set(ROOMS)
+    assert {room: upward for room, source in rooms.items() if (upward := runs_upward(room, source))} == {}
+    assert imported_rooms((ROOT / "farm" / "__init__.py").read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import botfarm",
+        "from botfarm import app",
+        "import farm.locks",
+        "from farm import locks",
+        "from farm.locks import Locks",
+        "def late():\n    from farm.locks import Locks",
+        "if TYPE_CHECKING:\n    from farm.locks import Locks",
+        "from farm.waiting import Desk",
+    ],
+)
+def test_an_import_that_runs_upward_would_be_found(line):
+    assert runs_upward("waiting", line)
+    assert not runs_upward("waiting", "import asyncio\nfrom farm import VERSION\nfrom farm.words import Wish")
+
+
+def functions_of(source: str) -> list[int]:
+    """How many lines each function has."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [(node.end_lineno or 0) - node.lineno + 1 for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
+def test_the_house_keeps_to_its_bounds():
+    """botfarm.py 900 lines, a room 600, a function 40, half of all functions 8 at the most."""
+    lines = {path.name: path.read_text().count("\n") for path in SOURCES}
+    assert lines.pop("botfarm.py") <= 900
+    assert max(lines.values()) <= 600, lines
+    sizes = [size for path in SOURCES for size in functions_of(path.read_text())]
+    assert max(sizes) <= 40
+    assert statistics.median(sizes) <= 8
