@@ -33,11 +33,11 @@ from conftest import (
 from conftest import settings as configured
 
 import farm.check
+import farm.clients
 import farm.database
 import farm.passwords
 import farm.server
 import farm.settings
-import farm.words
 
 
 async def test_everything_that_goes_wrong_is_a_problem(api):
@@ -242,7 +242,7 @@ def test_bad_flags_end_with_status_2(words):
 
 
 def test_the_help_of_a_new_client_names_all_scopes():
-    assert f"some of {' '.join(farm.words.SCOPES)}" in " ".join(command("client", "add", "--help").stdout.split())
+    assert f"some of {' '.join(farm.clients.SCOPES)}" in " ".join(command("client", "add", "--help").stdout.split())
 
 
 def test_keygen_prints_a_key_that_works():
