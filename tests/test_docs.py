@@ -106,6 +106,7 @@ RUN_BY = {
     ),
     ("docs/operating.md", "Docker", 0): (".ci/containers", 'lines_of("Docker")'),
     ("docs/operating.md", "Kubernetes", 0): (".ci/containers", 'lines_of("Kubernetes")'),
+    ("docs/operating.md", "One file to deploy", 0): ("tests/test_package.py", '".ci/pyz"'),
     ("docs/operating.md", "Backups and restores", 0): ("tests/test_locks.py", 'command("migrate", "--after-restore"'),
     ("docs/performance.md", "Measure it", 0): (".ci/run", ".venv/bin/python tests/load/bench.py --short"),
     ("docs/performance.md", "The figures", 0): (".ci/run", ".venv/bin/python tests/load/bench.py --short"),

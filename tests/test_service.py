@@ -38,7 +38,6 @@ import farm.database
 import farm.passwords
 import farm.server
 import farm.settings
-import farm.words
 
 
 async def test_everything_that_goes_wrong_is_a_problem(api):
