@@ -1,3 +1,9 @@
+"""Imports of users, as NDJSON or CSV, and exports as NDJSON.
+
+The lines of a file are staged in a temporary table as they arrive, 500 at a time, so that a file of any size takes
+little memory. Where all of them are right, a few statements at the end apply them to the users, all or nothing.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -7,9 +13,10 @@ import io
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 import asyncpg
 import msgspec
@@ -30,11 +37,14 @@ from farm.settings import WORD, Settings
 from farm.words import UNREADABLE, Imported, ImportedUser, User, UserFilter, field_errors, forbidden
 
 PAUSE = 30  # seconds that a body may take, and an import pause
-LONGEST_LINE = 64 * 1024
 SLOWEST = 16 * 1024  # bytes a second that an import has to bring, after its first PAUSE
-CHUNK = 500
+LONGEST_LINE = 64 * 1024
+CHUNK = 500  # users that are staged at once
+
+# ---- Lines to users ----------------------------------------------------------------------------------------
+
 FIELDS = ("login", "password", "project_id", "env", "domain")
-Numbered = tuple[int, ImportedUser]
+Numbered = tuple[int, ImportedUser]  # a user and the line it began on
 
 
 class Lines:
@@ -44,8 +54,8 @@ class Lines:
         self.number = 0
         self._rest = b""
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes | None]]:
-        *whole, rest = (self._rest + chunk).split(b"\n")
+    def feed(self, part: bytes) -> Iterator[tuple[int, bytes | None]]:
+        *whole, rest = (self._rest + part).split(b"\n")
         self._rest = rest[: LONGEST_LINE + 1]  # of a line that is too long, as much as tells so
         for line in whole:
             self.number += 1
@@ -73,7 +83,6 @@ class ImportFile:
                 yield numbered
 
     def parse(self, number: int, line: bytes) -> Numbered | None:
-        """The user of a line and the line it began on."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -90,10 +99,9 @@ class ImportFile:
     def check(self, number: int, user: ImportedUser) -> Numbered | None:
         if self.projects is not None and user.project_id not in self.projects:
             raise Forbidden.project(user.project_id, f"Line {number}: ")
-        faults = list(forbidden(self.settings, user))
-        for fault in faults:
-            self.fail(number, fault.field, fault.message)
-        return None if faults else (number, user)
+        for fault in forbidden(self.settings, user):
+            return self.fail(number, fault.field, fault.message)
+        return number, user
 
     def fail_field(self, number: int, error: msgspec.ValidationError, raw: Any) -> None:
         """The first fault of a line, so that the first 100 tell of as many lines."""
@@ -110,23 +118,21 @@ class NdjsonFile(ImportFile):
         if not line.strip():
             return None
         try:
-            return self.check(number, self._decoder.decode(line))
-        except msgspec.ValidationError as error:
-            with contextlib.suppress(*UNREADABLE):
-                self.fail_field(number, error, msgspec.json.decode(line))
-                return None
+            try:
+                return self.check(number, self._decoder.decode(line))
+            except msgspec.ValidationError as error:
+                return self.fail_field(number, error, msgspec.json.decode(line))
         except UNREADABLE:
-            pass
-        self.fail(number, None, "the line is not JSON in UTF-8")
-        return None
+            return self.fail(number, None, "the line is not JSON in UTF-8")
 
 
 class CsvFile(ImportFile):
     """RFC 4180 with a header line. Empty cells of password, domain and labels count as left out."""
 
+    header: list[str] | None = None  # before it was read; empty: it is bad, and no line is looked at
+
     def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
         super().__init__(settings, projects)
-        self.header: list[str] | None = None
         self._parts: list[bytes] = []  # a record whose quotes are not closed yet, and the line it began on
         self._size = self._quotes = self._began = 0
 
@@ -140,8 +146,7 @@ class CsvFile(ImportFile):
         began, size, record = self._began, self._size, b"\n".join(self._parts)
         self._parts, self._size, self._quotes, self._began = [], 0, 0, 0
         if size > LONGEST_LINE + 1:
-            self.fail(began, None, f"the record is over {LONGEST_LINE} bytes; is a quote not closed?")
-            return None
+            return self.fail(began, None, f"the record is over {LONGEST_LINE} bytes; is a quote not closed?")
         return self._parse_record(began, record)
 
     def close(self) -> None:
@@ -151,186 +156,44 @@ class CsvFile(ImportFile):
             self.fail(1, None, "the file is empty; a CSV file begins with a header line")
 
     def _parse_record(self, number: int, record: bytes) -> Numbered | None:
+        header, self.header = self.header, self.header or []
         try:
-            text = record.decode("utf-8-sig" if self.header is None else "utf-8")
+            text = record.decode("utf-8-sig" if header is None else "utf-8")
             records = list(csv.reader(io.StringIO(text, newline=""), strict=True))
             if len(records) > 1:
                 raise csv.Error("a stray quote or carriage return")
-            cells = records[0] if records else []
         except (UnicodeError, csv.Error) as error:
-            self.fail(number, None, f"the line is not CSV in UTF-8: {error}")
-            self.header = self.header if self.header is not None else []
-            return None
-        if self.header is None:
-            self._read_header(cells)
-            return None
-        return self._read_cells(number, cells) if cells and self.header else None
+            return self.fail(number, None, f"the line is not CSV in UTF-8: {error}")
+        cells = records[0] if records else []
+        if header is None:
+            return self._read_header([cell.strip() for cell in cells])
+        return self._read_cells(number, header, cells) if cells and header else None
 
-    def _read_header(self, cells: list[str]) -> None:
-        self.header = [cell.strip() for cell in cells]
-        for column, name in enumerate(self.header, 1):  # by number: without a header, a name would be a password
+    def _read_header(self, names: list[str]) -> None:
+        for column, name in enumerate(names, 1):  # by number: without a header, a name would be a password
             if name not in FIELDS and not (name.startswith("label.") and re.match(WORD, name[6:])):
                 known = f"{', '.join(FIELDS)} or label.<key>"
                 self.fail(1, None, f"column {column} is not one of {known}; is the header line missing?")
-            elif name in self.header[: column - 1]:
+            elif name in names[: column - 1]:
                 self.fail(1, name, f"the column {shown(name)} is there twice")
         for name in ("login", "project_id", "env"):
-            if name not in self.header:
+            if name not in names:
                 self.fail(1, name, f"the column {name} is missing")
-        self.header = [] if self.errors else self.header
+        self.header = [] if self.errors else names
 
-    def _read_cells(self, number: int, cells: list[str]) -> Numbered | None:
-        header = cast("list[str]", self.header)
+    def _read_cells(self, number: int, header: list[str], cells: list[str]) -> Numbered | None:
         if len(cells) != len(header):
-            self.fail(number, None, f"the line has {len(cells)} columns, the header has {len(header)}")
-            return None
+            return self.fail(number, None, f"the line has {len(cells)} columns, the header has {len(header)}")
         named = dict(zip(header, cells, strict=True))
         values: dict[str, Any] = {k: v for k, v in named.items() if k in FIELDS and (v or k in ("login", "env"))}
         values["labels"] = {k[6:]: v for k, v in named.items() if k.startswith("label.") and v}
         try:
             return self.check(number, msgspec.convert(values, ImportedUser))
         except msgspec.ValidationError as error:
-            self.fail_field(number, error, values)
-            return None
+            return self.fail_field(number, error, values)
 
 
-class Import:
-    """One import: a temporary table in one transaction, filled chunk by chunk and applied at the end."""
-
-    def __init__(
-        self, hot: Connections, passwords: Passwords, connection: asyncpg.Connection, file: ImportFile
-    ) -> None:
-        self.hot = hot
-        self.passwords = passwords
-        self.connection = connection
-        self.file = file
-
-    async def stage(self, users: list[Numbered]) -> None:
-        """Compare with the users that are known, seal the passwords that are new, and keep both for `apply`."""
-        known = await self.connection.fetch(
-            SQL["find_known_users"],
-            [user.project_id for _, user in users],
-            [user.env for _, user in users],
-            [user.login for _, user in users],
-        )
-        by_ordinal = {row["ordinal"]: row for row in known}
-        pairs = enumerate(users, 1)
-        rows = [await self._row(line, user, by_ordinal.get(ordinal)) for ordinal, (line, user) in pairs]
-        await self.connection.copy_records_to_table(
-            "import_rows", schema_name="pg_temp", columns=IMPORT_COLUMNS, records=[row for row in rows if row]
-        )
-
-    async def _row(self, line: int, user: ImportedUser, known: asyncpg.Record | None) -> tuple[Any, ...] | None:
-        if known is None and user.password is None:
-            self.file.fail(line, "password", "a password is needed: this user is new")
-            return None
-        labels = msgspec.json.encode(user.labels).decode()
-        id = known["id"] if known else new_id()
-        secret = await self._secret(id, user, known)
-        kind = "created"
-        if known:
-            same = known["domain"] == user.domain and msgspec.json.decode(known["labels"]) == user.labels
-            kind = "unchanged" if same and secret in (None, known["secret"]) else "updated"
-        return line, kind, id, user.project_id, user.env, user.domain, user.login, labels, secret
-
-    async def _secret(self, id: uuid.UUID, user: ImportedUser, known: asyncpg.Record | None) -> str | None:
-        """What to store: nothing new without a password, and what stands already where that is the same."""
-        if user.password is None:
-            return None
-        if known and await self.passwords.verify(id, known["secret"], user.password):
-            return known["secret"]
-        return await self.passwords.store(id, user.password)
-
-    async def apply(self) -> Imported:
-        """All or nothing. Invalid when the file has errors, logins that stand in it twice among them."""
-        connection = self.connection
-        for row in await connection.fetch(SQL["import_duplicates"], timeout=600):
-            message = f"{shown(row['login'])} stands in the lines {row['first']} and {row['line']}"
-            self.file.errors.append(LineError(row["line"], "login", message))
-        if self.file.errors:
-            raise Invalid(self.file.first_errors())
-        if pools := await connection.fetch(SQL["import_pools"], timeout=600):
-            await self.hot.execute(SQL["make_pools"], *zip(*pools, strict=True))
-        for attempt in range(10):
-            try:
-                async with connection.transaction():
-                    await self._write()
-                break
-            except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
-                if attempt == 9:
-                    raise LoginTaken("Others keep changing the users of this file; send it again.") from None
-        kinds = dict(await connection.fetch(SQL["import_kinds"], timeout=600))
-        return Imported(*(kinds.get(kind, 0) for kind in Imported.__struct_fields__))
-
-    async def _write(self) -> None:
-        """Others may create, rename or delete users of the file until now: look once more, then write."""
-        await self.connection.execute(SQL["import_lock"], timeout=600)
-        await self._renew()
-        await self._adopt()
-        for statement in ("import_create", "import_unlock", "import_update", "import_move"):
-            await self.connection.execute(SQL[statement], timeout=3600)
-
-    async def _renew(self) -> None:
-        """Users that were known when they were staged, and are gone: make them anew."""
-        rows = await self.connection.fetch(SQL["import_lost"], timeout=600)
-        for row in rows:
-            if row["secret"] is None:
-                self.file.fail(row["line"], "password", "a password is needed: this user was deleted meanwhile")
-        if self.file.errors:
-            raise Invalid(self.file.first_errors())
-        ids = [new_id() for _ in rows]
-        pairs = zip(ids, rows, strict=True)
-        secrets = [self.passwords.reseal(row["id"], id, row["secret"]) for id, row in pairs]
-        await self.connection.execute(SQL["import_renew"], [row["line"] for row in rows], ids, secrets)
-
-    async def _adopt(self) -> None:
-        """Users of the file that another call made since they were staged: seal for them, and update them."""
-        rows = await self.connection.fetch(SQL["import_overtaken"], timeout=600)
-        secrets = [self.passwords.reseal(row["staged_id"], row["id"], row["secret"]) for row in rows]
-        await self.connection.execute(
-            SQL["import_adopt"], [row["staged_id"] for row in rows], [row["id"] for row in rows], secrets
-        )
-
-
-IMPORT_COLUMNS = ("line", "kind", "id", "project_id", "env", "domain", "login", "labels", "secret")
-
-
-@asynccontextmanager
-async def turn(imports: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Two imports at a time, so that they leave connections to others; a third waits its turn, but not for ever."""
-    try:
-        async with asyncio.timeout(30):
-            await imports.acquire()
-    except TimeoutError:
-        raise DatabaseUnavailable("Two imports are running already; try again when one is done.") from None
-    try:
-        yield
-    finally:
-        imports.release()
-
-
-class Imports:
-    """Runs imports, two at a time, so that they leave connections to others."""
-
-    def __init__(self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords) -> None:
-        self._limit = settings.max_import
-        self._hot = hot
-        self._pool = pool
-        self._passwords = passwords
-        self._turns = asyncio.Semaphore(2)
-
-    async def run(self, file: ImportFile, body: AsyncIterator[bytes]) -> Imported:
-        async with turn(self._turns), self._pool.acquire() as connection:
-            async with connection.transaction():
-                await connection.execute(SQL["import_stage"])
-                job = Import(self._hot, self._passwords, connection, file)
-                async for users in chunks(body, file, self._limit):
-                    await job.stage(users)
-                imported = await job.apply()
-            if imported.created + imported.updated > 1000:
-                with contextlib.suppress(asyncpg.PostgresError, *DATABASE_FAULTS):  # all is stored already
-                    await connection.execute(SQL["import_analyze"], timeout=600)
-        return imported
+# ---- The body ----------------------------------------------------------------------------------------------
 
 
 async def _parts(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -371,9 +234,125 @@ async def chunks(body: AsyncIterator[bytes], file: ImportFile, limit: int) -> As
         yield users
 
 
+# ---- Users to the database ---------------------------------------------------------------------------------
+
+COLUMNS = ("line", "kind", "id", "project_id", "env", "domain", "login", "labels", "secret")
+TAKEN = "Other calls made, renamed or deleted users of this file meanwhile, and nothing was stored: send it again."
+
+
+class Import:
+    """One import: a temporary table in one transaction, filled chunk by chunk and applied at the end."""
+
+    def __init__(self, connection: asyncpg.Connection, passwords: Passwords, file: ImportFile) -> None:
+        self.connection = connection
+        self.passwords = passwords
+        self.file = file
+        self.kinds: Counter[str] = Counter()
+
+    async def stage(self, users: list[Numbered]) -> None:
+        """Compare with the users that are known, seal the passwords that are new, and keep both for `apply`."""
+        keys = [(user.project_id, user.env, user.login) for _, user in users]
+        found = await self.connection.fetch(SQL["import_known"], *zip(*keys, strict=True))
+        known = {row["ordinal"]: row for row in found}
+        rows = [await self._row(line, user, known.get(place)) for place, (line, user) in enumerate(users, 1)]
+        await self.connection.copy_records_to_table(
+            "import_rows", schema_name="pg_temp", columns=COLUMNS, records=[row for row in rows if row]
+        )
+
+    async def _row(self, line: int, user: ImportedUser, known: asyncpg.Record | None) -> tuple[Any, ...] | None:
+        if known is None and user.password is None:
+            return self.file.fail(line, "password", "a password is needed: this user is new")
+        id = known["id"] if known else new_id()
+        secret = await self._secret(id, user.password, known)
+        kind = "created"
+        if known:
+            same = known["domain"] == user.domain and msgspec.json.decode(known["labels"]) == user.labels
+            kind = "unchanged" if same and secret is None else "updated"
+        self.kinds[kind] += 1
+        labels = msgspec.json.encode(user.labels).decode()
+        return line, kind, id, user.project_id, user.env, user.domain, user.login, labels, secret
+
+    async def _secret(self, id: uuid.UUID, password: str | None, known: asyncpg.Record | None) -> str | None:
+        """What to store; None keeps what stands, without a password or where that is the same."""
+        if password is None or (known and await self.passwords.verify(id, known["secret"], password)):
+            return None
+        return await self.passwords.store(id, password)
+
+    async def check(self) -> None:
+        """Invalid when the file has errors, logins that stand in it twice among them."""
+        for row in await self.connection.fetch(SQL["import_duplicates"], timeout=600):
+            message = f"{shown(row['login'])} stands in the lines {row['first']} and {row['line']}"
+            self.file.fail(row["line"], "login", message)
+        if self.file.errors:
+            raise Invalid(self.file.first_errors())
+
+    async def apply(self) -> Imported:
+        """All or nothing. LoginTaken when others made, renamed or deleted users of the file since they were staged."""
+        for _ in range(10):  # deadlocks with calls that change a few of them
+            with contextlib.suppress(asyncpg.DeadlockDetectedError):
+                async with self.connection.transaction():
+                    await self._write()
+                return Imported(*(self.kinds[kind] for kind in Imported.__struct_fields__))
+        raise LoginTaken(TAKEN)
+
+    async def _write(self) -> None:
+        (known,) = await self.connection.fetch(SQL["import_update"], timeout=3600)
+        if any(count != self.kinds[kind] for kind, count in known.items()):
+            raise LoginTaken(TAKEN)
+        try:
+            await self.connection.execute(SQL["import_create"], timeout=3600)
+        except asyncpg.UniqueViolationError:
+            raise LoginTaken(TAKEN) from None
+        await self.connection.execute(SQL["import_move"], timeout=3600)
+
+
+class Imports:
+    """Runs imports, two at a time, so that they leave connections to others."""
+
+    def __init__(self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords) -> None:
+        self._limit = settings.max_import
+        self._hot = hot
+        self._pool = pool
+        self._passwords = passwords
+        self._turns = asyncio.Semaphore(2)
+
+    async def run(self, file: ImportFile, body: AsyncIterator[bytes]) -> Imported:
+        async with self._turn(), self._pool.acquire() as connection:
+            async with connection.transaction():
+                await connection.execute(SQL["import_stage"])
+                job = Import(connection, self._passwords, file)
+                async for users in chunks(body, file, self._limit):
+                    await job.stage(users)
+                await job.check()
+                if pools := await connection.fetch(SQL["import_pools"], timeout=600):
+                    await self._hot.execute(SQL["make_pools"], *zip(*pools, strict=True))
+                imported = await job.apply()
+            if imported.created + imported.updated > 1000:
+                with contextlib.suppress(asyncpg.PostgresError, *DATABASE_FAULTS):  # all is stored already
+                    await connection.execute(SQL["import_analyze"], timeout=600)
+        return imported
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """A third waits its turn, but not for ever."""
+        try:
+            async with asyncio.timeout(30):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise DatabaseUnavailable("Two imports are running already; try again when one is done.") from None
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+
+# ---- Users to lines ----------------------------------------------------------------------------------------
+
+
 async def exported(
     pool: Connections, filters: UserFilter, projects: tuple[uuid.UUID, ...] | None, rows: list[asyncpg.Record]
 ) -> AsyncIterator[bytes]:
+    """A line for each user, page after page from `rows` on."""
     while rows:
         yield b"".join(msgspec.json.encode(User.of(row)) + b"\n" for row in rows)
         page = (rows[-1]["created_at"], rows[-1]["id"], 500)

@@ -101,12 +101,6 @@ class Passwords:
         """The clear password for the reply that grants a lock; None where only a hash is stored."""
         return self._open(owner, secret) if secret.startswith(SEALED) else None
 
-    def reseal(self, old: uuid.UUID, new: uuid.UUID, secret: str) -> str:
-        """The same password for another user. A hash holds for anybody."""
-        if not secret.startswith(SEALED):
-            return secret
-        return cast("Keyring", self.keyring).seal(new, self._open(old, secret))
-
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 

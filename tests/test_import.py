@@ -7,11 +7,12 @@ import json
 import time
 import uuid
 
+import asyncpg
 import pytest
 from conftest import acquire, make_users, slug
 
-import farm.imports
 import farm.settings
+from farm.imports import CHUNK
 
 CSV = {"Content-Type": "text/csv"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -144,43 +145,40 @@ async def test_what_is_no_import_is_refused(api, project, service, monkeypatch):
     assert slug(await send(api, "\n" * 2001)) == "body-too-large"
 
 
-async def test_a_login_that_is_created_meanwhile_is_updated(api, project):
-    """The file is staged as new; before it is applied, somebody else creates that user."""
-    arrived = asyncio.Event()
+@pytest.mark.parametrize("change", ["made", "deleted", "renamed", "replaced"])
+@pytest.mark.parametrize("labels", [{}, {"n": "1"}], ids=["unchanged", "updated"])
+async def test_users_of_the_file_that_others_make_delete_or_rename_meanwhile_refuse_it_whole(
+    api, project, change, labels
+):
+    """They are compared when their lines arrive, and once more at the end."""
+    (user,) = await make_users(api, project)
+    lines = [{"login": "bot-0", "password": "pw-0", "labels": labels}, *({"login": f"u{n}"} for n in range(CHUNK))]
+    text = ndjson(project, *lines, {"login": "last"}).encode()
 
     async def slowly():
-        yield ndjson(project, *({"login": f"u{n}"} for n in range(farm.imports.CHUNK))).encode() + b"\n"
+        yield text[:-10]
         await asyncio.sleep(0.5)
-        await make_users(api, project, 1, login="u7", password="other")
-        arrived.set()
-        yield ndjson(project, {"login": "last"}).encode()
+        if change == "made":
+            await make_users(api, project, login="u7", password="other")
+        elif change == "renamed":
+            await api.patch(f"/users/{user['id']}", json={"login": "renamed"})
+        else:
+            await api.delete(f"/users/{user['id']}")
+        if change == "replaced":
+            await make_users(api, project, password="other")
+        yield text[-10:]
 
     answer = await send(api, slowly())
-    assert arrived.is_set()
-    assert answer.json() == {"created": farm.imports.CHUNK, "updated": 1, "unchanged": 0}
-    user = await known(api, project, "u7")
-    assert (await api.put(f"/users/{user['id']}/lock")).json()["user"]["password"] == "p"
-
-
-async def test_users_that_go_or_are_renamed_meanwhile_are_made_anew(api, project):
-    users = await make_users(api, project, 3)
-
-    async def slowly():
-        lines = [{"login": f"bot-{n}", "password": f"pw-{n}", "labels": {"n": "1"}} for n in range(3)]
-        yield ndjson(project, *lines, *({"login": f"u{n}"} for n in range(farm.imports.CHUNK))).encode() + b"\n"
-        await asyncio.sleep(0.5)
-        await api.delete(f"/users/{users[0]['id']}")
-        await api.delete(f"/users/{users[1]['id']}")
-        await make_users(api, project, 1, login="bot-1", password="other")
-        await api.patch(f"/users/{users[2]['id']}", json={"login": "renamed"})
-        yield ndjson(project, {"login": "last"}).encode()
-
-    assert (await send(api, slowly())).json() == {"created": farm.imports.CHUNK + 3, "updated": 1, "unchanged": 0}
-    for number in range(3):
-        user = await known(api, project, f"bot-{number}")
-        assert user["labels"] == {"n": "1"}
-        assert (await api.put(f"/users/{user['id']}/lock")).json()["user"]["password"] == f"pw-{number}"
-    assert (await known(api, project, "renamed"))["labels"] == {}
+    assert slug(answer) == "login-taken"
+    assert "send it again" in answer.json()["detail"]
+    listed = (await api.get("/users", params={"project_id": project})).json()["items"]
+    expected = {"made": ["bot-0", "u7"], "deleted": [], "renamed": ["renamed"], "replaced": ["bot-0"]}[change]
+    assert [(user["login"], user["labels"]) for user in listed] == [(login, {}) for login in expected]
+    created = CHUNK + {"made": 0, "deleted": 2, "renamed": 2, "replaced": 1}[change]
+    assert (await send(api, text)).json()["created"] == created
+    for login, password in (("bot-0", "pw-0"), ("u7", "p")):
+        user = await known(api, project, login)
+        assert (await api.put(f"/users/{user['id']}/lock")).json()["user"]["password"] == password
 
 
 async def test_imports_and_changes_of_the_same_users_never_deadlock_into_an_error(api, project):
@@ -196,6 +194,22 @@ async def test_imports_and_changes_of_the_same_users_never_deadlock_into_an_erro
         calls += [api.delete("/locks", params={"holder": project}) for _ in range(3)]
         answers = await asyncio.gather(*calls)
         assert {answer.status_code for answer in answers} <= {200, 201, 204, 404, 409}
+
+
+async def test_an_import_that_is_a_deadlocks_victim_tries_again(api, project, database):
+    """It locks the first user and waits for the second, as another call wants them the other way round."""
+    first, second = await make_users(api, project, 2)
+    other = await asyncpg.connect(database)
+    try:
+        async with other.transaction():
+            await other.execute(f"select from users where id = '{second['id']}' for update")
+            lines = [{"login": f"bot-{n}", "labels": {"n": "1"}} for n in range(2)]
+            job = asyncio.create_task(send(api, ndjson(project, *lines)))
+            await asyncio.sleep(0.5)  # PostgreSQL looks for a deadlock after a second, and ends who looked
+            await other.execute(f"select from users where id = '{first['id']}' for update")
+    finally:
+        await other.close()
+    assert (await job).json() == {"created": 0, "updated": 2, "unchanged": 0}
 
 
 async def test_acquires_and_releases_go_on_during_an_import(api, project):
@@ -229,10 +243,33 @@ async def test_an_import_that_is_cut_off_stores_nothing(api, project):
 
 
 async def test_two_imports_of_the_same_file_at_once_agree(api, project):
+    """Where they overlap, one of them is to be sent again, and changes nothing then."""
     text = ndjson(project, *({"login": f"u{n}"} for n in range(2000)))
     answers = await asyncio.gather(send(api, text), send(api, text))
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert sum(answer.json()["created"] for answer in answers) == 2000
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert [slug(answer) for answer in refused] in ([], ["login-taken"])
+    assert sum(answer.json()["created"] for answer in answers if answer not in refused) == 2000
+    assert (await send(api, text)).json() == {"created": 0, "updated": 0, "unchanged": 2000}
     exported = await api.get("/users/export", params={"project_id": project})
     assert len(exported.text.splitlines()) == 2000
     assert uuid.UUID(json.loads(exported.text.splitlines()[0])["id"])
+
+
+async def test_locks_that_come_and_go_meanwhile_refuse_nothing(api, project):
+    """Also of users that the file changes, while it is on its way."""
+    users = await make_users(api, project, 3)
+    held = (await api.put(f"/users/{users[1]['id']}/lock")).json()
+    lines = [{"login": f"bot-{n}", "password": f"pw-{n}", "domain": "canary"} for n in range(3)]
+    text = ndjson(project, *lines, *({"login": f"u{n}"} for n in range(CHUNK))).encode()
+    taken = {}
+
+    async def slowly():
+        yield text[:-10]
+        await asyncio.sleep(0.5)
+        taken.update((await api.put(f"/users/{users[0]['id']}/lock")).json())
+        assert (await api.delete(f"/locks/{held['id']}")).status_code == 204
+        yield text[-10:]
+
+    assert (await send(api, slowly())).json() == {"created": CHUNK, "updated": 3, "unchanged": 0}
+    assert (await api.get(f"/locks/{taken['id']}")).json()["user"]["domain"] == "canary"
+    assert (await api.delete(f"/locks/{taken['id']}")).status_code == 204

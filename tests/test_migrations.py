@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from inspect import signature
 
 import asyncpg
@@ -160,11 +161,13 @@ def test_every_migration_can_be_taken_back():
     assert all((ROOT / "migrations" / f"{name}.rollback.sql").exists() for name in NAMES)
 
 
-def test_known_migrations_are_told_without_what_runs_them():
-    """Importing yoyo and psycopg takes longer than most commands."""
-    code = "import sys, farm.migrations as m; print(*m.MIGRATIONS, 'yoyo' in sys.modules or 'psycopg' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert told.stdout.split() == [*NAMES, "False"]
+def test_a_start_that_has_nothing_to_migrate_does_not_import_what_would(empty_database):
+    """yoyo and psycopg take longer than most commands, and memory in each worker."""
+    code = "import sys, farm.migrations as m; print(m.migrate(sys.argv[1]), {'yoyo', 'psycopg'} & {*sys.modules})"
+    words = [sys.executable, "-c", code, empty_database]
+    run = partial(subprocess.run, words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert NAMES[0] in run().stdout
+    assert run().stdout == "[] set()\n"
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -247,6 +250,7 @@ async def test_settings_in_the_address_count_for_a_migration(empty_database):
 def test_a_database_that_starts_up_is_waited_for(empty_database, caplog):
     """First nobody listens, then PostgreSQL says that it is not ready."""
     port = free_port()
+    farm.migrations.migrate(empty_database)
     real = farm.migrations.libpq_parameters(empty_database)
     url = f"postgresql://botfarm@127.0.0.1:{port}/{real['dbname']}?sslmode=disable"
     starting = threading.Thread(target=start_up, args=(port, real))
@@ -256,7 +260,7 @@ def test_a_database_that_starts_up_is_waited_for(empty_database, caplog):
         assert ready == url
     starting.join(10)
     reasons = [record.getMessage() for record in caplog.records if "Waiting for the database" in record.getMessage()]
-    assert "Connection refused" in reasons[0]
+    assert "ConnectionRefused" in reasons[0]
     assert "the database system is starting up" in reasons[1]
 
 
@@ -283,9 +287,9 @@ def start_up(port, real):
                 (behind if one is served else served).sendall(data)
 
 
-@pytest.mark.parametrize("password", ["p@ss", "p/ss", "p#ss", "p?ss", "[ss"])
+@pytest.mark.parametrize("password", ["p/ss", "p#ss", "p?ss", "[ss"])
 def test_a_password_that_breaks_the_address_is_not_told(password):
     with pytest.raises(farm.migrations.SchemaError, match="DATABASE_URL is not readable") as refused:
         farm.migrations.migrate(f"postgresql://u:{password}@h.invalid/d")
-    assert "ss@" not in str(refused.value)
+    assert "ss" not in str(refused.value).replace("password", "")
     assert password not in str(refused.value)
