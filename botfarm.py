@@ -348,7 +348,7 @@ async def import_users(request: Call) -> Imported:
         raise UnsupportedMediaType.encoded(encoding)
     request.check_length(settings.max_import, "BOTFARM_MAX_IMPORT")
     file = (NdjsonFile if media == NDJSON else CsvFile)(settings, request.caller.projects)
-    imported = await farm.imports.run(file, request.stream())
+    imported = await farm.imports.run(file, request.parts())
     farm.desk.freed()
     farm.events.imported(imported, request.cause)
     return imported

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import parse_qsl
@@ -138,10 +138,6 @@ class Call(Request[Any, Any, State]):
         except TimeoutError:
             text = f"The body did not come to its end within {self.PAUSE} seconds."
             raise MalformedBody(text, headers={"Connection": "close"}) from None
-        except asyncio.CancelledError:  # the server has waited for it as long as it may
-            if not self.farm.locks.stopping:
-                raise
-            raise ShuttingDown(headers={"Connection": "close"}) from None
 
     def check_length(self, limit: int, named: str = "BOTFARM_MAX_BODY") -> None:
         """Refuse a body that is announced as too long before any of it is sent."""
@@ -158,8 +154,21 @@ class Call(Request[Any, Any, State]):
                 return bytes(body)
             event = await self._part()
 
+    async def parts(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, of any length."""
+        more = True
+        while more:
+            event = await self._part()
+            more = event.get("more_body", False)
+            yield event["body"]
+
     async def _part(self) -> dict[str, Any]:
-        event = cast("dict[str, Any]", await self.receive())
+        try:
+            event = cast("dict[str, Any]", await self.receive())
+        except asyncio.CancelledError:  # the server stops, and has waited for it as long as it may
+            if not self.farm.locks.stopping:
+                raise
+            raise ShuttingDown(headers={"Connection": "close"}) from None
         if event["type"] == "http.disconnect":
             raise ClientException("the client went away before the end of the body")
         return event
