@@ -376,6 +376,8 @@ def main(argv: Sequence[str] | None = None, app: str = "botfarm:app") -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except click.Abort:  # SIGINT
+        return 130
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2

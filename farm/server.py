@@ -1,3 +1,8 @@
+"""uvicorn as we run it: what it owes to slow callers and to those who have gone, when it stops, how many processes.
+
+uvicorn has a protocol object for each connection, a cycle for each request on it, and a server for each process.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -30,6 +35,8 @@ from farm.problems import HeadTooLarge, MalformedBody, Problem
 from farm.settings import Settings, log
 from farm.telemetry import SHARED
 from farm.words import JSON
+
+# -- Connections -----------------------------------------------------------------------------------------
 
 HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
 CALLERS = logging.getLogger("botfarm.callers")  # what uvicorn says of callers; but for errors anybody could fill it
@@ -120,6 +127,9 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
 
+# -- The process -----------------------------------------------------------------------------------------
+
+
 def on_stop(stop: Callable[[], None]) -> None:
     """Hear of SIGTERM and SIGINT as soon as the server does.
 
@@ -153,11 +163,9 @@ release: curl -X DELETE{token} '{service}/locks?holder=me'"""
 
 
 class _Server(uvicorn.Server):
-    """Tells where it serves once it does."""
+    """One serving process."""
 
-    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
-        super().__init__(config)
-        self.settings = settings
+    settings: Settings
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -166,35 +174,16 @@ class _Server(uvicorn.Server):
 
 
 class _Workers(Multiprocess):
-    """Several serving processes; they tell where they serve once one of them does."""
+    """Several serving processes. `started`: one of them serves, or has served."""
 
-    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
-        super().__init__(config, [config.bind_socket()])
-        self.settings = settings
-        self.told = False
+    settings: Settings
+    started = False
 
     def keep_subprocess_alive(self) -> None:
         super().keep_subprocess_alive()
-        if not self.told and any(process.is_ready() for process in self.processes):
-            self.told = True
+        if not self.started and any(process.is_ready() for process in self.processes):
+            self.started = True
             print(banner(self.settings), flush=True)
-
-
-def serve(settings: Settings, app: str) -> int:
-    """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
-    if settings.log == "quiet":
-        logging.getLogger().setLevel(logging.WARNING)
-    _open_many_files()
-    if settings.auth == "off" and not _is_loopback(settings.host):
-        log.warning("Opened to %s without authentication: whoever reaches it gets passwords", settings.host)
-    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
-        signal.signal(stop, lambda *_: sys.exit(0))
-    with prepared(settings) as url:
-        keys = load_keys(settings)
-        asyncio.run(_check_keys(url, settings.pooler, keyring_of(keys)))
-        _hand_on("DATABASE_URL", url)
-        _hand_on("BOTFARM_KEYS", keys.reveal() if keys else "")
-        return (_serve_alone if settings.workers == 1 else _serve_by_workers)(settings, _config(settings, app))
 
 
 def _open_many_files() -> None:
@@ -243,15 +232,34 @@ def _config(settings: Settings, app: str) -> uvicorn.Config:
 
 
 def _serve_alone(settings: Settings, config: uvicorn.Config) -> int:
-    server = _Server(config, settings)
+    server = _Server(config)
+    server.settings = settings
     server.run()
     return 0 if server.started else STARTUP_FAILURE
 
 
 def _serve_by_workers(settings: Settings, config: uvicorn.Config) -> int:
+    workers = _Workers(config, [config.bind_socket()])
+    workers.settings = settings
     with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
         os.environ[SHARED] = folder
-        workers = _Workers(config, settings)
         workers.run()
     failed = any(process.exitcode == STARTUP_FAILURE for process in workers.processes)
-    return 0 if workers.told and not failed else STARTUP_FAILURE
+    return 0 if workers.started and not failed else STARTUP_FAILURE
+
+
+def serve(settings: Settings, app: str) -> int:
+    """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
+    if settings.log == "quiet":
+        logging.getLogger().setLevel(logging.WARNING)
+    _open_many_files()
+    if settings.auth == "off" and not _is_loopback(settings.host):
+        log.warning("Opened to %s without authentication: whoever reaches it gets passwords", settings.host)
+    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
+        signal.signal(stop, lambda *_: sys.exit(0))
+    with prepared(settings) as url:
+        keys = load_keys(settings)
+        asyncio.run(_check_keys(url, settings.pooler, keyring_of(keys)))
+        _hand_on("DATABASE_URL", url)
+        _hand_on("BOTFARM_KEYS", keys.reveal() if keys else "")
+        return (_serve_alone if settings.workers == 1 else _serve_by_workers)(settings, _config(settings, app))

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -239,6 +241,16 @@ def test_bad_flags_end_with_status_2(words):
     refused = command(*words)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "Usage: botfarm.py" in refused.stderr
+
+
+def test_an_interrupted_command_ends_without_a_traceback():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with process("export", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}") as exporting:
+            with silent.accept()[0]:
+                exporting.send_signal(signal.SIGINT)
+                output, _ = exporting.communicate(timeout=20)
+    assert exporting.returncode == 130
+    assert "Traceback" not in output
 
 
 def test_the_help_of_a_new_client_names_all_scopes():
