@@ -104,6 +104,12 @@ async def execute(url: str, *statements: str) -> list[Any]:
         await connection.close()
 
 
+async def pass_time(url: str, user_id: str, seconds: int = 3600) -> None:
+    """Let a user's lock or its rest be so many seconds further on, as if the database's clock were."""
+    times = ", ".join(f"{t} = {t} - interval '{seconds} seconds'" for t in ("acquired_at", "expires_at", "ready_at"))
+    await execute(url, f"update locks set {times} where user_id = '{user_id}'")
+
+
 @pytest.fixture(scope="session")
 def database(server: str) -> Iterator[str]:
     """The database of the shared service."""
