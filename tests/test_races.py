@@ -68,7 +68,7 @@ async def test_two_tests_never_hold_the_same_user(replicas, project, long):
             del held[lock["user"]["id"]]
             assert (await api.delete(f"/locks/{lock['id']}")).status_code == 204
 
-    await asyncio.gather(*(worker(number) for number in range(40)))
+    await asyncio.gather(*(worker(number) for number in range(40 if long else 16)))
     assert doubles == []
     assert grants > 100
     assert refused > 0
