@@ -23,18 +23,23 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import httpx
 import pytest
+import ready
 import uvicorn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import botfarm  # noqa: E402
+import farm.migrations  # noqa: E402
 import farm.server  # noqa: E402
 import farm.settings  # noqa: E402
 import farm.telemetry  # noqa: E402
 from farm import embedded  # noqa: E402
 
 KEY = "k1:" + "A" * 43 + "="
+
+# No test speaks TLS, and each client of httpx would read 140 certificates first, which takes 25 ms.
+os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,19 +68,29 @@ def server() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
         os.chmod(folder, 0o755)
         running = embedded.start(Path(folder) / "home")
+        # Nobody pulls the plug of this server. (Those of test_faults.py, which crash, are others.)
+        asyncio.run(execute(running.dsn, "alter system set fsync = off", "select pg_reload_conf()"))
         yield running.dsn
         running.stop()
 
 
 @contextmanager
-def fresh_database(server: str) -> Iterator[str]:
-    """The URL of an empty database, dropped afterwards."""
+def fresh_database(server: str, template: str = "template1") -> Iterator[str]:
+    """The URL of a new database, dropped afterwards."""
     name = f"botfarm_test_{uuid.uuid4().hex[:12]}"
-    asyncio.run(execute(server, f"create database {name}"))
+    asyncio.run(execute(server, f"create database {name} template {template}"))
     try:
         yield urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
     finally:
         asyncio.run(execute(server, f"drop database {name} with (force)"))
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """The name of a database with our schema, to copy: that is quicker than the migrations are."""
+    with fresh_database(server) as url:
+        farm.migrations.migrate(url)
+        yield urlsplit(url).path[1:]
 
 
 async def execute(url: str, *statements: str) -> list[Any]:
@@ -89,6 +104,12 @@ async def execute(url: str, *statements: str) -> list[Any]:
         await connection.close()
 
 
+async def pass_time(url: str, user_id: str, seconds: int = 3600) -> None:
+    """Let a user's lock or its rest be so many seconds further on, as if the database's clock were."""
+    times = ", ".join(f"{t} = {t} - interval '{seconds} seconds'" for t in ("acquired_at", "expires_at", "ready_at"))
+    await execute(url, f"update locks set {times} where user_id = '{user_id}'")
+
+
 @pytest.fixture(scope="session")
 def database(server: str) -> Iterator[str]:
     """The database of the shared service."""
@@ -97,7 +118,15 @@ def database(server: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def empty_database(server: str) -> Iterator[str]:
+def empty_database(server: str, template: str) -> Iterator[str]:
+    """One that has our tables, and nothing in them."""
+    with fresh_database(server, template) as url:
+        yield url
+
+
+@pytest.fixture
+def bare_database(server: str) -> Iterator[str]:
+    """One that nobody has migrated."""
     with fresh_database(server) as url:
         yield url
 
@@ -205,33 +234,44 @@ def slug(answer: httpx.Response) -> str:
     return problem["type"].removeprefix("urn:botfarm:")
 
 
+def environment(env: dict[str, str] | None) -> dict[str, str]:
+    """The environment of a process: ours, with other settings of BotFarm."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
+    return inherited | pooled(env or {})
+
+
 @contextmanager
-def process(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """`python botfarm.py ...` as a process of its own, stopped by its own handle."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
-    environment = inherited | pooled(env or {})
-    command = [sys.executable, str(ROOT / "botfarm.py"), *arguments]
-    started = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    )
-    try:
-        yield started
-    finally:
-        if started.poll() is None:
-            started.terminate()
+def process(*arguments: str, env: dict[str, str] | None = None, cold: bool = False) -> Iterator[Any]:
+    """`python botfarm.py ...` as a process of its own, stopped by its own handle; `cold`: of a Python of its own."""
+    with open(os.devnull) as nothing, tempfile.TemporaryFile() as output:
+        if cold:
+            words = [sys.executable, str(ROOT / "botfarm.py"), *arguments]
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            started: Any = subprocess.Popen(words, env=environment(env), stdin=nothing, cwd=ROOT, **pipes)
+        else:
+            started = ready.fork(arguments, environment(env), nothing, output, output)
         try:
-            started.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            started.kill()
-            started.communicate()
+            yield started
+        finally:
+            started.terminate()
+            try:
+                started.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                started.communicate()
 
 
-def command(*arguments: str, env: dict[str, str] | None = None, text: str | None = None) -> Any:
-    """A command run to its end."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BOTFARM_", "DATABASE_"))}
-    environment = inherited | pooled(env or {})
-    words = [sys.executable, str(ROOT / "botfarm.py"), *arguments]
-    return subprocess.run(words, env=environment, input=text, capture_output=True, text=True, timeout=120, cwd=ROOT)
+def command(*arguments: str, env: dict[str, str] | None = None, text: str = "") -> subprocess.CompletedProcess[str]:
+    """`python botfarm.py ...` run to its end."""
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as warned:
+        given.write(text.encode())
+        given.seek(0)
+        running = ready.fork(arguments, environment(env), given, told, warned)
+        try:
+            status = running.wait(120)
+        finally:
+            running.kill()
+        return subprocess.CompletedProcess(arguments, status, ready.read(told), ready.read(warned))
 
 
 def free_port() -> int:

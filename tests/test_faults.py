@@ -21,8 +21,9 @@ from typing import Any
 
 import asyncpg
 import pytest
-from conftest import execute
+from conftest import execute, fresh_database
 from grid import (
+    LONGEST,
     UNSTEADY,
     Client,
     Grid,
@@ -42,12 +43,28 @@ from grid import (
 )
 
 import farm.database
+import farm.migrations
 
 
 @pytest.fixture
 def folder(tmp_path_factory) -> Path:
     """Where replicas write their output."""
     return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+async def mortal():
+    """A PostgreSQL that the tests stop and start as they like."""
+    async with postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def mortal_database(mortal):
+    """A database there, like `empty_database`."""
+    with fresh_database(mortal.dsn) as url:
+        farm.migrations.migrate(url)
+        yield url
 
 
 def ports(running) -> list[int]:
@@ -66,14 +83,19 @@ async def spare_users(running) -> str:
 
 async def test_clients_that_stall_and_vanish_break_no_promise(empty_database, folder, long):
     """Where users are scarce a lock that ended is taken over at once, where they are not it lies about for a while."""
+    seconds, size, ttls = (60, 20, (1, 2)) if long else (0, 12, (1,))
+    habits = UNSTEADY if long else UNSTEADY | {"release": 10, "renew": 4, "stall": 8}
     async with replicas(empty_database, folder, {}, {}, {}) as running:
-        scarce, plenty = (Grid(ports(running), habits=UNSTEADY) for _ in range(2))
-        patient = Grid(ports(running), habits=UNSTEADY, wait=10)
-        await scarce.create(20)
-        await patient.create(20)
-        await plenty.create(80)
-        async with scarce.clients(80), patient.clients(80), plenty.clients(40):
-            await asyncio.sleep(60 if long else 4)
+        scarce, plenty = (Grid(ports(running), habits=habits, ttls=ttls) for _ in range(2))
+        patient = Grid(ports(running), habits=habits, ttls=ttls, wait=10 if long else 2)
+        await scarce.create(size)
+        await patient.create(size)
+        await plenty.create(4 * size)
+        async with scarce.clients(4 * size), patient.clients(4 * size), plenty.clients(2 * size):
+            await asyncio.sleep(seconds)
+            await eventually(lambda: seen_enough(scarce, patient, plenty), 30, "grants and denials")
+            for grid in (scarce, patient, plenty):  # together, because each waits for what its clients do still
+                grid.over.set()
         for grid in (scarce, patient, plenty):
             evidence = await conclude(grid, empty_database, faults=False)
             assert evidence.outcomes["acquire 201"] > 50
@@ -81,13 +103,18 @@ async def test_clients_that_stall_and_vanish_break_no_promise(empty_database, fo
             assert Counter(record.ended_by for record in evidence.records.values())["expired"] > 5
 
 
+async def seen_enough(*grids: Grid) -> bool:
+    seen = [Counter((event.kind, event.status) for event in grid.events) for grid in grids]
+    return all(min(c["acquire", 201] - 45, c["extend", 404], c["release", 404]) > 5 for c in seen)
+
+
 async def test_killed_replicas_break_no_promise(empty_database, folder, long):
     async with replicas(empty_database, folder, {}, {}, {}) as running:
         grid = Grid(ports(running), ttls=(20,))
         await grid.create(60)
         async with grid.clients(60):
-            for _ in range(25 if long else 4):
-                await asyncio.sleep(random.uniform(0.2, 0.8))
+            for _ in range(25 if long else 3):
+                await asyncio.sleep(random.uniform(0.2, 0.8 if long else 0.4))
                 victim = random.choice(running)
                 victim.kill()
                 victim.start()
@@ -124,7 +151,7 @@ async def test_a_replica_that_stops_answers_every_waiter(empty_database, folder,
         held = await ask(replica.port, "POST", "/locks", {"project_id": grid.project})
         wish = {"project_id": grid.project, "wait": 60}
         waiters = [asyncio.create_task(ask(replica.port, "POST", "/locks", wish)) for _ in range(200)]
-        await asyncio.sleep(1)
+        await eventually(lambda: waited_for(replica.port, grid.project, 200), 20, "calls that wait")
         began = time.monotonic()
         assert await asyncio.to_thread(replica.stop, 10) == 0
         assert time.monotonic() - began < 10
@@ -135,17 +162,22 @@ async def test_a_replica_that_stops_answers_every_waiter(empty_database, folder,
         assert str(lock["lock_id"]) == held.body["id"]
 
 
+async def waited_for(port: int, project: str, calls: int) -> bool:
+    (pool,) = (await ask(port, "GET", f"/pools?project_id={project}")).body["items"]
+    return pool["waiting"] == calls
+
+
 async def test_a_connection_for_news_that_is_dead_but_open_delays_a_waiter_by_a_poll_only(empty_database, folder, long):
     """Half-open: its packets get nowhere, and nobody says so."""
     async with (
-        Wire(empty_database, silent_after=1).open() as news,
+        Wire(empty_database, silent_after=0.5).open() as news,
         replicas(empty_database, folder, {}, {"BOTFARM_LISTEN_URL": news}) as running,
     ):
         first, deaf = ports(running)
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
         grid = Grid([first])
         await grid.create(1)
-        for _ in range(3):
+        for _ in range(3 if long else 1):
             held = await ask(first, "POST", "/locks", {"project_id": grid.project})
             waiter = asyncio.create_task(ask(deaf, "POST", "/locks", {"project_id": grid.project, "wait": 20}))
             await asyncio.sleep(0.7)
@@ -161,7 +193,7 @@ async def test_replies_that_are_lost_after_the_commit_lose_no_user_and_give_no_s
     async with replicas(empty_database, folder, {}, {}, {}) as running, lossy(running, 0.3) as lossy_ports:
         grid = Grid(lossy_ports, ttls=(60,))
         await Grid(ports(running), grid.project).create(30)
-        keys = [str(uuid.uuid4()) for _ in range(3000 if long else 300)]
+        keys = [str(uuid.uuid4()) for _ in range(3000 if long else 120)]
         left = iter(keys)
         await asyncio.gather(*(lock_by_each(grid, left) for _ in range(15)))
         evidence = await conclude(Grid(ports(running), grid.project, events=grid.events), empty_database)
@@ -197,48 +229,49 @@ async def lock_by_each(grid: Grid, keys) -> None:
 # ---- The database ------------------------------------------------------------------------------------------
 
 
-async def test_a_database_that_crashes_loses_no_acknowledged_lock(folder, long):
-    async with postgres() as server, replicas(server.dsn, folder, {}, {}) as running:
+async def test_a_database_that_crashes_loses_no_acknowledged_lock(mortal, mortal_database, folder, long):
+    async with replicas(mortal_database, folder, {}, {}) as running:
         grid, spare = Grid(ports(running), ttls=(20,)), await spare_users(running)
         await grid.create(40)
         async with grid.clients(60):
-            for _ in range(10 if long else 3):
-                await asyncio.sleep(random.uniform(0.3, 0.8))
-                server.stop(signal.SIGQUIT)
-                server.start()
-                await server.ready()
+            for _ in range(10 if long else 2):
+                await asyncio.sleep(random.uniform(0.3, 0.8 if long else 0.4))
+                mortal.stop(signal.SIGQUIT)
+                mortal.start()
+                await mortal.ready()
                 await recovered(ports(running), spare)
-        evidence = await conclude(grid, server.dsn)
+        evidence = await conclude(grid, mortal_database)
     assert evidence.outcomes["acquire 503 database-unavailable"] > 10
     assert {record.ended_by for record in evidence.records.values()} == {"released"}
 
 
-async def test_a_frozen_database_goes_on_where_it_stood(folder, long):
+async def test_a_frozen_database_goes_on_where_it_stood(mortal, mortal_database, folder, long):
     """The clients give up before the thaw and ask elsewhere, so that it finds their calls several times over."""
-    async with postgres() as server, replicas(server.dsn, folder, {}, {}) as running:
-        grid, spare = Grid(ports(running), ttls=(20,), gives_up=1), await spare_users(running)
+    async with replicas(mortal_database, folder, {}, {}) as running:
+        gives_up, seconds = (1, 5) if long else (0.4, 1.2)
+        grid, spare = Grid(ports(running), ttls=(20,), gives_up=gives_up), await spare_users(running)
         await grid.create(40)
         async with grid.clients(60):
             await asyncio.sleep(0.5)
-            async with server.frozen():
+            async with mortal.frozen():
                 lists = [asyncio.create_task(burst(port, spare, 30)) for port in ports(running)]
-                await asyncio.sleep(5 if long else 3)
+                await asyncio.sleep(seconds)
             await recovered(ports(running), spare)
         for events in await asyncio.gather(*lists):
             check_burst(events)
-        evidence = await conclude(grid, server.dsn)
+        evidence = await conclude(grid, mortal_database)
     assert evidence.outcomes["acquire 0"] > 10
 
 
-async def test_a_database_that_stays_frozen_keeps_no_call_waiting(folder, long):
-    async with postgres() as server, replicas(server.dsn, folder, {}, {}) as running:
-        await piles_up_nothing(running, server.dsn, server.frozen(), 40 if long else 13)
+async def test_a_database_that_stays_frozen_keeps_no_call_waiting(mortal, mortal_database, folder, long):
+    async with replicas(mortal_database, folder, {}, {}, changes={} if long else HASTY) as running:
+        await piles_up_nothing(running, mortal_database, mortal.frozen(), long)
 
 
 async def test_statements_that_hang_keep_no_call_waiting(empty_database, folder, long):
     """Somebody holds the table of users, as a migration by hand may do: soon every connection is taken."""
-    async with replicas(empty_database, folder, {}, {}) as running:
-        await piles_up_nothing(running, empty_database, users_held(empty_database), 40 if long else 13)
+    async with replicas(empty_database, folder, {}, {}, changes={} if long else HASTY) as running:
+        await piles_up_nothing(running, empty_database, users_held(empty_database), long)
 
 
 @asynccontextmanager
@@ -251,17 +284,22 @@ async def users_held(url):
         await connection.close()
 
 
-async def piles_up_nothing(running, url: str, fault, seconds: float) -> None:
+# In the short form calls are given up sooner: after 2.2 seconds of the service's, and one for a slow machine.
+HASTY = {"farm.database.STATEMENT": 0.8, "farm.database.Connections.PATIENCE": 0.4}
+
+
+async def piles_up_nothing(running, url: str, fault, long: bool) -> None:
     """For longer than calls may wait there is no answer; they are told so in time, and then all is well again.
 
     There are more clients than two statements serve, and more calls of each kind than there are connections.
     """
-    grid, spare = Grid(ports(running), ttls=(60,), patience=seconds + 30), await spare_users(running)
-    careless = Grid(ports(running), ttls=(60,), patience=seconds + 30, keyed=False)
+    seconds, longest = (40, LONGEST) if long else (3.6, 3.2)
+    grid, spare = Grid(ports(running), ttls=(60,), patience=seconds + 30, longest=longest), await spare_users(running)
+    careless = Grid(ports(running), ttls=(60,), patience=seconds + 30, longest=longest, keyed=False)
     await grid.create(400)
     await careless.create(60)
     async with grid.clients(340), careless.clients(60):
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
         async with fault:
             calls = [asyncio.create_task(burst(port, spare, 40)) for port in ports(running)]
             await asyncio.sleep(seconds / 2)
@@ -270,7 +308,7 @@ async def piles_up_nothing(running, url: str, fault, seconds: float) -> None:
             await asyncio.sleep(seconds / 2)
         await recovered(ports(running), spare)
     for events in await asyncio.gather(*calls):
-        check_burst(events)
+        check_burst(events, longest)
     await conclude(grid, url)
     await conclude(careless, url)
 
@@ -284,7 +322,7 @@ async def test_connections_that_are_cut_lose_no_user(empty_database, folder, lon
         for each in (grid, careless):
             await each.create(40)
         async with grid.clients(40), careless.clients(20):
-            for _ in range(30 if long else 5):
+            for _ in range(30 if long else 3):
                 wire.share = 0.1  # what the database answers is lost: it did what it was asked
                 await asyncio.sleep(0.3)
                 wire.share = 0
@@ -308,22 +346,29 @@ def an_hour_off(seconds: int) -> dict[str, str]:
     return {"LD_PRELOAD": FAKETIME, "BOTFARM_HISTORY_DAYS": "1"} | clock
 
 
-@pytest.fixture
-async def apart(empty_database, folder):
+@pytest.fixture(scope="module")
+def apart_database(server, template):
+    with fresh_database(server, template) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+async def apart(apart_database, tmp_path_factory):
     """Three replicas whose clocks are an hour ahead, an hour behind, and right."""
     if not FAKETIME:
         pytest.skip("libfaketime is not installed (Debian: apt-get install libfaketime)")
-    async with replicas(empty_database, folder, an_hour_off(HOUR), an_hour_off(-HOUR), {}) as running:
+    clocks = an_hour_off(HOUR), an_hour_off(-HOUR), {}
+    async with replicas(apart_database, tmp_path_factory.mktemp("clocks"), *clocks) as running:
         yield ports(running)
 
 
-async def test_clocks_of_replicas_decide_nothing(apart, empty_database, long):
+async def test_clocks_of_replicas_decide_nothing(apart, apart_database, long):
     await a_lock_lasts_its_ttl(apart)
-    grid = Grid(apart, habits=UNSTEADY)
+    grid = Grid(apart, habits=UNSTEADY, ttls=(1, 2) if long else (1,))
     await grid.create(20)
     async with grid.clients(40):
-        await asyncio.sleep(30 if long else 3)
-    evidence = await conclude(grid, empty_database, faults=False)
+        await asyncio.sleep(30 if long else 1)
+    evidence = await conclude(grid, apart_database, faults=False)
     made = [(uuid.UUID(record.lock_id).int >> 80) / 1000 - record.acquired_at for record in evidence.records.values()]
     assert {round(ahead / HOUR) for ahead in made} == {1, -1, 0}, "the clocks were not off"
     assert evidence.outcomes["release 404 lock-not-held"] > 2
@@ -369,20 +414,20 @@ where lock_ids = array[$1]
 
 
 async def test_history_and_keys_are_kept_for_their_days_of_the_database_whatever_the_clocks(
-    apart, empty_database, long
+    apart, apart_database, long
 ):
     project = str(uuid.uuid4())
     await Grid(apart, project).create(1)
-    young = [await ended_lock(empty_database, port, project, hours=23.5) for port in apart]
-    old = [await ended_lock(empty_database, port, project, hours=25.5) for port in apart]
+    young = [await ended_lock(apart_database, port, project, hours=23.5) for port in apart]
+    old = [await ended_lock(apart_database, port, project, hours=25.5) for port in apart]
     if long:  # the replicas do it by themselves once a minute
-        await eventually(lambda: forgotten(empty_database, len(young)), 120, "old locks that are forgotten")
+        await eventually(lambda: forgotten(apart_database, project, young, old), 120, "old locks that are forgotten")
     else:
-        await prune(empty_database)
+        await prune(apart_database)
     assert [(await ask(apart[2], "POST", "/locks", {"project_id": project}, key)).slug for key in young] == [
         "lock-ended"
     ] * 3
-    assert await forgotten(empty_database, len(young))
+    assert await forgotten(apart_database, project, young, old)
     assert (await ask(apart[2], "POST", "/locks", {"project_id": project}, old[0])).status == 201
 
 
@@ -401,12 +446,13 @@ async def ended_lock(url: str, port: int, project: str, hours: float) -> str:
     return key
 
 
-async def forgotten(url: str, kept: int) -> bool:
-    """Whether only so many ended locks and keys are left."""
-    (row,) = await execute(
-        url, "select (select count(*) from history) as h, (select count(*) from idempotency_keys) as k"
-    )
-    return (row["h"], row["k"]) == (kept, kept)
+async def forgotten(url: str, project: str, young: list[str], old: list[str]) -> bool:
+    """Whether of the ended locks and keys of a project only the young are left."""
+    keys = ", ".join(f"'{key}'" for key in young + old)
+    kept = await execute(url, f"select key from idempotency_keys where key in ({keys})")
+    users = f"select id from users where project_id = '{project}'"
+    (row,) = await execute(url, f"select count(*) as ended from history where user_id in ({users})")
+    return {str(row["key"]) for row in kept} == set(young) and row["ended"] == len(young)
 
 
 async def prune(url: str) -> None:

@@ -55,33 +55,33 @@ async def catalogue(url):
     return [tuple(row) for row in await execute(url, CATALOGUE) if row[0] != "botfarm_migrating"]
 
 
-async def test_up_down_and_up_again_give_the_same_catalogue(empty_database):
-    assert await asyncio.to_thread(farm.migrations.migrate, empty_database) == NAMES
-    first = await catalogue(empty_database)
-    assert await asyncio.to_thread(farm.migrations.migrate, empty_database) == []
+async def test_up_down_and_up_again_give_the_same_catalogue(bare_database):
+    assert await asyncio.to_thread(farm.migrations.migrate, bare_database) == NAMES
+    first = await catalogue(bare_database)
+    assert await asyncio.to_thread(farm.migrations.migrate, bare_database) == []
     for name in reversed(NAMES):
-        assert await asyncio.to_thread(farm.migrations.migrate, empty_database, rollback=True) == [name]
-    assert await catalogue(empty_database) == []
-    assert await asyncio.to_thread(farm.migrations.migrate, empty_database, rollback=True) == []
-    assert await asyncio.to_thread(farm.migrations.migrate, empty_database) == NAMES
-    assert await catalogue(empty_database) == first
+        assert await asyncio.to_thread(farm.migrations.migrate, bare_database, rollback=True) == [name]
+    assert await catalogue(bare_database) == []
+    assert await asyncio.to_thread(farm.migrations.migrate, bare_database, rollback=True) == []
+    assert await asyncio.to_thread(farm.migrations.migrate, bare_database) == NAMES
+    assert await catalogue(bare_database) == first
 
 
-def test_several_at_once_apply_each_migration_once(empty_database):
+def test_several_at_once_apply_each_migration_once(bare_database):
     with ThreadPoolExecutor(8) as threads:
-        runs = list(threads.map(farm.migrations.migrate, [empty_database] * 8))
+        runs = list(threads.map(farm.migrations.migrate, [bare_database] * 8))
     assert sorted(runs) == [[]] * 7 + [NAMES]
-    farm.migrations.migrate(empty_database, rollback=True)
+    farm.migrations.migrate(bare_database, rollback=True)
     with ThreadPoolExecutor(8) as threads:
-        runs = list(threads.map(farm.migrations.migrate, [empty_database] * 8))
+        runs = list(threads.map(farm.migrations.migrate, [bare_database] * 8))
     assert sorted(runs) == [[]] * 7 + [NAMES[-1:]]
 
 
-async def test_a_migrator_killed_in_the_middle_leaves_nothing_and_blocks_nobody(empty_database):
+async def test_a_migrator_killed_in_the_middle_leaves_nothing_and_blocks_nobody(bare_database):
     code = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 import farm.migrations, yoyo
-backend = farm.migrations.open_backend({empty_database!r})
+backend = farm.migrations.open_backend({bare_database!r})
 with backend.exclusive():
     backend.apply_migrations(backend.to_apply(yoyo.read_migrations({str(ROOT / "migrations")!r}))[:2])
     print("half", flush=True)
@@ -92,36 +92,36 @@ with backend.exclusive():
     assert half.stdout.readline() == "half\n"
     half.kill()
     half.communicate()
-    assert await asyncio.to_thread(farm.migrations.migrate, empty_database) == NAMES
+    assert await asyncio.to_thread(farm.migrations.migrate, bare_database) == NAMES
 
 
-async def test_a_migration_that_fails_changes_nothing(empty_database, tmp_path, monkeypatch):
+async def test_a_migration_that_fails_changes_nothing(bare_database, tmp_path, monkeypatch):
     (tmp_path / "0001.bad.sql").write_text("create table half (id int);\n\nselect 1/0;\n")
     monkeypatch.setattr(farm.migrations, "FOLDER", tmp_path)
     with pytest.raises(psycopg.errors.DivisionByZero):
-        await asyncio.to_thread(farm.migrations.migrate, empty_database)
-    assert await catalogue(empty_database) == []
+        await asyncio.to_thread(farm.migrations.migrate, bare_database)
+    assert await catalogue(bare_database) == []
 
 
-async def test_a_table_of_somebody_else_is_told_at_once(empty_database):
+async def test_a_table_of_somebody_else_is_told_at_once(bare_database):
     """It is no other start that makes the same tables."""
-    await execute(empty_database, "create table pools (id int)")
+    await execute(bare_database, "create table pools (id int)")
     with pytest.raises(psycopg.errors.DuplicateTable, match='"pools" already exists'):
-        await asyncio.to_thread(farm.migrations.migrate, empty_database)
+        await asyncio.to_thread(farm.migrations.migrate, bare_database)
 
 
-async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(empty_database):
-    await asyncio.to_thread(farm.migrations.migrate, empty_database)
+async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(bare_database):
+    await asyncio.to_thread(farm.migrations.migrate, bare_database)
     for _ in NAMES[5:]:  # back to before the one that changes locks and history
-        await asyncio.to_thread(farm.migrations.migrate, empty_database, rollback=True)
-    backup = await asyncpg.connect(empty_database)
+        await asyncio.to_thread(farm.migrations.migrate, bare_database, rollback=True)
+    backup = await asyncpg.connect(bare_database)
     try:
         await backup.execute("begin isolation level repeatable read; select from locks, history")
-        migrating = asyncio.create_task(asyncio.to_thread(farm.migrations.migrate, empty_database))
+        migrating = asyncio.create_task(asyncio.to_thread(farm.migrations.migrate, bare_database))
         slowest, end = 0.0, time.monotonic() + 5
         while time.monotonic() < end:
             began = time.monotonic()
-            await asyncio.wait_for(execute(empty_database, "select from locks, history"), 10)
+            await asyncio.wait_for(execute(bare_database, "select from locks, history"), 10)
             slowest = max(slowest, time.monotonic() - began)
             await asyncio.sleep(0.05)
         assert not migrating.done()
@@ -131,10 +131,10 @@ async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(em
     assert await migrating == NAMES[5:]
 
 
-async def test_a_newer_schema_is_refused_with_a_clear_message(empty_database):
-    await asyncio.to_thread(farm.migrations.migrate, empty_database)
-    await execute(empty_database, "insert into _yoyo_migration values ('x', '0999.future', now())")
-    env = {"DATABASE_URL": empty_database}
+async def test_a_newer_schema_is_refused_with_a_clear_message(bare_database):
+    await asyncio.to_thread(farm.migrations.migrate, bare_database)
+    await execute(bare_database, "insert into _yoyo_migration values ('x', '0999.future', now())")
+    env = {"DATABASE_URL": bare_database}
     for status, *words in ((1, "migrate"), (3, "serve", "--port", "1")):
         refused = command(*words, env=env)
         assert refused.returncode == status
@@ -143,8 +143,8 @@ async def test_a_newer_schema_is_refused_with_a_clear_message(empty_database):
         assert "Traceback" not in refused.stderr
 
 
-def test_the_command_tells_what_it_did(empty_database):
-    env = {"DATABASE_URL": empty_database}
+def test_the_command_tells_what_it_did(bare_database):
+    env = {"DATABASE_URL": bare_database}
     assert command("migrate", env=env).stdout == "".join(f"applied: {name}\n" for name in NAMES)
     assert command("migrate", env=env).stdout == "nothing to do\n"
     assert command("migrate", "--rollback", env=env).stdout == f"taken back: {NAMES[-1]}\n"
@@ -237,9 +237,9 @@ def test_a_migration_reads_an_address_as_the_service_does(url, monkeypatch):
     assert [*zip(hosts, ports, strict=True)] == [place for place in expected if place[0] != "/private/tmp"]
 
 
-async def test_settings_in_the_address_count_for_a_migration(empty_database):
-    sign = "&" if "?" in empty_database else "?"
-    url = f"{empty_database}{sign}search_path=a%5Cb,%20public&work_mem=1MB&options=-c%20geqo%3Doff"
+async def test_settings_in_the_address_count_for_a_migration(bare_database):
+    sign = "&" if "?" in bare_database else "?"
+    url = f"{bare_database}{sign}search_path=a%5Cb,%20public&work_mem=1MB&options=-c%20geqo%3Doff"
     ask = "select current_setting('search_path'), current_setting('work_mem'), current_setting('geqo')"
     backend = await asyncio.to_thread(farm.migrations.open_backend, url)
     with contextlib.closing(backend.connection):
@@ -247,11 +247,11 @@ async def test_settings_in_the_address_count_for_a_migration(empty_database):
     assert [tuple(row) for row in await execute(url, ask)] == [(r"a\b, public", "1MB", "off")]
 
 
-def test_a_database_that_starts_up_is_waited_for(empty_database, caplog):
+def test_a_database_that_starts_up_is_waited_for(bare_database, caplog):
     """First nobody listens, then PostgreSQL says that it is not ready."""
     port = free_port()
-    farm.migrations.migrate(empty_database)
-    real = farm.migrations.libpq_parameters(empty_database)
+    farm.migrations.migrate(bare_database)
+    real = farm.migrations.libpq_parameters(bare_database)
     url = f"postgresql://botfarm@127.0.0.1:{port}/{real['dbname']}?sslmode=disable"
     starting = threading.Thread(target=start_up, args=(port, real))
     starting.start()

@@ -13,7 +13,19 @@ import uuid
 
 import httpx
 import pytest
-from conftest import KEY, acquire, client, execute, free_port, make_users, process, serving, settings, slug, wait_ready
+from conftest import (
+    KEY,
+    acquire,
+    client,
+    execute,
+    free_port,
+    make_users,
+    process,
+    serving,
+    settings,
+    slug,
+    wait_ready,
+)
 
 import farm.database
 
@@ -31,7 +43,7 @@ async def replicas(service, second):
         yield [one, two]
 
 
-async def test_two_tests_never_hold_the_same_user(replicas, project):
+async def test_two_tests_never_hold_the_same_user(replicas, project, long):
     """Every grant's interval, as the callers saw it, against every other of the same user."""
     await make_users(replicas[0], project, 7)
     held: dict[str, str] = {}
@@ -39,7 +51,7 @@ async def test_two_tests_never_hold_the_same_user(replicas, project):
 
     async def worker(number):
         nonlocal grants, refused
-        for _ in range(15):
+        while grants <= (300 if long else 100):
             api = random.choice(replicas)
             answer = await acquire(api, project)
             if answer.status_code == 409:
@@ -56,7 +68,7 @@ async def test_two_tests_never_hold_the_same_user(replicas, project):
             del held[lock["user"]["id"]]
             assert (await api.delete(f"/locks/{lock['id']}")).status_code == 204
 
-    await asyncio.gather(*(worker(number) for number in range(40)))
+    await asyncio.gather(*(worker(number) for number in range(40 if long else 16)))
     assert doubles == []
     assert grants > 100
     assert refused > 0
@@ -75,7 +87,8 @@ async def test_fences_only_grow_and_the_history_has_no_overlap(replicas, project
             if answer.status_code == 201:
                 lock = answer.json()
                 fences.setdefault(lock["user"]["id"], []).append(lock["fence"])
-                await asyncio.sleep(random.choice([0, 0, 0.01, 1.1]))  # some outstay their ttl
+                if random.random() < 0.25:  # some outstay their ttl
+                    await end_in(database, lock, 0)
                 await api.delete(f"/locks/{lock['id']}")
             else:
                 await asyncio.sleep(0.05)
@@ -89,14 +102,21 @@ async def test_fences_only_grow_and_the_history_has_no_overlap(replicas, project
             assert earlier["ended_at"] <= later["acquired_at"]
 
 
-async def test_one_user_for_many_callers_at_one_moment_goes_to_one(replicas, project):
+async def end_in(database, lock, milliseconds):
+    """Let a lock have so much time left."""
+    end = f"clock_timestamp() + interval '{milliseconds} milliseconds'"
+    await execute(database, f"update locks set expires_at = {end}, ready_at = {end} where lock_id = '{lock['id']}'")
+
+
+async def test_one_user_for_many_callers_at_one_moment_goes_to_one(replicas, project, long):
     (user,) = await make_users(replicas[0], project)
-    for _ in range(10):
-        answers = await asyncio.gather(*(acquire(replicas[n % 2], project) for n in range(40)))
+    rounds, callers = (10, 40) if long else (20, 8)
+    for _ in range(rounds):
+        answers = await asyncio.gather(*(acquire(replicas[n % 2], project) for n in range(callers)))
         (granted,) = [answer.json() for answer in answers if answer.status_code == 201]
         assert {slug(answer) for answer in answers if answer.status_code != 201} == {"pool-exhausted"}
         assert (await replicas[0].delete(f"/locks/{granted['id']}")).status_code == 204
-        answers = await asyncio.gather(*(replicas[n % 2].put(f"/users/{user['id']}/lock") for n in range(20)))
+        answers = await asyncio.gather(*(replicas[n % 2].put(f"/users/{user['id']}/lock") for n in range(callers // 2)))
         (granted,) = [answer.json() for answer in answers if answer.status_code == 201]
         await replicas[1].delete(f"/locks/{granted['id']}")
 
@@ -137,13 +157,13 @@ async def test_one_key_in_parallel_on_two_replicas_is_one_lock(replicas, project
     assert (pool["locked"], pool["free"]) == (10, 10)
 
 
-async def test_a_take_over_and_a_heartbeat_at_the_moment_of_expiry_agree(replicas, project):
+async def test_a_take_over_and_a_heartbeat_at_the_moment_of_expiry_agree(replicas, project, database):
     """Beats and acquires every 2 ms around the end: as soon as one has taken over, no beat is accepted."""
     (user,) = await make_users(replicas[0], project)
     for _ in range(4):
         lock = (await acquire(replicas[0], project, ttl=1)).json()
         beats, takes = [], []
-        await asyncio.sleep(0.96)
+        await end_in(database, lock, 40)
         for number in range(40):
             beat = replicas[0].patch(f"/locks/{lock['id']}", json={"ttl": 1}) if number < 5 else None
             if beat:
@@ -197,7 +217,7 @@ def test_what_was_acknowledged_survives_a_kill(empty_database, project):
 def test_a_clean_stop_is_quick_and_quiet(empty_database):
     port = free_port()
     env = {"DATABASE_URL": empty_database, "BOTFARM_PORT": str(port)}
-    with process(env=env) as running:
+    with process(env=env, cold=True) as running:
         wait_ready(f"http://127.0.0.1:{port}")
         running.terminate()
         try:
