@@ -53,6 +53,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
+from operator import itemgetter
 from typing import Annotated, Any, cast
 
 import asyncpg
@@ -69,6 +70,7 @@ from litestar.static_files import create_static_files_router
 from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
 from msgspec import UNSET
 
+from farm import problems, words
 from farm.calls import Call, Farm, echo, enter, fail, refusal, refuse, reply
 from farm.clients import (
     LONGEST_FORM,
@@ -83,65 +85,11 @@ from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
 from farm.passwords import Passwords, check_keys, keyring_of, load_keys
-from farm.problems import (
-    BodyTooLarge,
-    DatabaseUnavailable,
-    Forbidden,
-    Invalid,
-    LockEnded,
-    LockNotHeld,
-    LoginTaken,
-    MalformedBody,
-    NoMatchingUser,
-    PoolExhausted,
-    Problem,
-    ShuttingDown,
-    TokenRefusal,
-    UnsupportedMediaType,
-    UserLocked,
-    UserNotFound,
-    UserUnavailable,
-    shown,
-)
 from farm.server import on_stop
 from farm.settings import Settings, jittered, log, parse_keys
 from farm.telemetry import JOURNAL, Events, log_as_lines
 from farm.waiting import Ask, listen
-from farm.words import (
-    CSV,
-    FIRST_PLACE,
-    NDJSON,
-    PLAIN,
-    AcquireLock,
-    AcquireSet,
-    AcquireUser,
-    Ended,
-    ExtendLock,
-    Fence,
-    Health,
-    HistoryPage,
-    Imported,
-    LabelPair,
-    Lock,
-    LockSet,
-    NewUser,
-    PasswordCheck,
-    Pool,
-    PoolList,
-    QuarantineReason,
-    Released,
-    Token,
-    TokenError,
-    User,
-    UserChanges,
-    UserFilter,
-    UserPage,
-    UserState,
-    Valid,
-    Wish,
-    read_cursor,
-    write_cursor,
-)
+from farm.words import CSV, NDJSON, Lock, User
 
 # ---- How handlers are declared and answer ------------------------------------------------------------------
 
@@ -153,13 +101,18 @@ def get(path: str, **options: Any) -> Any:
     return route(path, http_method=[HttpMethod.GET, HttpMethod.HEAD], status_code=200, **options)
 
 
-def needs(scope: str) -> dict[str, str]:
-    """The scope that a caller's token needs; a handler without one is open to everybody."""
-    return {"scope": scope}
-
-
+# Handlers by audience, with the scope that a caller's token needs: `enter` in farm/calls.py asks for it. (No routers:
+# Litestar gives each path to one of them, and here audiences share paths.)
+READING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:read"}}
+WRITING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:write"}}
+LOCKING: dict[str, Any] = {"tags": ["locks"], "opt": {"scope": "locks"}}
+UPLOADING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:write", "upload": True}}
+FORCING: dict[str, Any] = {"tags": ["locks"], "opt": {"scope": "admin"}}
+ANYBODY: dict[str, Any] = {"tags": ["service"]}
 # What acquires take beside their body; read by `idempotency_key`.
-KEYED = {"keyed": "A repeat with the same key answers with the same lock."}
+KEYED: dict[str, Any] = LOCKING | {
+    "opt": {"scope": "locks", "keyed": "A repeat with the same key answers with the same lock."}
+}
 
 
 # ---- Users -------------------------------------------------------------------------------------------------
@@ -173,12 +126,12 @@ def user_filter(
     project_id: FromQuery[uuid.UUID | None] = None,
     env: FromQuery[str | None] = None,
     domain: FromQuery[str | None] = None,
-    having: Annotated[UserState | None, QueryParameter(name="state")] = None,  # Litestar keeps `state` for itself
-    holder: Annotated[str | None, QueryParameter(max_length=200, pattern=PLAIN)] = None,
-    login: Annotated[str | None, QueryParameter(max_length=254, pattern=PLAIN)] = None,
-    label: FromQuery[list[LabelPair] | None] = None,
-) -> UserFilter:
-    return UserFilter(project_id, env, domain, having, holder, login, label or [])
+    having: Annotated[words.UserState | None, QueryParameter(name="state")] = None,  # Litestar keeps `state` for itself
+    holder: Annotated[str | None, QueryParameter(max_length=200, pattern=words.PLAIN)] = None,
+    login: Annotated[str | None, QueryParameter(max_length=254, pattern=words.PLAIN)] = None,
+    label: FromQuery[list[words.LabelPair] | None] = None,
+) -> words.UserFilter:
+    return words.UserFilter(project_id, env, domain, having, holder, login, label or [])
 
 
 FILTERED = {"filters": Provide(user_filter, sync_to_thread=False)}
@@ -187,12 +140,12 @@ FILTERED = {"filters": Provide(user_filter, sync_to_thread=False)}
 async def find_user(farm: Farm, id: uuid.UUID) -> User:
     row = await farm.pool.fetchrow(SQL["get_user"], id)
     if row is None:
-        raise UserNotFound.of(id)
+        raise problems.UserNotFound.of(id)
     return User.of(row)
 
 
-@post("/users", tags=["users"], opt=needs("users:write"), raises=[LoginTaken])
-async def create_user(request: Call, data: JSONBody[NewUser]) -> Response[User]:
+@post("/users", **WRITING, raises=[problems.LoginTaken])
+async def create_user(request: Call, data: JSONBody[words.NewUser]) -> Response[User]:
     """Create a user.
 
     The login is unique within project and env. The password is stored sealed or hashed.
@@ -202,37 +155,37 @@ async def create_user(request: Call, data: JSONBody[NewUser]) -> Response[User]:
     labels = msgspec.json.encode(data.labels).decode()
     made = (id, data.login, secret, data.project_id, data.env, data.domain, labels)
     if await farm.pool.fetchrow(SQL["create_user"], *made) is None:
-        raise LoginTaken.of(data.login)
+        raise problems.LoginTaken.of(data.login)
     farm.events.user("created", id, request.cause)
     farm.desk.freed()
     return reply(await find_user(farm, id), 201, {"Location": f"/users/{id}"})
 
 
-@get("/users", tags=["users"], opt=needs("users:read"), dependencies=FILTERED)
+@get("/users", **READING, dependencies=FILTERED)
 async def list_users(
-    request: Call, filters: NamedDependency[UserFilter], limit: Limit = 100, cursor: Cursor = None
-) -> UserPage:
+    request: Call, filters: NamedDependency[words.UserFilter], limit: Limit = 100, cursor: Cursor = None
+) -> words.UserPage:
     """List users, oldest first.
 
     Pass `next` as `cursor` for the next page. All filters must fit; `label=key:value` may be repeated.
     """
     request.check(filters)
-    after = read_cursor(cursor, tuple[datetime, uuid.UUID]) if cursor is not None else FIRST_PLACE
+    after = words.read_cursor(cursor, tuple[datetime, uuid.UUID]) if cursor is not None else words.FIRST_PLACE
     page = filters.columns((*after, limit + 1), request.caller.projects)
     rows = await request.farm.pool.fetch(SQL["list_users"], *page)
     place = rows[limit - 1] if len(rows) > limit else None
-    more = write_cursor(place["created_at"], place["id"]) if place else None
-    return UserPage([User.of(row) for row in rows[:limit]], more)
+    more = words.write_cursor(place["created_at"], place["id"]) if place else None
+    return words.UserPage([User.of(row) for row in rows[:limit]], more)
 
 
-@get("/users/{id:uuid}", tags=["users"], opt=needs("users:read"), raises=[UserNotFound])
+@get("/users/{id:uuid}", **READING, raises=[problems.UserNotFound])
 async def get_user(request: Call, id: Id) -> User:
     """One user with its state."""
     return await find_user(request.farm, id)
 
 
-@patch("/users/{id:uuid}", tags=["users"], opt=needs("users:write"), raises=[UserNotFound, LoginTaken])
-async def update_user(request: Call, id: Id, data: JSONBody[UserChanges]) -> User:
+@patch("/users/{id:uuid}", **WRITING, raises=[problems.UserNotFound, problems.LoginTaken])
+async def update_user(request: Call, id: Id, data: JSONBody[words.UserChanges]) -> User:
     """Change a user.
 
     What is left out stays; labels are replaced whole; a current lock runs on.
@@ -244,14 +197,14 @@ async def update_user(request: Call, id: Id, data: JSONBody[UserChanges]) -> Use
     try:
         changed = await farm.pool.fetchval(SQL["update_user"], id, login, secret, domain, labels)
     except asyncpg.UniqueViolationError:
-        raise LoginTaken.of(login) from None
+        raise problems.LoginTaken.of(login) from None
     if changed:
         farm.events.user("changed", id, request.cause, changed=changed)
     farm.desk.freed()  # it may fit somebody now
     return await find_user(farm, id)
 
 
-@delete("/users/{id:uuid}", tags=["users"], opt=needs("users:write"), raises=[UserNotFound, UserLocked])
+@delete("/users/{id:uuid}", **WRITING, raises=[problems.UserNotFound, problems.UserLocked])
 async def delete_user(request: Call, id: Id, force: FromQuery[bool] = False) -> None:
     """Delete a user.
 
@@ -261,31 +214,31 @@ async def delete_user(request: Call, id: Id, force: FromQuery[bool] = False) -> 
     events = request.farm.events
     row = await request.farm.pool.fetchrow(SQL["delete_user"], id, force, request.caller.owner)
     if row is None:
-        raise UserNotFound.of(id)
+        raise problems.UserNotFound.of(id)
     if not row["deleted"]:  # with force the lock is another client's
-        raise Forbidden.scope("admin") if force else UserLocked.of(id, row)
+        raise problems.Forbidden.scope("admin") if force else problems.UserLocked.of(id, row)
     if row["lock_id"]:
         events.ended("forced" if row["held"] else "expired", row, request.cause)
     events.user("deleted", id, request.cause)
 
 
-@post("/users/{id:uuid}/verify", status_code=200, tags=["users"], opt=needs("users:write"), raises=[UserNotFound])
-async def verify_password(request: Call, id: Id, data: JSONBody[PasswordCheck]) -> Valid:
+@post("/users/{id:uuid}/verify", status_code=200, **WRITING, raises=[problems.UserNotFound])
+async def verify_password(request: Call, id: Id, data: JSONBody[words.PasswordCheck]) -> words.Valid:
     """Tell whether a password is the user's."""
     farm = request.farm
     secret = await farm.pool.fetchval(SQL["get_secret"], id)
     if secret is None:
-        raise UserNotFound.of(id)
+        raise problems.UserNotFound.of(id)
     valid = await farm.passwords.verify(id, secret, data.password)
     farm.events.log("password-checked", request.cause, user_id=id, valid=valid)
-    return Valid(valid)
+    return words.Valid(valid)
 
 
 @post(
-    "/users/{id:uuid}/quarantine", status_code=200, tags=["users"], opt=needs("users:write"),
-    raises=[UserNotFound],
+    "/users/{id:uuid}/quarantine", status_code=200, **WRITING,
+    raises=[problems.UserNotFound],
 )  # fmt: skip
-async def quarantine_user(request: Call, id: Id, data: JSONBody[QuarantineReason]) -> User:
+async def quarantine_user(request: Call, id: Id, data: JSONBody[words.QuarantineReason]) -> User:
     """Take a user out.
 
     A current lock runs on; after it the user is not handed out until it is put back.
@@ -296,8 +249,8 @@ async def quarantine_user(request: Call, id: Id, data: JSONBody[QuarantineReason
 
 
 @delete(
-    "/users/{id:uuid}/quarantine", status_code=200, tags=["users"], opt=needs("users:write"),
-    raises=[UserNotFound],
+    "/users/{id:uuid}/quarantine", status_code=200, **WRITING,
+    raises=[problems.UserNotFound],
 )  # fmt: skip
 async def end_quarantine(request: Call, id: Id) -> User:
     """Put a user back. Also when it is not quarantined."""
@@ -308,33 +261,33 @@ async def end_quarantine(request: Call, id: Id) -> User:
     return await find_user(farm, id)
 
 
-@get("/users/{id:uuid}/history", tags=["users"], opt=needs("users:read"), raises=[UserNotFound])
-async def list_history(request: Call, id: Id, limit: Limit = 100, cursor: Cursor = None) -> HistoryPage:
+@get("/users/{id:uuid}/history", **READING, raises=[problems.UserNotFound])
+async def list_history(request: Call, id: Id, limit: Limit = 100, cursor: Cursor = None) -> words.HistoryPage:
     """The locks of a user, newest first.
 
     A live one has neither `ended_at` nor `ended_by`.
     """
     await find_user(request.farm, id)
-    (before,) = read_cursor(cursor, tuple[Fence]) if cursor is not None else (1 << 62,)
+    (before,) = words.read_cursor(cursor, tuple[words.Fence]) if cursor is not None else (1 << 62,)
     rows = await request.farm.pool.fetch(SQL["list_history"], id, before, limit + 1)
-    page = [Ended(**row) for row in rows[:limit]]
-    return HistoryPage(page, write_cursor(page[-1].fence) if len(rows) > limit else None)
+    page = [words.Ended(**row) for row in rows[:limit]]
+    return words.HistoryPage(page, words.write_cursor(page[-1].fence) if len(rows) > limit else None)
 
 
-@get("/pools", tags=["users"], opt=needs("users:read"))
-async def list_pools(request: Call, project_id: FromQuery[uuid.UUID | None] = None) -> PoolList:
+@get("/pools", **READING)
+async def list_pools(request: Call, project_id: FromQuery[uuid.UUID | None] = None) -> words.PoolList:
     """The pools and how many of their users are in which state."""
     request.caller.check_project(project_id)
     rows = await request.farm.pool.fetch(SQL["list_pools"], project_id, request.caller.projects)
     waiting = request.farm.desk.waiting
-    return PoolList([Pool(**row, waiting=waiting(Wish.of_pool(row))) for row in rows])
+    return words.PoolList([words.Pool(**row, waiting=waiting(words.Wish.of_pool(row))) for row in rows])
 
 
 @post(
-    "/users/import", status_code=200, tags=["users"], opt=needs("users:write"), request_max_body_size=None,
-    raises=[UnsupportedMediaType, BodyTooLarge, MalformedBody, LoginTaken],
+    "/users/import", status_code=200, **UPLOADING, request_max_body_size=None,
+    raises=[problems.UnsupportedMediaType, problems.BodyTooLarge, problems.MalformedBody, problems.LoginTaken],
 )  # fmt: skip
-async def import_users(request: Call) -> Imported:
+async def import_users(request: Call) -> words.Imported:
     """Create or replace many users by project, env and login.
 
     NDJSON (`application/x-ndjson`) or CSV (`text/csv`, labels as `label.<key>` columns), all or nothing. A known
@@ -343,9 +296,9 @@ async def import_users(request: Call) -> Imported:
     farm, settings = request.farm, request.farm.settings
     media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()
     if media not in (NDJSON, CSV):
-        raise UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
+        raise problems.UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
     if (encoding := request.header(b"content-encoding") or "identity") != "identity":
-        raise UnsupportedMediaType.encoded(encoding)
+        raise problems.UnsupportedMediaType.encoded(encoding)
     request.check_length(settings.max_import, "BOTFARM_MAX_IMPORT")
     file = (NdjsonFile if media == NDJSON else CsvFile)(settings, request.caller.projects)
     imported = await farm.imports.run(file, request.parts())
@@ -354,12 +307,12 @@ async def import_users(request: Call) -> Imported:
     return imported
 
 
-@get("/users/export", tags=["users"], opt=needs("users:read"), media_type=NDJSON, dependencies=FILTERED)
-async def export_users(request: Call, filters: NamedDependency[UserFilter]) -> Stream:
+@get("/users/export", **READING, media_type=NDJSON, dependencies=FILTERED)
+async def export_users(request: Call, filters: NamedDependency[words.UserFilter]) -> Stream:
     """All users that fit, one a line, without secrets."""
     request.check(filters)
     pool, projects = request.farm.pool, request.caller.projects
-    first = await pool.fetch(SQL["list_users"], *filters.columns((*FIRST_PLACE, 500), projects))
+    first = await pool.fetch(SQL["list_users"], *filters.columns((*words.FIRST_PLACE, 500), projects))
     request.farm.events.log("users-exported", request.cause)
     rows = [] if request.method == HttpMethod.HEAD else first
     return Stream(exported(pool, filters, projects, rows), media_type=NDJSON)
@@ -368,15 +321,26 @@ async def export_users(request: Call, filters: NamedDependency[UserFilter]) -> S
 # ---- Locks -------------------------------------------------------------------------------------------------
 
 
-NO_WISHES, LAST_TTL = AcquireUser(), ExtendLock()  # what a call without a body means
+NO_WISHES, LAST_TTL = words.AcquireUser(), words.ExtendLock()  # what a call without a body means
 
 
-def ask_of(request: Call, wishes: list[Wish], data: AcquireLock | AcquireUser | AcquireSet) -> Ask:
+def ask_of(
+    request: Call, wishes: list[words.Wish], data: words.AcquireLock | words.AcquireUser | words.AcquireSet
+) -> Ask:
     client, key = request.caller.client, idempotency_key(request)
     return Ask(
         wishes=wishes, holder=data.holder, ttl=data.ttl, wait=data.wait, cause=request.cause, client=client,
         sent_key=key, key=uuid.uuid5(client, str(key)) if client and key else key,
     )  # fmt: skip
+
+
+def grant(
+    request: Call, granted: list[Lock] | problems.Problem, kind: Callable[[list[Lock]], Any] = itemgetter(0)
+) -> Any:
+    """The reply to an acquire. Refusals are returned, because many share one."""
+    if isinstance(granted, problems.Problem):
+        return refusal(request, granted)
+    return reply(kind(granted), 201, NO_STORE)
 
 
 def idempotency_key(request: Call) -> uuid.UUID | None:
@@ -385,56 +349,57 @@ def idempotency_key(request: Call) -> uuid.UUID | None:
     if not sent:
         return None
     if len(sent) > 1:
-        raise Invalid.field("Idempotency-Key", "is given twice")
+        raise problems.Invalid.field("Idempotency-Key", "is given twice")
     try:
         return msgspec.convert(sent[0], uuid.UUID)
     except msgspec.ValidationError:
-        raise Invalid.field("Idempotency-Key", f"{shown(sent[0])} is not a UUID") from None
+        raise problems.Invalid.field("Idempotency-Key", f"{problems.shown(sent[0])} is not a UUID") from None
 
 
 @post(
-    "/locks", tags=["locks"], opt=needs("locks") | KEYED,
-    raises=[NoMatchingUser, PoolExhausted, LockEnded, ShuttingDown],
+    "/locks", **KEYED,
+    raises=[problems.NoMatchingUser, problems.PoolExhausted, problems.LockEnded, problems.ShuttingDown],
 )  # fmt: skip
-async def acquire_lock(request: Call, data: JSONBody[AcquireLock]) -> Response[Lock]:
+async def acquire_lock(request: Call, data: JSONBody[words.AcquireLock]) -> Response[Lock]:
     """Acquire a lock on any free user that matches.
 
     The reply carries the user's password, and the lock's id, which is the proof of holding. With an
     `Idempotency-Key` a repeat answers with the same lock, so no user is lost to a lost reply.
     """
     granted = await request.farm.locks.acquire(request, ask_of(request, [data.wish()], data))
-    return refusal(request, granted) if isinstance(granted, Problem) else reply(granted[0], 201, NO_STORE)
+    return grant(request, granted)
 
 
 @put(
-    "/users/{id:uuid}/lock", status_code=201, tags=["locks"], opt=needs("locks") | KEYED,
-    raises=[UserNotFound, UserLocked, UserUnavailable, LockEnded, ShuttingDown],
+    "/users/{id:uuid}/lock", status_code=201, **KEYED, raises=[
+        problems.UserNotFound, problems.UserLocked, problems.UserUnavailable, problems.LockEnded, problems.ShuttingDown,
+    ],
 )  # fmt: skip
-async def acquire_user(request: Call, id: Id, data: JSONBody[AcquireUser] = NO_WISHES) -> Response[Lock]:
+async def acquire_user(request: Call, id: Id, data: JSONBody[words.AcquireUser] = NO_WISHES) -> Response[Lock]:
     """Acquire a lock on this very user."""
-    ask = ask_of(request, [Wish(id)], data)
+    ask = ask_of(request, [words.Wish(id)], data)
     if ask.wait:
         user = await find_user(request.farm, id)
-        ask.home = Wish(None, user.project_id, user.env, user.domain)
+        ask.home = words.Wish(None, user.project_id, user.env, user.domain)
     granted = await request.farm.locks.acquire(request, ask)
-    return refusal(request, granted) if isinstance(granted, Problem) else reply(granted[0], 201, NO_STORE)
+    return grant(request, granted)
 
 
 @post(
-    "/locks/sets", tags=["locks"], opt=needs("locks") | KEYED,
-    raises=[NoMatchingUser, PoolExhausted, LockEnded, ShuttingDown],
+    "/locks/sets", **KEYED,
+    raises=[problems.NoMatchingUser, problems.PoolExhausted, problems.LockEnded, problems.ShuttingDown],
 )  # fmt: skip
-async def acquire_set(request: Call, data: JSONBody[AcquireSet]) -> Response[LockSet]:
+async def acquire_set(request: Call, data: JSONBody[words.AcquireSet]) -> Response[words.LockSet]:
     """Acquire several users together, all or none.
 
     Filters may overlap: whoever fits only one of them is kept for that one. The locks come in the order asked.
     """
     wishes = [wish for part in data.users for wish in [part.wish()] * part.count]
     granted = await request.farm.locks.acquire(request, ask_of(request, wishes, data))
-    return refusal(request, granted) if isinstance(granted, Problem) else reply(LockSet(granted), 201, NO_STORE)
+    return grant(request, granted, words.LockSet)
 
 
-@get("/locks/{id:uuid}", tags=["locks"], opt=needs("locks"), raises=[LockNotHeld])
+@get("/locks/{id:uuid}", **LOCKING, raises=[problems.LockNotHeld])
 async def get_lock(request: Call, id: Id) -> Lock:
     """A lock that is held, without the password."""
     owner = request.caller.owner
@@ -444,8 +409,8 @@ async def get_lock(request: Call, id: Id) -> Lock:
     return Lock.of(row)
 
 
-@patch("/locks/{id:uuid}", tags=["locks"], opt=needs("locks"), raises=[LockNotHeld])
-async def extend_lock(request: Call, id: Id, data: JSONBody[ExtendLock] = LAST_TTL) -> Response[Lock]:
+@patch("/locks/{id:uuid}", **LOCKING, raises=[problems.LockNotHeld])
+async def extend_lock(request: Call, id: Id, data: JSONBody[words.ExtendLock] = LAST_TTL) -> Response[Lock]:
     """Heartbeat: the lock now ends `ttl` seconds from now.
 
     Without a ttl the last one is used again.
@@ -457,12 +422,12 @@ async def extend_lock(request: Call, id: Id, data: JSONBody[ExtendLock] = LAST_T
     return reply(Lock.of(row))
 
 
-@delete("/locks/{id:uuid}", tags=["locks"], opt=needs("locks"), raises=[LockNotHeld])
+@delete("/locks/{id:uuid}", **LOCKING, raises=[problems.LockNotHeld])
 async def release_lock(
     request: Call,
     id: Id,
     cooldown: Annotated[int, QueryParameter(ge=0, le=86400, description="seconds that the user rests")] = 0,
-    quarantine: Annotated[str | None, QueryParameter(min_length=1, max_length=500, pattern=PLAIN)] = None,
+    quarantine: Annotated[str | None, QueryParameter(min_length=1, max_length=500, pattern=words.PLAIN)] = None,
 ) -> None:
     """Give the user back.
 
@@ -473,12 +438,12 @@ async def release_lock(
         raise await request.farm.locks.not_held(id, owner)
 
 
-@delete("/locks", status_code=200, tags=["locks"], opt=needs("locks"))
+@delete("/locks", status_code=200, **LOCKING)
 async def release_holder(
     request: Call,
-    holder: Annotated[str, QueryParameter(min_length=1, max_length=200, pattern=PLAIN)],
+    holder: Annotated[str, QueryParameter(min_length=1, max_length=200, pattern=words.PLAIN)],
     project_id: FromQuery[uuid.UUID | None] = None,
-) -> Released:
+) -> words.Released:
     """Give back everything that a holder holds: a CI job's last step."""
     farm, caller = request.farm, request.caller
     caller.check_project(project_id)
@@ -486,16 +451,16 @@ async def release_holder(
     for row in rows:
         farm.events.ended("released", row, request.cause)
     farm.desk.freed()
-    return Released(len(rows))
+    return words.Released(len(rows))
 
 
-@delete("/users/{id:uuid}/lock", tags=["locks"], opt=needs("admin"), raises=[UserNotFound])
+@delete("/users/{id:uuid}/lock", **FORCING, raises=[problems.UserNotFound])
 async def force_release(request: Call, id: Id) -> None:
     """End the lock of a user by force, whoever holds it. Also when nobody does."""
     farm = request.farm
     row = await farm.hot.fetchrow(SQL["force_release"], id)
     if row is None:
-        raise UserNotFound.of(id)
+        raise problems.UserNotFound.of(id)
     if row["lock_id"]:
         farm.events.ended("forced", row, request.cause)
     farm.desk.freed()
@@ -506,34 +471,34 @@ async def force_release(request: Call, id: Id) -> None:
 NOT_STORED = NO_STORE | {"Pragma": "no-cache"}
 
 
-def refuse_token(request: Call, error: Exception) -> Response[TokenError]:
+def refuse_token(request: Call, error: Exception) -> Response[words.TokenError]:
     """RFC 6749 section 5.2, also for what else goes wrong at /token."""
     match error:
-        case TokenRefusal():
+        case problems.TokenRefusal():
             refused = error
         case HTTPException():
-            refused = TokenRefusal("invalid_request", error.detail)
+            refused = problems.TokenRefusal("invalid_request", error.detail)
         case _:
             request.farm.events.database_failed("The database does not answer", error, request.cause)
             text = "The database does not answer; try again in a moment."
-            refused = TokenRefusal("temporarily_unavailable", text, 503, Retry_After="1")
+            refused = problems.TokenRefusal("temporarily_unavailable", text, 503, Retry_After="1")
     request.farm.events.refused(refused.error)
-    return reply(TokenError(refused.error, str(refused)), refused.status, NOT_STORED | refused.headers)
+    return reply(words.TokenError(refused.error, str(refused)), refused.status, NOT_STORED | refused.headers)
 
 
 REFUSED_TOKEN = cast(
-    "ExceptionHandlersMap", dict.fromkeys((TokenRefusal, HTTPException, *DATABASE_FAULTS), refuse_token)
+    "ExceptionHandlersMap", dict.fromkeys((problems.TokenRefusal, HTTPException, *DATABASE_FAULTS), refuse_token)
 )
 
 
-@post("/token", status_code=200, tags=["service"], request_max_body_size=LONGEST_FORM, exception_handlers=REFUSED_TOKEN)
-async def issue_token(request: Call) -> Response[Token]:
+@post("/token", status_code=200, **ANYBODY, request_max_body_size=LONGEST_FORM, exception_handlers=REFUSED_TOKEN)
+async def issue_token(request: Call) -> Response[words.Token]:
     """Get a token.
 
     The client by HTTP Basic, or by `client_id` and `client_secret` in the form.
     """
     if request.scope["query_string"]:
-        raise TokenRefusal("invalid_request", "Parameters belong into the body, not into the query string.")
+        raise problems.TokenRefusal("invalid_request", "Parameters belong into the body, not into the query string.")
     form = read_form(request.header(b"content-type") or "", await request.body())
     address = request.client.host if request.client else ""
     token = await grant_token(cast("Gate", request.farm.gate), form, request.header(b"authorization"), address)
@@ -543,14 +508,14 @@ async def issue_token(request: Call) -> Response[Token]:
 # ---- Operations --------------------------------------------------------------------------------------------
 
 
-@get("/livez", tags=["service"])
-async def livez() -> Health:
+@get("/livez", **ANYBODY)
+async def livez() -> words.Health:
     """The process serves. Touches no database."""
-    return Health("ok")
+    return words.Health("ok")
 
 
-@get("/readyz", tags=["service"], raises=[DatabaseUnavailable])
-async def readyz(request: Call) -> Health:
+@get("/readyz", **ANYBODY, raises=[problems.DatabaseUnavailable])
+async def readyz(request: Call) -> words.Health:
     """The database answers, and its schema is there."""
     try:
         applied = {row["migration_id"] for row in await request.farm.pool.fetch(SQL["list_migrations"], timeout=3)}
@@ -558,11 +523,11 @@ async def readyz(request: Call) -> Health:
         applied = set()
     missing = [name for name in MIGRATIONS if name not in applied]
     if missing:
-        raise DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
-    return Health("ok")
+        raise problems.DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
+    return words.Health("ok")
 
 
-@get("/metrics", tags=["service"], media_type="text/plain; version=1.0.0")
+@get("/metrics", **ANYBODY, media_type="text/plain; version=1.0.0")
 async def metrics(request: Call) -> bytes:
     """Numbers for Prometheus, over all workers of this start.
 

@@ -22,6 +22,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import Message, Scope
 from msgspec import Struct
 
+from farm import problems
 from farm.clients import (
     CALLER,
     Caller,
@@ -33,22 +34,7 @@ from farm.database import DATABASE_FAULTS, SQL, Connections
 from farm.imports import Imports
 from farm.locks import Locks
 from farm.passwords import KeyFault, Passwords
-from farm.problems import (
-    BodyTooLarge,
-    DatabaseUnavailable,
-    FieldError,
-    InternalError,
-    Invalid,
-    LockNotHeld,
-    MalformedBody,
-    MethodNotAllowed,
-    NotFound,
-    Problem,
-    ShuttingDown,
-    UnsupportedMediaType,
-    UserNotFound,
-    shown,
-)
+from farm.problems import Problem
 from farm.settings import Settings, log
 from farm.telemetry import Cause, Events, Exporter, Snapshot
 from farm.words import (
@@ -137,19 +123,19 @@ class Call(Request[Any, Any, State]):
                 return await self._read_rest(event, limit)
         except TimeoutError:
             text = f"The body did not come to its end within {self.PAUSE} seconds."
-            raise MalformedBody(text, headers={"Connection": "close"}) from None
+            raise problems.MalformedBody(text, headers={"Connection": "close"}) from None
 
     def check_length(self, limit: int, named: str = "BOTFARM_MAX_BODY") -> None:
         """Refuse a body that is announced as too long before any of it is sent."""
         if int(self.header(b"content-length") or 0) > limit:
-            raise BodyTooLarge.over(limit, named)
+            raise problems.BodyTooLarge.over(limit, named)
 
     async def _read_rest(self, event: dict[str, Any], limit: int) -> bytes:
         body = bytearray()
         while True:
             body += event["body"]
             if len(body) > limit:
-                raise BodyTooLarge.over(limit, "BOTFARM_MAX_BODY")
+                raise problems.BodyTooLarge.over(limit, "BOTFARM_MAX_BODY")
             if not event.get("more_body", False):
                 return bytes(body)
             event = await self._part()
@@ -168,7 +154,7 @@ class Call(Request[Any, Any, State]):
         except asyncio.CancelledError:  # the server stops, and has waited for it as long as it may
             if not self.farm.locks.stopping:
                 raise
-            raise ShuttingDown(headers={"Connection": "close"}) from None
+            raise problems.ShuttingDown(headers={"Connection": "close"}) from None
         if event["type"] == "http.disconnect":
             raise ClientException("the client went away before the end of the body")
         return event
@@ -185,12 +171,14 @@ class Call(Request[Any, Any, State]):
         if media is None:  # as JSON, but not from a page in a browser, which could send that to any address unasked
             media = JSON if self.header(b"origin") is None else "none"
         if media != JSON and (media := media.partition(";")[0].strip().lower()) != JSON:
-            raise UnsupportedMediaType(f"The content type is {media!r}, but this call takes {JSON} (curl: --json).")
+            raise problems.UnsupportedMediaType(
+                f"The content type is {media!r}, but this call takes {JSON} (curl: --json)."
+            )
         try:
             value = decode_body(body, kind)
-        except MalformedBody:
+        except problems.MalformedBody:
             if encoding := self.header(b"content-encoding"):
-                raise UnsupportedMediaType.encoded(encoding) from None
+                raise problems.UnsupportedMediaType.encoded(encoding) from None
             raise
         self.check(value)
         return value
@@ -251,7 +239,7 @@ async def keep_inside(farm: Farm, caller: Caller, scope: Any) -> None:
         return
     ids = (id, None) if is_user else (None, id)
     if await farm.pool.fetchval(SQL["get_project"], *ids) not in (caller.projects or ()):
-        raise UserNotFound.of(id) if is_user else LockNotHeld.of(id)
+        raise problems.UserNotFound.of(id) if is_user else problems.LockNotHeld.of(id)
 
 
 def check_query(query: bytes, known: Mapping[str, Any], path: Mapping[str, Any]) -> None:
@@ -259,17 +247,17 @@ def check_query(query: bytes, known: Mapping[str, Any], path: Mapping[str, Any])
     try:
         pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)
     except ValueError as error:
-        raise Invalid.field(None, f"the query string is not readable: {error}") from None
+        raise problems.Invalid.field(None, f"the query string is not readable: {error}") from None
     counted = Counter(name for name, _ in pairs)
-    faults = [FieldError(name, "unknown field") for name in counted if name not in known or name in path]
+    faults = [problems.FieldError(name, "unknown field") for name in counted if name not in known or name in path]
     for name, value in pairs:
         field = known.get(name)
         if field and counted[name] > 1 and not is_repeatable(field):
-            faults.append(FieldError(name, "is given twice"))
+            faults.append(problems.FieldError(name, "is given twice"))
         elif field and value.lower() == "null" and not field.has_inner_subclass_of(str) and field.annotation is not str:
-            faults.append(FieldError(name, f"{shown(value)} is not allowed; leave it out"))
+            faults.append(problems.FieldError(name, f"{problems.shown(value)} is not allowed; leave it out"))
     if faults:
-        raise Invalid(faults)
+        raise problems.Invalid(faults)
 
 
 async def echo(message: Message, scope: Scope) -> None:
@@ -299,26 +287,28 @@ def refuse(request: Request, error: HTTPException) -> Response[Any]:
 def problem_of(request: Request, error: HTTPException) -> Problem:
     path = request.url.path
     if isinstance(error, ValidationException):
-        return Invalid(query_faults(request, error))
+        return problems.Invalid(query_faults(request, error))
     if error.status_code == 404:
-        return NotFound(f"There is nothing at {shown(path)}; see /docs.")
+        return problems.NotFound(f"There is nothing at {problems.shown(path)}; see /docs.")
     if error.status_code == 405:
         allowed = ", ".join(sorted((error.headers or {})["allow"].split(", ")))
-        detail = f"{request.method} is not allowed at {shown(path)}; allowed: {allowed}."
-        return MethodNotAllowed(detail, headers={"Allow": allowed})
+        detail = f"{request.method} is not allowed at {problems.shown(path)}; allowed: {allowed}."
+        return problems.MethodNotAllowed(detail, headers={"Allow": allowed})
     if error.status_code == 413:
-        return BodyTooLarge.over(request.app.state.settings.max_body, "BOTFARM_MAX_BODY")
-    return MalformedBody(f"The request is not readable: {error.detail}.")
+        return problems.BodyTooLarge.over(request.app.state.settings.max_body, "BOTFARM_MAX_BODY")
+    return problems.MalformedBody(f"The request is not readable: {error.detail}.")
 
 
-def query_faults(request: Request, error: ValidationException) -> list[FieldError]:
+def query_faults(request: Request, error: ValidationException) -> list[problems.FieldError]:
     """What Litestar found in the query, with the values that were sent."""
     extra = cast("list[dict[str, str]]", error.extra or [])
     if not extra:  # Missing required query parameter 'holder' for path ...
-        return [FieldError(error.detail.split("'")[1], "required, but missing")]
+        return [problems.FieldError(error.detail.split("'")[1], "required, but missing")]
     named = {field.name: name for name, field in query_of(request.scope["route_handler"]).items()}
     faults = [(named.get(fault.get("key", "")), fault["message"]) for fault in extra]
-    return [FieldError(name, told(text, name or "", request.query_params.get(name or ""))) for name, text in faults]
+    return [
+        problems.FieldError(name, told(text, name or "", request.query_params.get(name or ""))) for name, text in faults
+    ]
 
 
 def fail(request: Call, error: Exception) -> Response[Any]:
@@ -327,12 +317,14 @@ def fail(request: Call, error: Exception) -> Response[Any]:
     match error:
         case KeyFault():
             log.error("%s", error, extra={"cause": cause})
-            return refusal(request, DatabaseUnavailable("A password is sealed with a key that this replica lacks."))
+            return refusal(
+                request, problems.DatabaseUnavailable("A password is sealed with a key that this replica lacks.")
+            )
         case _ if isinstance(error, DATABASE_FAULTS):
             request.farm.events.database_failed("The database does not answer", error, cause)
-            return refusal(request, DatabaseUnavailable())
+            return refusal(request, problems.DatabaseUnavailable())
     known = cast("str", cause.request_id)
     path = request.scope.get("path_template")  # not the path: a lock's id in it is the proof of holding
     log.error("request %s: %s %s failed", known, request.method, path, exc_info=error, extra={"cause": cause})
     detail = f"An unforeseen error; the service's log has it as request {known}."
-    return refusal(request, InternalError(detail, request_id=known))
+    return refusal(request, problems.InternalError(detail, request_id=known))
