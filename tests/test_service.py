@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -244,11 +245,12 @@ def test_bad_flags_end_with_status_2(words):
 
 
 def test_an_interrupted_command_ends_without_a_traceback():
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with process("export", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}") as exporting:
-            with silent.accept()[0]:
-                exporting.send_signal(signal.SIGINT)
-                output, _ = exporting.communicate(timeout=20)
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        exporting = stack.enter_context(process("export", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        stack.enter_context(silent.accept()[0])
+        exporting.send_signal(signal.SIGINT)
+        output, _ = exporting.communicate(timeout=20)
     assert exporting.returncode == 130
     assert "Traceback" not in output
 
