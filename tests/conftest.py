@@ -22,6 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import httpx
+import hypothesis
 import pytest
 import ready
 import uvicorn
@@ -43,12 +44,23 @@ os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the fault tests in their long form: minutes, not seconds")
+    parser.addoption("--long", action="store_true", help="storms and random input in their long form: minutes more")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, count in (("short", 25), ("long", 100)):
+        hypothesis.settings.register_profile(name, max_examples=count)
+    hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
+
+
+def examples(count: int) -> int:
+    """So many examples of random input in the long form, a quarter of them in the short one."""
+    return count * hypothesis.settings().max_examples // 100
 
 
 @pytest.fixture
 def long(request: pytest.FixtureRequest) -> bool:
-    """Whether the fault tests take their time."""
+    """Whether tests that provoke races and faults take their time."""
     return request.config.getoption("--long")
 
 

@@ -10,14 +10,14 @@ from urllib.parse import quote
 import httpx
 import msgspec
 import pytest
-from conftest import raw
+from conftest import examples, raw
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import farm.server
 import farm.words
 
-relaxed = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+relaxed = settings(max_examples=examples(80), deadline=None, suppress_health_check=list(HealthCheck))
 PROJECT = "44444444-4444-4444-8444-444444444444"
 REFUSED = {400, 404, 405, 409, 413, 415, 422, 431}
 
@@ -287,7 +287,7 @@ def hasty(monkeypatch):
     monkeypatch.setattr(farm.server.Protocol, "LATE", 0.2)
 
 
-@settings(relaxed, max_examples=400)
+@settings(relaxed, max_examples=examples(400))
 @given(methods, paths, queries, fields, bodies, st.booleans())
 @example("POST", "/locks", "", [("Content-Length", "5"), ("Transfer-Encoding", "chunked")], b"0\r\n\r\n", False)
 @example("POST", "/locks", "", [("Content-Length", "5"), ("Content-Length", "6")], b"{}   ", False)

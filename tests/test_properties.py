@@ -8,6 +8,7 @@ import uuid
 
 import httpx
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ wishes = st.fixed_dictionaries(
 users = st.fixed_dictionaries(
     {"labels": labels, "env": st.sampled_from(["prod", "stage"]), "domain": st.sampled_from(["canary", "regular"])}
 )
-relaxed = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+relaxed = settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def fits(user, wish):
