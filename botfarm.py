@@ -491,7 +491,10 @@ REFUSED_TOKEN = cast(
 )
 
 
-@post("/token", status_code=200, **ANYBODY, request_max_body_size=LONGEST_FORM, exception_handlers=REFUSED_TOKEN)
+@post(
+    "/token", status_code=200, tags=["service"], opt={"limit": "what a form may have"},
+    request_max_body_size=LONGEST_FORM, exception_handlers=REFUSED_TOKEN,
+)  # fmt: skip
 async def issue_token(request: Call) -> Response[words.Token]:
     """Get a token.
 

@@ -114,28 +114,29 @@ class Call(Request[Any, Any, State]):
         return self._read
 
     async def _read_body(self, limit: int) -> bytes:
-        self.check_length(limit)
+        named = self.route_handler.opt.get("limit", "BOTFARM_MAX_BODY")
+        self.check_length(limit, named)
         try:
             event = await self._part()
             if not event.get("more_body", False) and len(event["body"]) <= limit:
                 return event["body"]
             async with asyncio.timeout(self.PAUSE):
-                return await self._read_rest(event, limit)
+                return await self._read_rest(event, limit, named)
         except TimeoutError:
             text = f"The body did not come to its end within {self.PAUSE} seconds."
             raise problems.MalformedBody(text, headers={"Connection": "close"}) from None
 
-    def check_length(self, limit: int, named: str = "BOTFARM_MAX_BODY") -> None:
+    def check_length(self, limit: int, named: str) -> None:
         """Refuse a body that is announced as too long before any of it is sent."""
         if int(self.header(b"content-length") or 0) > limit:
             raise problems.BodyTooLarge.over(limit, named)
 
-    async def _read_rest(self, event: dict[str, Any], limit: int) -> bytes:
+    async def _read_rest(self, event: dict[str, Any], limit: int, named: str) -> bytes:
         body = bytearray()
         while True:
             body += event["body"]
             if len(body) > limit:
-                raise problems.BodyTooLarge.over(limit, "BOTFARM_MAX_BODY")
+                raise problems.BodyTooLarge.over(limit, named)
             if not event.get("more_body", False):
                 return bytes(body)
             event = await self._part()
@@ -279,9 +280,11 @@ def refusal(request: Request, problem: Problem) -> Response[Any]:
     return problem.response()
 
 
-def refuse(request: Request, error: HTTPException) -> Response[Any]:
+def refuse(request: Call, error: HTTPException) -> Response[Any]:
     """A problem, or what Litestar itself refuses, in our form."""
-    return refusal(request, error if isinstance(error, Problem) else problem_of(request, error))
+    if isinstance(error, Problem):
+        return refusal(request, error)
+    return fail(request, error) if error.status_code >= 500 else refusal(request, problem_of(request, error))
 
 
 def problem_of(request: Request, error: HTTPException) -> Problem:
