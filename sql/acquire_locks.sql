@@ -36,18 +36,13 @@ free as materialized (
         select onward.*
         from pools_in_turn as pool
         cross join lateral (
-            select locks.ctid as place, locks.*
-            from locks
-            where locks.pool_id = pool.id
-                and locks.lock_id is null
-                and locks.quarantine is null
-                and locks.ready_at >= pool.since
-                and locks.ready_at <= (select clock_timestamp())
-                and (
-                    pool.labels is null
-                    or (select labels @> pool.labels from users where id = locks.user_id)
-                )
-            order by locks.ready_at
+            select *
+            from free_users
+            where pool_id = pool.id
+                and lock_id is null
+                and ready_at >= pool.since
+                and (pool.labels is null or (select labels @> pool.labels from users where id = free_users.user_id))
+            order by ready_at
             limit pool.wanted
             for update skip locked
         ) as onward
@@ -56,18 +51,13 @@ free as materialized (
         select wrapped.*
         from pools_in_turn as pool
         cross join lateral (
-            select locks.ctid as place, locks.*
-            from locks
-            where locks.pool_id = pool.id
-                and locks.lock_id is null
-                and locks.quarantine is null
-                and locks.ready_at < pool.since
-                and locks.ready_at <= (select clock_timestamp())
-                and (
-                    pool.labels is null
-                    or (select labels @> pool.labels from users where id = locks.user_id)
-                )
-            order by locks.ready_at
+            select *
+            from free_users
+            where pool_id = pool.id
+                and lock_id is null
+                and ready_at < pool.since
+                and (pool.labels is null or (select labels @> pool.labels from users where id = free_users.user_id))
+            order by ready_at
             limit pool.wanted
             for update skip locked
         ) as wrapped
@@ -75,19 +65,16 @@ free as materialized (
         union all
         select expired.*
         from (
-            select locks.ctid as place, locks.*
-            from locks
-            where locks.lock_id is not null
-                and locks.holder is not null
-                and locks.quarantine is null
-                and locks.ready_at <= (select clock_timestamp())
-                and locks.expires_at <= clock_timestamp()
-                and locks.pool_id in (select id from pools_in_turn as pool where pool.filter = filters.filter)
+            select *
+            from free_users
+            where pool_id in (select id from pools_in_turn as pool where pool.filter = filters.filter)
+                and lock_id is not null
+                and holder is not null
                 and (
                     filters.labels is null
-                    or (select labels @> filters.labels from users where id = locks.user_id)
+                    or (select labels @> filters.labels from users where id = free_users.user_id)
                 )
-            order by locks.ready_at
+            order by ready_at
             limit filters.wanted
             for update skip locked
         ) as expired
@@ -95,13 +82,10 @@ free as materialized (
         union all
         select itself.*
         from (
-            select locks.ctid as place, locks.*
-            from locks
-            where locks.user_id = filters.user_id
-                and locks.quarantine is null
-                and locks.ready_at <= clock_timestamp()
-                and (locks.lock_id is null or locks.expires_at <= clock_timestamp())
-            order by locks.fence desc
+            select *
+            from free_users
+            where user_id = filters.user_id
+            order by fence desc
             limit 1
             for update skip locked
         ) as itself

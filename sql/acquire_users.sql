@@ -15,26 +15,23 @@ with chosen as materialized (
     select *
     from unnest(
         $1::bigint[], $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::uuid[], $7::uuid[], $8::text[], $9::jsonb[]
-    ) with ordinality as chosen (call, user_id, lock_id, holder, ttl, key, client_id, domain, labels, place)
+    ) with ordinality as chosen (call, user_id, lock_id, holder, ttl, key, client_id, domain, labels, turn)
 ),
 candidates as materialized (
     select chosen.call, chosen.lock_id as new_lock_id, chosen.holder as new_holder, chosen.ttl as new_ttl, chosen.key,
-        chosen.client_id as new_client_id, chosen.place, clock_timestamp() as taken_at, found.*
+        chosen.client_id as new_client_id, chosen.turn, clock_timestamp() as taken_at, found.*
     from chosen
     cross join lateral (
-        select locks.ctid as version, locks.*
-        from locks
-        where locks.user_id = chosen.user_id
-            and locks.quarantine is null
-            and locks.ready_at <= clock_timestamp()
-            and (locks.lock_id is null or locks.expires_at <= clock_timestamp())
+        select *
+        from free_users
+        where user_id = chosen.user_id
             and (
                 select (chosen.domain is null or users.domain = chosen.domain)
                     and (chosen.labels is null or users.labels @> chosen.labels)
                 from users
                 where users.id = chosen.user_id
             )
-        order by locks.fence desc
+        order by fence desc
         limit 1
         for update skip locked
     ) as found
@@ -43,10 +40,10 @@ candidates as materialized (
 complete as materialized (
     -- A row that changed after this statement's snapshot is locked in a version that the update below can't
     -- see: it counts as not free.
-    select candidates.call, candidates.key, array_agg(candidates.new_lock_id order by candidates.place) as lock_ids
+    select candidates.call, candidates.key, array_agg(candidates.new_lock_id order by candidates.turn) as lock_ids
     from candidates
     join locks as visible
-        on visible.ctid = candidates.version
+        on visible.ctid = candidates.place
         and visible.user_id = candidates.user_id
     group by candidates.call, candidates.key
     having count(*) = (select count(*) from chosen where chosen.call = candidates.call)
@@ -72,7 +69,7 @@ taken as (
         ready_at = candidates.taken_at + candidates.new_ttl * interval '1 second'
     from candidates
     join complete using (call)
-    where locks.ctid = candidates.version
+    where locks.ctid = candidates.place
         and locks.user_id = candidates.user_id
         and (complete.key is null or complete.lock_ids in (select bound.lock_ids from bound))
     returning locks.user_id, locks.pool_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at,

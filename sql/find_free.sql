@@ -15,17 +15,12 @@ cross join lateral (
     select unused.user_id, unused.ready_at
     from pools
     cross join lateral (
-        select locks.user_id, locks.ready_at
-        from locks
-        where locks.pool_id = pools.id
-            and locks.lock_id is null
-            and locks.quarantine is null
-            and locks.ready_at <= (select clock_timestamp())
-            and (
-                filters.labels is null
-                or (select labels @> filters.labels from users where id = locks.user_id)
-            )
-        order by locks.ready_at
+        select user_id, ready_at
+        from free_users
+        where pool_id = pools.id
+            and lock_id is null
+            and (filters.labels is null or (select labels @> filters.labels from users where id = free_users.user_id))
+        order by ready_at
         limit $7::int
     ) as unused
     where not filters.is_rare
@@ -35,25 +30,19 @@ cross join lateral (
     union all
     select expired.*
     from (
-        select locks.user_id, locks.ready_at
-        from locks
-        where locks.lock_id is not null
-            and locks.holder is not null
-            and locks.quarantine is null
-            and locks.ready_at <= (select clock_timestamp())
-            and locks.expires_at <= clock_timestamp()
-            and locks.pool_id in (
+        select user_id, ready_at
+        from free_users
+        where pool_id in (
                 select id
                 from pools
-                where pools.project_id = filters.project_id
-                    and (filters.env is null or pools.env = filters.env)
-                    and (filters.domain is null or pools.domain = filters.domain)
+                where project_id = filters.project_id
+                    and (filters.env is null or env = filters.env)
+                    and (filters.domain is null or domain = filters.domain)
             )
-            and (
-                filters.labels is null
-                or (select labels @> filters.labels from users where id = locks.user_id)
-            )
-        order by locks.ready_at
+            and lock_id is not null
+            and holder is not null
+            and (filters.labels is null or (select labels @> filters.labels from users where id = free_users.user_id))
+        order by ready_at
         limit $7::int
     ) as expired
     where not filters.is_rare
@@ -61,27 +50,21 @@ cross join lateral (
     union all
     select labelled.*
     from (
-        select locks.user_id, locks.ready_at
+        select free_users.user_id, free_users.ready_at
         from users
-        join locks on locks.user_id = users.id
+        join free_users on free_users.user_id = users.id
         where users.project_id = filters.project_id
             and (filters.env is null or users.env = filters.env)
             and (filters.domain is null or users.domain = filters.domain)
             and users.labels @> filters.labels
-            and locks.quarantine is null
-            and locks.ready_at <= (select clock_timestamp())
-            and (locks.lock_id is null or locks.expires_at <= clock_timestamp())
-        order by locks.ready_at
+        order by free_users.ready_at
         limit $7::int
     ) as labelled
     where filters.is_rare
     union all
-    select locks.user_id, locks.ready_at
-    from locks
-    where locks.user_id = filters.user_id
-        and locks.quarantine is null
-        and locks.ready_at <= clock_timestamp()
-        and (locks.lock_id is null or locks.expires_at <= clock_timestamp())
+    select user_id, ready_at
+    from free_users
+    where user_id = filters.user_id
 ) as free
 join users on users.id = free.user_id
 order by filters.filter, free.ready_at

@@ -23,10 +23,10 @@ cross join lateral (
     from (
         select id
         from users
-        where labels @> filters.labels
-            and project_id = filters.project_id
+        where project_id = filters.project_id
             and (filters.env is null or env = filters.env)
             and (filters.domain is null or domain = filters.domain)
+            and labels @> filters.labels
         offset 0
     ) as labelled
     where filters.is_rare

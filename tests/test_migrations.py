@@ -48,6 +48,7 @@ PINNED = {
     "0005.waiting": "c82483f5f30da5d1",
     "0006.clients": "ad455bd3c765e5d1",
     "0007.labels": "db2f46fd2035485a",
+    "0008.free_users": "7dd649367414832c",
 }
 
 
