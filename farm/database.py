@@ -1,3 +1,9 @@
+"""The database: its statements, the connections, and statements that calls share.
+
+A statement is a file of `sql/` and is named as that is: `SQL["get_user"]`. There are two pools of connections, one for
+locks and one for everything else, so that no list stands before a lock.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -26,8 +32,9 @@ def sql_folder(name: str) -> Traversable:
     return folder
 
 
-FILES = sorted(sql_folder("sql").iterdir(), key=lambda file: file.name)
-SQL = {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in FILES}
+SQL = {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sql_folder("sql").iterdir()}
+
+# ---- Connections -------------------------------------------------------------------------------------------
 
 # What asyncpg raises when the database is away, restarting, too busy, or cut us off.
 DATABASE_FAULTS = (
@@ -130,8 +137,9 @@ async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str
             pool.terminate()
 
 
+# ---- Statements that calls share ---------------------------------------------------------------------------
+
 BACKLOG = 5000  # calls that may wait for a statement
-UNBATCHED = 16  # statements at once where BOTFARM_BATCH is 1
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -139,7 +147,8 @@ R = TypeVar("R")
 class Coalescer(Generic[T, R]):
     """Calls `run` with the items that have gathered, at most `limit` at once; `run` answers in their order.
 
-    One statement runs at a time (two gave nothing), but for a limit of one, which is there to compare with.
+    One statement runs at a time (two gave nothing). With a limit of one nothing is gathered: each call has a statement
+    of its own, at once, as in a service that shares none.
     """
 
     def __init__(
@@ -148,7 +157,6 @@ class Coalescer(Generic[T, R]):
         self._run = run
         self._limit = limit
         self._tell = tell  # hears the size of each batch
-        self._lanes = UNBATCHED if limit == 1 else 1
         self._gathered: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -158,7 +166,7 @@ class Coalescer(Generic[T, R]):
             raise Busy(f"{len(self._gathered)} calls wait for the database already")
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._gathered.append((item, future))
-        if len(self._tasks) < self._lanes:
+        if self._limit == 1 or not self._tasks:
             self._tasks.add(asyncio.create_task(self._drain()))
         return future
 
@@ -188,6 +196,9 @@ class Coalescer(Generic[T, R]):
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
+
+
+# ---- What statements take ----------------------------------------------------------------------------------
 
 
 def new_id() -> uuid.UUID:

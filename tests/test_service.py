@@ -108,6 +108,22 @@ async def test_calls_that_arrive_while_a_statement_runs_share_the_next():
     assert batches == [[1, 2], [0], [1, 2, 3], [4, 5]]
 
 
+async def test_with_a_batch_of_one_every_call_has_a_statement_of_its_own_at_once():
+    batches, all_run = [], asyncio.Event()
+
+    async def run(items):
+        batches.append(items)
+        if len(batches) == 3:
+            all_run.set()
+        await all_run.wait()
+        return items
+
+    coalescer = farm.database.Coalescer(run, 1)
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*(coalescer(number) for number in range(3))) == [0, 1, 2]
+    assert batches == [[0], [1], [2]]
+
+
 async def test_a_database_that_is_away_is_a_503_and_comes_back(server, empty_database, project):
     with serving(configured(empty_database)) as alone:
         async with client(alone.url) as api:

@@ -44,7 +44,9 @@ def suspects(source: str) -> list[str]:
     return [line for line in found if not line.endswith(READS_THE_FILES)]
 
 
-READS_THE_FILES = "SQL = {file.name.removesuffix('.sql'): file.read_text(encoding='utf-8') for file in FILES}"
+READS_THE_FILES = (
+    "SQL = {file.name.removesuffix('.sql'): file.read_text(encoding='utf-8') for file in sql_folder('sql').iterdir()}"
+)
 
 
 def targets(node: ast.Assign | ast.AugAssign) -> ast.AST:
