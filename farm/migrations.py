@@ -91,7 +91,7 @@ def _with_settings(parameters: dict[str, str]) -> dict[str, str]:
 # ---- A run -------------------------------------------------------------------------------------------------
 
 
-def _log_data(migration: Any = None, operation: str = "apply") -> dict[str, Any]:
+def _log_data(migration: Any, operation: str) -> dict[str, Any]:
     """As yoyo's, without its look-ups of the user and the host, which fail or wait in containers."""
     return {
         "id": str(uuid.uuid4()),
@@ -138,7 +138,8 @@ def open_backend(url: str) -> Any:
                 internalmigrations.upgrade(self)
                 yield
 
-        get_log_data = staticmethod(_log_data)
+        def get_log_data(self, migration: Any = None, operation: str = "apply") -> dict[str, Any]:
+            return _log_data(migration, operation)
 
     own = {"prepare_threshold": None, "target_session_attrs": "read-write", "connect_timeout": "10"}
     address = own | libpq_parameters(url)
