@@ -91,6 +91,19 @@ def _with_settings(parameters: dict[str, str]) -> dict[str, str]:
 # ---- A run -------------------------------------------------------------------------------------------------
 
 
+def _log_data(migration: Any, operation: str) -> dict[str, Any]:
+    """As yoyo's, without its look-ups of the user and the host, which fail or wait in containers."""
+    return {
+        "id": str(uuid.uuid4()),
+        "migration_id": migration.id if migration else None,
+        "migration_hash": migration.hash if migration else None,
+        "username": str(os.getuid()),
+        "hostname": socket.gethostname(),
+        "created_at_utc": datetime.now(UTC).replace(tzinfo=None),
+        "operation": operation,
+    }
+
+
 def open_backend(url: str) -> Any:
     """yoyo's own backend, but with all of a run in one transaction.
 
@@ -131,19 +144,6 @@ def open_backend(url: str) -> Any:
     own = {"prepare_threshold": None, "target_session_attrs": "read-write", "connect_timeout": "10"}
     address = own | libpq_parameters(url)
     return Backend(DatabaseURI("postgresql", None, None, None, None, None, address), "_yoyo_migration")
-
-
-def _log_data(migration: Any, operation: str) -> dict[str, Any]:
-    """As yoyo's, without its look-ups of the user and the host, which fail or wait in containers."""
-    return {
-        "id": str(uuid.uuid4()),
-        "migration_id": migration.id if migration else None,
-        "migration_hash": migration.hash if migration else None,
-        "username": str(os.getuid()),
-        "hostname": socket.gethostname(),
-        "created_at_utc": datetime.now(UTC).replace(tzinfo=None),
-        "operation": operation,
-    }
 
 
 MIGRATING = 600  # seconds for which a migration tries to get the tables

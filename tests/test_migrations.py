@@ -162,10 +162,10 @@ def test_every_migration_can_be_taken_back():
     assert all((ROOT / "migrations" / f"{name}.rollback.sql").exists() for name in NAMES)
 
 
-def test_a_start_that_has_nothing_to_migrate_does_not_import_what_would(empty_database):
+def test_a_start_that_has_nothing_to_migrate_does_not_import_what_would(bare_database):
     """yoyo and psycopg take longer than most commands, and memory in each worker."""
     code = "import sys, farm.migrations as m; print(m.migrate(sys.argv[1]), {'yoyo', 'psycopg'} & {*sys.modules})"
-    words = [sys.executable, "-c", code, empty_database]
+    words = [sys.executable, "-c", code, bare_database]
     run = partial(subprocess.run, words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert NAMES[0] in run().stdout
     assert run().stdout == "[] set()\n"
