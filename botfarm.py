@@ -481,7 +481,7 @@ def refuse_token(request: Call, error: Exception) -> Response[words.TokenError]:
         case _:
             request.farm.events.database_failed("The database does not answer", error, request.cause)
             text = "The database does not answer; try again in a moment."
-            refused = problems.TokenRefusal("temporarily_unavailable", text, 503, Retry_After="1")
+            refused = problems.TokenRefusal("temporarily_unavailable", text, 503, retry_after=1)
     request.farm.events.refused(refused.error)
     return reply(words.TokenError(refused.error, str(refused)), refused.status, NOT_STORED | refused.headers)
 

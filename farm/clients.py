@@ -241,8 +241,7 @@ class Gate:
         self._limit(own, own["failures"] - (not valid) >= self.FAILURES)
         if row is None or not valid:
             log.warning("A token was refused to %s at %s", f"the client {id}" if row else "an unknown client", address)
-            challenge = 'Basic realm="botfarm"'
-            raise TokenRefusal("invalid_client", "Unknown client or wrong secret.", 401, WWW_Authenticate=challenge)
+            raise TokenRefusal("invalid_client", "Unknown client or wrong secret.", 401)
         return row
 
     async def _count(self, asking: list[bytes], requests: int = 0, failures: int = 0) -> list[asyncpg.Record]:
@@ -254,12 +253,12 @@ class Gate:
         if exceeded:
             wait = counted["retry_after"]
             text = f"Too many requests or failures of this client at this address; try again in {wait} seconds."
-            raise TokenRefusal("temporarily_unavailable", text, 429, Retry_After=str(wait))
+            raise TokenRefusal("temporarily_unavailable", text, 429, retry_after=wait)
 
     async def _verify(self, stored: list[str], secret: str) -> bool:
         """Whether the secret is that of one of the hashes: as slow for an unknown client as for a known one."""
         if self._waiting >= self.CROWD:
-            raise TokenRefusal("temporarily_unavailable", "Too many ask for tokens; try again.", 503, Retry_After="1")
+            raise TokenRefusal("temporarily_unavailable", "Too many ask for tokens; try again.", 503, retry_after=1)
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
@@ -346,7 +345,7 @@ def _credentials(authorization: str | None, form: dict[str, str]) -> tuple[str, 
         if "client_id" in form and "client_secret" in form:
             return form["client_id"], form["client_secret"]
         text = "Send the client's id and secret by HTTP Basic, or as client_id and client_secret."
-        raise TokenRefusal("invalid_client", text, 401, WWW_Authenticate='Basic realm="botfarm"')
+        raise TokenRefusal("invalid_client", text, 401)
     kind, _, encoded = authorization.partition(" ")
     try:
         client_id, colon, secret = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
@@ -354,7 +353,7 @@ def _credentials(authorization: str | None, form: dict[str, str]) -> tuple[str, 
         kind = client_id = colon = secret = ""
     if kind.lower() != "basic" or not colon:
         text = "The Authorization header is not HTTP Basic with the client's id and secret."
-        raise TokenRefusal("invalid_client", text, 401, WWW_Authenticate='Basic realm="botfarm"')
+        raise TokenRefusal("invalid_client", text, 401)
     client_id, secret = unquote_plus(client_id), unquote_plus(secret)
     if "client_secret" in form or form.get("client_id", client_id) != client_id:
         raise TokenRefusal("invalid_request", "The client is there twice: by HTTP Basic and in the form.")

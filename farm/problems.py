@@ -1,9 +1,9 @@
 """All that can be refused: a class for each outcome, told as application/problem+json (RFC 9457).
 
-The class decides the status and the slug; its docstring is the default detail, and the text of the OpenAPI document. A
-detail names the thing, its value and the way out. Problems are Litestar's HTTPExceptions, so a handler lists them
-in `raises`. Most are raised. The refusals of an acquire are returned instead: raising costs 11 us, and those who
-are refused in one moment share one.
+The first line of a class has its status and its slug; its docstring is the default detail, and the text of the OpenAPI
+document. A detail names the thing, its value and the way out. Problems are Litestar's HTTPExceptions, so a handler
+lists them in `raises`. Most are raised. The refusals of an acquire are returned instead: raising costs 11 us, and
+those who are refused in one moment share one.
 """
 
 from __future__ import annotations
@@ -55,13 +55,15 @@ def shown(value: Any) -> str:
 class Problem(HTTPException):
     """Something was refused."""
 
-    status_code = 500
     slug: ClassVar[str] = "internal-error"
     retry_after: ClassVar[int | None] = None
 
+    def __init_subclass__(cls, status: int, slug: str, retry_after: int | None = None) -> None:
+        cls.status_code, cls.slug, cls.retry_after = status, slug, retry_after
+
     def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None, **members: Any) -> None:
-        told = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        super().__init__(detail=detail or (self.__doc__ or "").strip(), headers=told | dict(headers or {}))
+        told = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        super().__init__(detail=detail or self.__doc__ or "", headers=told | dict(headers or {}))
         self.members = members
 
     @cached_property
@@ -78,28 +80,20 @@ class Problem(HTTPException):
 # ---- The request itself ------------------------------------------------------------------------------------
 
 
-class MalformedBody(Problem):
+class MalformedBody(Problem, status=400, slug="malformed-body"):
     """The body is not JSON in UTF-8."""
 
-    status_code, slug = 400, "malformed-body"
 
-
-class NotFound(Problem):
+class NotFound(Problem, status=404, slug="not-found"):
     """There is no such page."""
 
-    status_code, slug = 404, "not-found"
 
-
-class MethodNotAllowed(Problem):
+class MethodNotAllowed(Problem, status=405, slug="method-not-allowed"):
     """The method is not allowed here."""
 
-    status_code, slug = 405, "method-not-allowed"
 
-
-class BodyTooLarge(Problem):
+class BodyTooLarge(Problem, status=413, slug="body-too-large"):
     """The body is too large."""
-
-    status_code, slug = 413, "body-too-large"
 
     @classmethod
     def over(cls, limit: int, named: str) -> BodyTooLarge:
@@ -107,20 +101,16 @@ class BodyTooLarge(Problem):
         return cls(f"The body is over {named}, {limit} bytes.")
 
 
-class UnsupportedMediaType(Problem):
+class UnsupportedMediaType(Problem, status=415, slug="unsupported-media-type"):
     """The content type is not supported."""
-
-    status_code, slug = 415, "unsupported-media-type"
 
     @classmethod
     def encoded(cls, encoding: str) -> UnsupportedMediaType:
         return cls(f"The content encoding {encoding!r} is not supported: send it as it is.")
 
 
-class Invalid(Problem):
+class Invalid(Problem, status=422, slug="invalid"):
     """A value breaks a rule."""
-
-    status_code, slug = 422, "invalid"
 
     def __init__(self, errors: Sequence[FieldError | LineError]) -> None:
         first = "; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors[:3])
@@ -131,19 +121,15 @@ class Invalid(Problem):
         return cls([FieldError(name, message)])
 
 
-class HeadTooLarge(Problem):
+class HeadTooLarge(Problem, status=431, slug="head-too-large"):
     """The head of the request is over 64 KiB."""
-
-    status_code, slug = 431, "head-too-large"
 
 
 # ---- Who calls ---------------------------------------------------------------------------------------------
 
 
-class Unauthenticated(Problem):
+class Unauthenticated(Problem, status=401, slug="unauthenticated"):
     """A token is needed: get one at POST /token, and send it as `Authorization: Bearer ...`."""
-
-    status_code, slug = 401, "unauthenticated"
 
     def __init__(self, fault: str = "") -> None:
         """With what is wrong with the token that was sent (RFC 6750 section 3.1)."""
@@ -151,10 +137,8 @@ class Unauthenticated(Problem):
         super().__init__(fault, headers={"WWW-Authenticate": f'Bearer realm="botfarm"{wrong}'})
 
 
-class Forbidden(Problem):
+class Forbidden(Problem, status=403, slug="forbidden"):
     """The token lacks the scope or the project."""
-
-    status_code, slug = 403, "forbidden"
 
     def __init__(self, detail: str, scope: str | None = None) -> None:
         needed = f', scope="{scope}"' if scope else ""
@@ -173,44 +157,37 @@ class Forbidden(Problem):
 class TokenRefusal(Exception):
     """A token is refused, in the form of RFC 6749 section 5.2 and not in that of a problem."""
 
-    ERRORS: ClassVar[tuple[str, ...]] = (
-        "invalid_client", "invalid_request", "invalid_scope", "temporarily_unavailable", "unsupported_grant_type",
-    )  # fmt: skip
+    ERRORS = ("invalid_client", "invalid_request", "invalid_scope", "temporarily_unavailable", "unsupported_grant_type")
 
-    def __init__(self, error: str, description: str, status: int = 400, **headers: str) -> None:
+    def __init__(self, error: str, description: str, status: int = 400, retry_after: int | None = None) -> None:
         super().__init__(re.sub(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]", "'", description))  # what section 5.2 allows
-        self.error = error
-        self.status = status
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.error, self.status = error, status
+        self.headers = {"WWW-Authenticate": 'Basic realm="botfarm"'} if status == 401 else {}
+        if retry_after:
+            self.headers["Retry-After"] = str(retry_after)
 
 
 # ---- Users -------------------------------------------------------------------------------------------------
 
 
-class UserNotFound(Problem):
+class UserNotFound(Problem, status=404, slug="user-not-found"):
     """There is no such user."""
-
-    status_code, slug = 404, "user-not-found"
 
     @classmethod
     def of(cls, id: uuid.UUID) -> UserNotFound:
         return cls(f"There is no user {id}.")
 
 
-class LoginTaken(Problem):
+class LoginTaken(Problem, status=409, slug="login-taken"):
     """The login exists already in that project and env."""
-
-    status_code, slug = 409, "login-taken"
 
     @classmethod
     def of(cls, login: Any) -> LoginTaken:
         return cls(f"The login {shown(login)} exists already in that project and env: choose another one.")
 
 
-class UserLocked(Problem):
+class UserLocked(Problem, status=409, slug="user-locked"):
     """The user is held by another."""
-
-    status_code, slug = 409, "user-locked"
 
     @classmethod
     def of(cls, id: uuid.UUID, lock: Any) -> UserLocked:
@@ -220,19 +197,15 @@ class UserLocked(Problem):
         return cls(detail, holder=holder, expires_at=end)
 
 
-class UserUnavailable(Problem):
+class UserUnavailable(Problem, status=409, slug="user-unavailable"):
     """The user is resting or quarantined."""
-
-    status_code, slug = 409, "user-unavailable"
 
 
 # ---- Locks -------------------------------------------------------------------------------------------------
 
 
-class LockNotHeld(Problem):
+class LockNotHeld(Problem, status=404, slug="lock-not-held"):
     """The lock is not held: its id is unknown, or the lock has ended."""
-
-    status_code, slug = 404, "lock-not-held"
 
     @classmethod
     def of(cls, id: uuid.UUID, end: Any = None) -> LockNotHeld:
@@ -243,38 +216,28 @@ class LockNotHeld(Problem):
         return cls(detail, ended_at=end["ended_at"], ended_by=end["ended_by"])
 
 
-class NoMatchingUser(Problem):
+class NoMatchingUser(Problem, status=404, slug="no-matching-user"):
     """No user at all matches the filter, so waiting would not help: create one, or ask for less."""
 
-    status_code, slug = 404, "no-matching-user"
 
-
-class PoolExhausted(Problem):
+class PoolExhausted(Problem, status=409, slug="pool-exhausted", retry_after=1):
     """Users match, but none is free."""
 
-    status_code, slug, retry_after = 409, "pool-exhausted", 1
 
-
-class LockEnded(Problem):
+class LockEnded(Problem, status=409, slug="lock-ended"):
     """The lock of this idempotency key has ended: use a new key for a new lock."""
-
-    status_code, slug = 409, "lock-ended"
 
 
 # ---- The service -------------------------------------------------------------------------------------------
 
 
-class InternalError(Problem):
+class InternalError(Problem, status=500, slug="internal-error"):
     """An unforeseen error; the service's log has it under this request id."""
 
 
-class ShuttingDown(Problem):
+class ShuttingDown(Problem, status=503, slug="shutting-down", retry_after=1):
     """This replica stops; another one, or this one in a moment, serves the call."""
 
-    status_code, slug, retry_after = 503, "shutting-down", 1
 
-
-class DatabaseUnavailable(Problem):
+class DatabaseUnavailable(Problem, status=503, slug="database-unavailable", retry_after=1):
     """The database does not answer; try again in a moment."""
-
-    status_code, slug, retry_after = 503, "database-unavailable", 1

@@ -11,7 +11,7 @@ import base64
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -41,21 +41,16 @@ LabelKey = Annotated[str, Meta(pattern=WORD)]
 LabelValue = Annotated[str, Meta(max_length=255, pattern=PLAIN)]
 Labels = Annotated[dict[LabelKey, LabelValue], Meta(max_length=32, examples=[{"role": "admin"}])]
 LabelPair = Annotated[str, Meta(pattern=LABEL_PAIR, examples=["role:admin"])]
-AnyLogin = Annotated[str, Meta(max_length=254, pattern=PLAIN)]
 Login = Annotated[str, Meta(min_length=1, max_length=254, pattern=PLAIN, examples=["bot-1"])]
 Password = Annotated[str, Meta(min_length=1, max_length=1024, pattern=NO_NUL, examples=["correct horse"])]
 Holder = Annotated[str, Meta(max_length=200, pattern=PLAIN, description="who asks, for people and bulk release")]
-SomeHolder = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN)]
 Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=PLAIN, examples=["login page says: blocked"])]
 ProjectId = Annotated[uuid.UUID, Meta(examples=["11111111-1111-4111-8111-111111111111"])]
 Ttl = Annotated[int, Meta(ge=1, description="seconds until the lock ends by itself")]
 Wait = Annotated[int, Meta(ge=0, description="seconds to wait for a user that comes free")]
 Env = Annotated[str, Meta(description="one of BOTFARM_ENVS", examples=["stage"])]
 Domain = Annotated[str, Meta(description="one of BOTFARM_DOMAINS", examples=["regular"])]
-Cooldown = Annotated[int, Meta(ge=0, le=86400, description="seconds that the user rests")]
 UserState = Literal["free", "locked", "resting", "quarantined"]
-Limit = Annotated[int, Meta(ge=1, le=1000)]
-CursorText = Annotated[str, Meta(max_length=200, description="`next` of the page before")]
 T = TypeVar("T")
 
 
@@ -102,24 +97,22 @@ class Body(Struct, forbid_unknown_fields=True, frozen=True):
     """What a caller sends: unknown fields are refused, so a mistyped filter never widens a call."""
 
 
-class NewUser(Body, frozen=True):
+class UserFields(Body, frozen=True):
     login: Login
+    project_id: ProjectId
+    env: Env
+    domain: Domain = "regular"
+    labels: Labels = {}
+
+
+class NewUser(UserFields, frozen=True, kw_only=True):
     password: Password
-    project_id: ProjectId
-    env: Env
-    domain: Domain = "regular"
-    labels: Labels = {}
 
 
-class ImportedUser(Body, frozen=True):
-    """A line of an import: like a new user, but a known one keeps its password when there is none."""
+class ImportedUser(UserFields, frozen=True):
+    """A line of an import: a known user keeps its password when there is none."""
 
-    login: Login
-    project_id: ProjectId
-    env: Env
     password: Password | None = None
-    domain: Domain = "regular"
-    labels: Labels = {}
 
 
 class UserChanges(Body, frozen=True):
@@ -166,11 +159,10 @@ class SetPart(Filter, frozen=True):
     count: Annotated[int, Meta(ge=1, le=100)] = 1
 
 
-class AcquireSet(Body, frozen=True):
+class AcquireSet(AcquireUser, frozen=True, kw_only=True):
+    """Several users together, each of them asked for as one is."""
+
     users: Annotated[list[SetPart], Meta(min_length=1, max_length=100)]
-    ttl: Ttl = 300
-    wait: Wait = 0
-    holder: Holder = ""
 
 
 class ExtendLock(Body, frozen=True):
@@ -404,14 +396,14 @@ def forbidden(settings: Settings, body: Any) -> Iterator[FieldError]:
         if isinstance(seconds, int) and seconds > longest:
             yield FieldError(field, f"{seconds} is over the longest {field} of {longest} seconds")
     if isinstance(body, AcquireSet):
-        yield from _forbidden_in_set(settings, body)
+        yield from _forbidden_in_set(settings, body.users)
 
 
-def _forbidden_in_set(settings: Settings, body: AcquireSet) -> Iterator[FieldError]:
-    for number, part in enumerate(body.users):
+def _forbidden_in_set(settings: Settings, parts: list[SetPart]) -> Iterator[FieldError]:
+    for number, part in enumerate(parts):
         for fault in forbidden(settings, part):
             yield FieldError(f"users[{number}].{fault.field}", fault.message)
-    if (total := sum(part.count for part in body.users)) > 100:
+    if (total := sum(part.count for part in parts)) > 100:
         yield FieldError("users", f"{total} users are asked for, but a set has 100 at the most")
 
 
@@ -421,61 +413,45 @@ def _forbidden_in_set(settings: Settings, body: AcquireSet) -> Iterator[FieldErr
 UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
 
 
+def _number(text: str) -> float:
+    """60.0 is 60: in JSON they are the same."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+UNTYPED = msgspec.json.Decoder(float_hook=_number)
+
+
 def decode_body(body: bytes, kind: type[T]) -> T:
     """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
     try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        pass
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError:
+            return _convert(UNTYPED.decode(body), kind)
     except UNREADABLE as error:
-        raise _no_json(error) from None
-    return _convert_whole(_raw(body), kind)
+        why = str(error) or "nested too deep"
+        raise MalformedBody(f"The body is not JSON in UTF-8 that can be read: {why}.") from None
 
 
-def _no_json(error: Exception) -> MalformedBody:
-    return MalformedBody(f"The body is not JSON in UTF-8 that can be read: {str(error) or 'nested too deep'}.")
-
-
-def _raw(body: bytes) -> Any:
+def _convert(raw: Any, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(body)
-    except UNREADABLE as error:
-        raise _no_json(error) from None
-
-
-def _convert_whole(raw: Any, kind: type[T]) -> T:
-    """What was refused maybe because a whole number is written as 60.0, which is the same in JSON."""
-
-    def whole(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: whole(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [whole(item) for item in node]
-        return int(node) if isinstance(node, float) and node.is_integer() else node
-
-    try:
-        raw = whole(raw)
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         raise Invalid(field_errors(error, raw, kind)) from None
-    except RecursionError as error:
-        raise _no_json(error) from None
-
-
-def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[FieldError]:
-    """All unknown fields, and the first fault, with the value that was sent (but for passwords)."""
-    unknown = list(_unknown_fields(raw, kind))[:20]
-    fault = _fault(error, raw)
-    if not unknown or fault.message != UNKNOWN:
-        return [*unknown, fault]
-    return unknown
 
 
 UNKNOWN = "unknown field"
 
 
+def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[FieldError]:
+    """All unknown fields, and the first fault, with the value that was sent (but for passwords)."""
+    unknown, fault = list(_unknown_fields(raw, kind))[:20], _fault(error, raw)
+    return unknown if unknown and fault.message == UNKNOWN else [*unknown, fault]
+
+
 def _unknown_fields(raw: Any, kind: type, place: str = "") -> Iterator[FieldError]:
-    if not isinstance(raw, Mapping):
+    if not isinstance(raw, dict):
         return
     for name, value in raw.items():
         if name not in kind.__struct_fields__:  # pyright: ignore[reportAttributeAccessIssue]
@@ -497,25 +473,19 @@ def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
         value = _value_at(raw, place)
     except (LookupError, ValueError, TypeError):  # not a place, but a name that was sent and reads like one
         return FieldError(None, text)
-    if place.endswith("labels") and isinstance(value, Mapping):
+    if place.endswith("labels") and isinstance(value, dict):
         return _label_error(place, value, text)
     return FieldError(place or None, told(text, place, value))
-
-
-def told(text: str, place: str, value: Any) -> str:
-    """What msgspec says of a value, in words, and with the value but for passwords."""
-    text = in_words(text, RULES)
-    return f"{shown(value)} is not allowed: {text}" if place and not place.endswith("password") else text
 
 
 def _value_at(raw: Any, place: str) -> Any:
     """What stands at a place such as users[0].env."""
     for part in re.findall(r"[^.\[\]]+", place):
-        raw = raw[int(part) if isinstance(raw, Sequence) else part]
+        raw = raw[int(part) if isinstance(raw, list) else part]
     return raw
 
 
-def _label_error(place: str, labels: Mapping[str, Any], message: str) -> FieldError:
+def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError:
     for key, value in labels.items():
         if not re.match(WORD, key):
             return FieldError(place, f"the key {shown(key)} is not 1 to 63 of A-Z a-z 0-9 _ . -")
@@ -523,3 +493,9 @@ def _label_error(place: str, labels: Mapping[str, Any], message: str) -> FieldEr
             rule = "must be a text of up to 255 characters without control characters"
             return FieldError(f"{place}.{key}", f"{shown(value)} {rule}")
     return FieldError(place, message)
+
+
+def told(text: str, place: str, value: Any) -> str:
+    """What msgspec says of a value, in words, and with the value but for passwords."""
+    text = in_words(text, RULES)
+    return f"{shown(value)} is not allowed: {text}" if place and not place.endswith("password") else text
