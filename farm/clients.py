@@ -287,7 +287,7 @@ def _uuid_or_none(text: str) -> uuid.UUID | None:
     return None
 
 
-# ---- POST /token: the client credentials grant, RFC 6749 section 4.4 ----------------------------------------
+# ---- POST /token: the client credentials grant, RFC 6749 section 4.4 ---------------------------------------
 # The password grant is left out on purpose, see RFC 9700 section 2.4.
 
 FORM = "application/x-www-form-urlencoded"

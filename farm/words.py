@@ -26,6 +26,8 @@ JSON = "application/json"
 NDJSON = "application/x-ndjson"
 CSV = "text/csv"
 
+# ---- Types and their limits --------------------------------------------------------------------------------
+
 LABEL_PAIR = r"^[A-Za-z0-9_.-]{1,63}:[^\x00-\x1f\x7f-\x9f]{0,255}(?!\n)$"
 PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*(?!\n)$"
 NO_NUL = r"^[^\x00]*$"
@@ -169,9 +171,6 @@ class ExtendLock(Body, frozen=True):
     ttl: Ttl | None = None
 
 
-# ---- What callers get --------------------------------------------------------------------------------------
-
-
 class UserFilter(Struct):
     """Which users are listed; null for any."""
 
@@ -193,6 +192,9 @@ class UserFilter(Struct):
         if projects and len(projects) == 1:  # which an index leads to
             project_id, projects = projects[0], None
         return [project_id, self.env, self.domain, self.state, self.holder, self.login, labels, *page, projects]
+
+
+# ---- What callers get --------------------------------------------------------------------------------------
 
 
 class UserLock(Struct):
