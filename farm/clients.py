@@ -117,6 +117,21 @@ class Claims(Struct):
     exp: float
 
 
+def _network(address: str) -> str:
+    """An address, or where it is of IPv6 the network of 64 bits that one customer has."""
+    with contextlib.suppress(ValueError):
+        parsed = ipaddress.ip_address(address)
+        if parsed.version == 6 and not parsed.ipv4_mapped:
+            return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address
+
+
+def _uuid_or_none(text: str) -> uuid.UUID | None:
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(text, uuid.UUID)
+    return None
+
+
 class Gate:
     """Checks tokens, and gives them to those who know a client's secret.
 
@@ -272,39 +287,11 @@ class Gate:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _network(address: str) -> str:
-    """An address, or where it is of IPv6 the network of 64 bits that one customer has."""
-    with contextlib.suppress(ValueError):
-        parsed = ipaddress.ip_address(address)
-        if parsed.version == 6 and not parsed.ipv4_mapped:
-            return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return address
-
-
-def _uuid_or_none(text: str) -> uuid.UUID | None:
-    with contextlib.suppress(msgspec.ValidationError):
-        return msgspec.convert(text, uuid.UUID)
-    return None
-
-
 # ---- POST /token: the client credentials grant, RFC 6749 section 4.4 ---------------------------------------
 # The password grant is left out on purpose, see RFC 9700 section 2.4.
 
 FORM = "application/x-www-form-urlencoded"
 LONGEST_FORM = 16 * 1024
-
-
-async def grant_token(gate: Gate, form: dict[str, str], authorization: str | None, address: str) -> Token:
-    """A token for a client's secret. TokenRefusal says why there is none."""
-    client_id, secret = _credentials(authorization, form)
-    grant = form.get("grant_type")
-    if grant is None:
-        raise TokenRefusal("invalid_request", "grant_type is missing: it is client_credentials.")
-    if grant != "client_credentials":
-        raise TokenRefusal("unsupported_grant_type", f"{shown(grant)} is not the one grant here, client_credentials.")
-    client = await gate.authenticate(client_id, secret, address)
-    scope = _granted_scope(form.get("scope", ""), client["scopes"])
-    return Token(gate.issue(client["id"], scope), "Bearer", gate.LIFE, scope)
 
 
 def read_form(content_type: str, body: bytes) -> dict[str, str]:
@@ -346,3 +333,16 @@ def _granted_scope(asked: str, scopes: Sequence[str]) -> str:
     if excess := sorted(set(asked.split()) - with_implied(scopes)):
         raise TokenRefusal("invalid_scope", f"{shown(excess[0])} is none of the client's scopes, {' '.join(scopes)}.")
     return " ".join(dict.fromkeys(asked.split())) or " ".join(scopes)
+
+
+async def grant_token(gate: Gate, form: dict[str, str], authorization: str | None, address: str) -> Token:
+    """A token for a client's secret. TokenRefusal says why there is none."""
+    client_id, secret = _credentials(authorization, form)
+    grant = form.get("grant_type")
+    if grant is None:
+        raise TokenRefusal("invalid_request", "grant_type is missing: it is client_credentials.")
+    if grant != "client_credentials":
+        raise TokenRefusal("unsupported_grant_type", f"{shown(grant)} is not the one grant here, client_credentials.")
+    client = await gate.authenticate(client_id, secret, address)
+    scope = _granted_scope(form.get("scope", ""), client["scopes"])
+    return Token(gate.issue(client["id"], scope), "Bearer", gate.LIFE, scope)

@@ -118,6 +118,18 @@ class Passwords:
 PROOF_OWNER = uuid.UUID(int=0)
 
 
+async def _prove(pool: Connections, keyring: Keyring, key_id: str) -> None:
+    """Whether the key opens what was sealed when the database saw its id for the first time."""
+    stored = await pool.fetchval(SQL["prove_key"], key_id, keyring.seal(PROOF_OWNER, "BotFarm", key_id))
+    try:
+        keyring.open(PROOF_OWNER, stored)
+    except KeyFault:
+        raise KeyFault(
+            f"BOTFARM_KEYS: the key {key_id!r} is not the one that this database was used with under that id. "
+            "Set the right key, or give a new key another id."
+        ) from None
+
+
 async def check_keys(pool: Connections, keyring: Keyring | None) -> None:
     """Find a wrong or a missing key now and not at the first lock. KeyFault says which and what to do."""
     known = keyring.ids if keyring else []
@@ -130,18 +142,6 @@ async def check_keys(pool: Connections, keyring: Keyring | None) -> None:
                 f"BOTFARM_KEYS: the key {key_id!r} is missing, but passwords are sealed with it. Add it (after the "
                 "first key), and run `python botfarm.py reseal` before you take it out."
             )
-
-
-async def _prove(pool: Connections, keyring: Keyring, key_id: str) -> None:
-    """Whether the key opens what was sealed when the database saw its id for the first time."""
-    stored = await pool.fetchval(SQL["prove_key"], key_id, keyring.seal(PROOF_OWNER, "BotFarm", key_id))
-    try:
-        keyring.open(PROOF_OWNER, stored)
-    except KeyFault:
-        raise KeyFault(
-            f"BOTFARM_KEYS: the key {key_id!r} is not the one that this database was used with under that id. "
-            "Set the right key, or give a new key another id."
-        ) from None
 
 
 async def reseal(pool: Connections, keyring: Keyring, progress: Callable[[int], None]) -> int:
