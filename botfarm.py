@@ -77,7 +77,6 @@ from farm.clients import (
     Gate,
     grant_token,
     read_form,
-    signing_keys,
 )
 from farm.database import DATABASE_FAULTS, SQL, STATEMENT, new_id, open_pool
 from farm.imports import CsvFile, NdjsonFile, exported
@@ -86,7 +85,7 @@ from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
 from farm.passwords import Passwords, check_keys, keyring_of, load_keys
 from farm.server import on_stop
-from farm.settings import Settings, jittered, log, parse_keys
+from farm.settings import Secret, Settings, jittered, log
 from farm.telemetry import JOURNAL, Events, log_as_lines
 from farm.waiting import Ask, listen
 from farm.words import CSV, NDJSON, Lock, User
@@ -647,7 +646,7 @@ async def running(app: Litestar) -> AsyncIterator[None]:
         stack.callback(passwords.close)
         stack.callback(JOURNAL.flush)  # after the last words of what is closed below
         events = Events(JOURNAL if settings.log == "events" else None)
-        gate = Gate(pool, parse_keys(signing_keys(settings))) if settings.auth == "on" else None
+        gate = Gate(pool, cast("Secret", settings.signing_keys)) if settings.auth == "on" else None
         if gate:
             stack.callback(gate.close)
         app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
@@ -674,7 +673,7 @@ def jobs_of(farm: Farm, database: str) -> list[Coroutine[Any, Any, None]]:
         url = farm.settings.listen_url
         jobs.append(listen(farm.desk, url.reveal() if url else database))
     if farm.gate:
-        jobs.append(farm.gate.keep_fresh())
+        jobs.append(repeat(farm, partial(farm.gate.refresh, None), "the look at the clients", farm.gate.REFRESH))
     return jobs
 
 

@@ -28,10 +28,10 @@ import msgspec
 from cachetools import TLRUCache
 from msgspec import Struct
 
-from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections
+from farm.database import SQL, Coalescer, Connections
 from farm.passwords import HASHER, matches
 from farm.problems import Forbidden, TokenRefusal, Unauthenticated, shown
-from farm.settings import NO_SIGNING_KEY, BadSettings, Settings, jittered, log
+from farm.settings import Secret, log, parse_keys
 from farm.telemetry import Cause
 from farm.words import Token
 
@@ -57,15 +57,21 @@ class Caller(Struct, frozen=True):
     scopes: frozenset[str] = frozenset(SCOPES)
     projects: tuple[uuid.UUID, ...] | None = None  # null: all
 
+    @classmethod
+    def of(cls, row: asyncpg.Record) -> Caller:
+        """A client, with all of its scopes: a row of list_clients.sql."""
+        projects = None if row["projects"] is None else tuple(row["projects"])
+        return cls(row["id"], with_implied(row["scopes"]), projects)
+
     @property
     def owner(self) -> uuid.UUID | None:
         """The client whose locks it may touch; null: anybody's."""
         return None if "admin" in self.scopes else self.client
 
-    def check_project(self, project_id: uuid.UUID | None, where: str = "") -> None:
+    def check_project(self, project_id: uuid.UUID | None) -> None:
         """Forbidden where a client that is limited to projects names another one."""
         if self.projects is not None and project_id is not None and project_id not in self.projects:
-            raise Forbidden.project(project_id, where)
+            raise Forbidden.project(project_id)
 
 
 ANYBODY = Caller()
@@ -84,30 +90,23 @@ def caller_of(scope: Any) -> Caller:
 def cause_of(scope: Any) -> Cause:
     """Where an event comes from: the request's own id and trace, where it brought some that are well formed."""
     state = scope["state"]
-    cause = state.get(CAUSE)
-    if cause is None:
-        request_id = trace_id = None
-        echo = []
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
-                request_id = value.decode()
-                echo.append((name, value))
-            elif name == b"traceparent" and (found := TRACEPARENT.fullmatch(value)):
-                trace_id = found[1].decode()
-                echo.append((name, value))
-        request_id = request_id or f"{_PREFIX}-{next(_NUMBERS):x}"
-        state[CAUSE] = cause = Cause(request_id, trace_id, caller_of(scope).client, echo or None)
+    if (cause := state.get(CAUSE)) is not None:
+        return cause
+    request_id = trace_id = None
+    echo = []
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            request_id = value.decode()
+            echo.append((name, value))
+        elif name == b"traceparent" and (found := TRACEPARENT.fullmatch(value)):
+            trace_id = found[1].decode()
+            echo.append((name, value))
+    request_id = request_id or f"{_PREFIX}-{next(_NUMBERS):x}"
+    state[CAUSE] = cause = Cause(request_id, trace_id, caller_of(scope).client, echo or None)
     return cause
 
 
 # ---- Clients and their tokens ------------------------------------------------------------------------------
-
-
-class Client(Struct, frozen=True):
-    """What a replica knows of a client: its scopes with those that they imply, and its projects (null: all)."""
-
-    scopes: frozenset[str]
-    projects: tuple[uuid.UUID, ...] | None
 
 
 class Claims(Struct):
@@ -116,6 +115,21 @@ class Claims(Struct):
     sub: uuid.UUID
     scope: str
     exp: float
+
+
+def _network(address: str) -> str:
+    """An address, or where it is of IPv6 the network of 64 bits that one customer has."""
+    with contextlib.suppress(ValueError):
+        parsed = ipaddress.ip_address(address)
+        if parsed.version == 6 and not parsed.ipv4_mapped:
+            return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address
+
+
+def _uuid_or_none(text: str) -> uuid.UUID | None:
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(text, uuid.UUID)
+    return None
 
 
 class Gate:
@@ -137,10 +151,10 @@ class Gate:
     LONGEST = 2048  # characters of an Authorization header; our tokens have some 400
     CROWD = 100  # secrets that may wait for their check
 
-    def __init__(self, pool: Connections, keys: dict[str, bytes]) -> None:
+    def __init__(self, pool: Connections, keys: Secret) -> None:
         self._pool = pool
-        self._keys = keys
-        self._clients: dict[uuid.UUID, Client] = {}
+        self._keys = parse_keys(keys.reveal())
+        self._clients: dict[uuid.UUID, Caller] = {}
         self._read_at = -self.STALE
         # Header -> its caller (None: the client is gone) and until when that holds: a check costs 63 us, a look-up 1.
         self._checked: TLRUCache[str, tuple[Caller | None, float]] = TLRUCache(
@@ -181,9 +195,10 @@ class Gate:
         claims = self._claims(token)
         if claims.sub not in self._clients or time.monotonic() >= self._read_at + self.STALE:
             await self.refresh(None)
-        client = self._clients.get(claims.sub)
-        scopes = with_implied(claims.scope.split())
-        caller = Caller(claims.sub, scopes & client.scopes, client.projects) if client else None
+        caller = self._clients.get(claims.sub)
+        if caller:
+            scopes = caller.scopes & with_implied(claims.scope.split())
+            caller = Caller(claims.sub, scopes, caller.projects)
         self._checked[sent] = caller, time.monotonic() + min(self.CHECKED, claims.exp - time.time())
         return caller
 
@@ -203,24 +218,11 @@ class Gate:
     async def _read(self, asked: list[None]) -> list[None]:
         """Read the clients. Where one has changed, what was checked does not count any more."""
         began = time.monotonic()
-        rows = await self._pool.fetch(SQL["list_clients"])
-        projects = {row["id"]: None if row["projects"] is None else tuple(row["projects"]) for row in rows}
-        clients = {row["id"]: Client(with_implied(row["scopes"]), projects[row["id"]]) for row in rows}
+        clients = {row["id"]: Caller.of(row) for row in await self._pool.fetch(SQL["list_clients"])}
         if clients != self._clients:
             self._checked.clear()
         self._clients, self._read_at = clients, began
         return asked
-
-    async def keep_fresh(self) -> None:
-        """Read the clients again and again (for ever)."""
-        while True:
-            pause = jittered(self.REFRESH)
-            try:
-                await self.refresh(None)
-            except (asyncpg.PostgresError, *DATABASE_FAULTS) as fault:
-                log.warning("The clients cannot be read: %s: %s", type(fault).__name__, fault)
-                pause = min(pause, 2)
-            await asyncio.sleep(pause)
 
     async def authenticate(self, client_id: str, secret: str, address: str) -> asyncpg.Record:
         """The client with this secret. TokenRefusal for a wrong one, and for one who asks too often.
@@ -285,45 +287,11 @@ class Gate:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _network(address: str) -> str:
-    """An address, or where it is of IPv6 the network of 64 bits that one customer has."""
-    with contextlib.suppress(ValueError):
-        parsed = ipaddress.ip_address(address)
-        if parsed.version == 6 and not parsed.ipv4_mapped:
-            return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return address
-
-
-def _uuid_or_none(text: str) -> uuid.UUID | None:
-    with contextlib.suppress(msgspec.ValidationError):
-        return msgspec.convert(text, uuid.UUID)
-    return None
-
-
-def signing_keys(settings: Settings) -> str:
-    if settings.signing_keys is None:
-        raise BadSettings(f"BOTFARM_SIGNING_KEYS: {NO_SIGNING_KEY}")
-    return settings.signing_keys.reveal()
-
-
-# ---- POST /token: the client credentials grant, RFC 6749 section 4.4 ----------------------------------------
+# ---- POST /token: the client credentials grant, RFC 6749 section 4.4 ---------------------------------------
 # The password grant is left out on purpose, see RFC 9700 section 2.4.
 
 FORM = "application/x-www-form-urlencoded"
 LONGEST_FORM = 16 * 1024
-
-
-async def grant_token(gate: Gate, form: dict[str, str], authorization: str | None, address: str) -> Token:
-    """A token for a client's secret. TokenRefusal says why there is none."""
-    client_id, secret = _credentials(authorization, form)
-    grant = form.get("grant_type")
-    if grant is None:
-        raise TokenRefusal("invalid_request", "grant_type is missing: it is client_credentials.")
-    if grant != "client_credentials":
-        raise TokenRefusal("unsupported_grant_type", f"{shown(grant)} is not the one grant here, client_credentials.")
-    client = await gate.authenticate(client_id, secret, address)
-    scope = _granted_scope(form.get("scope", ""), client["scopes"])
-    return Token(gate.issue(client["id"], scope), "Bearer", gate.LIFE, scope)
 
 
 def read_form(content_type: str, body: bytes) -> dict[str, str]:
@@ -365,3 +333,16 @@ def _granted_scope(asked: str, scopes: Sequence[str]) -> str:
     if excess := sorted(set(asked.split()) - with_implied(scopes)):
         raise TokenRefusal("invalid_scope", f"{shown(excess[0])} is none of the client's scopes, {' '.join(scopes)}.")
     return " ".join(dict.fromkeys(asked.split())) or " ".join(scopes)
+
+
+async def grant_token(gate: Gate, form: dict[str, str], authorization: str | None, address: str) -> Token:
+    """A token for a client's secret. TokenRefusal says why there is none."""
+    client_id, secret = _credentials(authorization, form)
+    grant = form.get("grant_type")
+    if grant is None:
+        raise TokenRefusal("invalid_request", "grant_type is missing: it is client_credentials.")
+    if grant != "client_credentials":
+        raise TokenRefusal("unsupported_grant_type", f"{shown(grant)} is not the one grant here, client_credentials.")
+    client = await gate.authenticate(client_id, secret, address)
+    scope = _granted_scope(form.get("scope", ""), client["scopes"])
+    return Token(gate.issue(client["id"], scope), "Bearer", gate.LIFE, scope)

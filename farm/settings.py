@@ -1,3 +1,8 @@
+"""What can be configured, by environment variables and by the flags that set them.
+
+A secret is a value that is never shown; it can come from a file instead. All bad values are told at once.
+"""
+
 from __future__ import annotations
 
 import base64
@@ -15,6 +20,13 @@ from msgspec import Meta, Struct
 log = logging.getLogger("botfarm")
 
 
+def jittered(seconds: float) -> float:
+    return seconds * (0.75 + secrets.randbelow(500) / 1000)
+
+
+# ---- Values ------------------------------------------------------------------------------------------------
+
+
 class Secret:
     """A value that is never shown: not by print, repr, logging or a traceback."""
 
@@ -26,10 +38,6 @@ class Secret:
 
     def __repr__(self) -> str:
         return "Secret(...)"
-
-
-class BadSettings(Exception):
-    """Every setting that has a bad value, one a line."""
 
 
 WORD = r"^[A-Za-z0-9_.-]{1,63}(?!\n)$"
@@ -45,8 +53,30 @@ def in_words(message: Any, rules: Mapping[str, str]) -> str:
     return next((rule for pattern, rule in rules.items() if repr(pattern) in str(message)), str(message))
 
 
+KEY_PATTERN = re.compile(r"([A-Za-z0-9_.-]{1,32}):([A-Za-z0-9+/]{43}=)")
+
+
+def parse_keys(text: str) -> dict[str, bytes]:
+    """Keys by id, from `id:key,...`, each 32 bytes in standard base64. ValueError names the id, never the key."""
+    keys: dict[str, bytes] = {}
+    for number, part in enumerate(text.split(","), 1):
+        found = KEY_PATTERN.fullmatch(part.strip())
+        if not found:
+            raise ValueError(f"key {number} is not id:key with a key of 32 bytes in base64; `keygen` makes one")
+        if found[1] in keys:
+            raise ValueError(f"the key id {found[1]!r} is there twice")
+        keys[found[1]] = base64.b64decode(found[2], validate=True)
+    return keys
+
+
+# ---- Settings ----------------------------------------------------------------------------------------------
+
 Names = Annotated[tuple[Annotated[str, Meta(pattern=WORD)], ...], Meta(min_length=1)]
 Origin = Annotated[str, Meta(pattern=ORIGIN)]
+
+
+class BadSettings(Exception):
+    """Every setting that has a bad value, one a line."""
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -83,29 +113,29 @@ class Settings(Struct, frozen=True, kw_only=True):
     def load(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read the environment; BadSettings lists all values that are wrong."""
         values: dict[str, Any] = {}
-        faults: list[str] = []
+        faults: dict[str, object] = {}
         for field, variable in cls.variables().items():
             try:
-                text = _from_environment(environ, variable, field in SECRET_SETTINGS)
+                text = _text_of(environ, variable, field in SECRET_SETTINGS)
                 if text is not None:
-                    values[field] = _typed_setting(field, text)
-            except (ValueError, OSError) as error:
-                faults.append(f"{variable}: {error}")
-        keys = ("BOTFARM_SIGNING_KEYS", "BOTFARM_SIGNING_KEYS_FILE")
-        if values.get("auth") == "on" and not any(environ.get(name) for name in keys):
-            faults.append(f"BOTFARM_SIGNING_KEYS: {NO_SIGNING_KEY}")
+                    values[field] = _typed(field, text)
+            except (ValueError, OSError) as fault:
+                faults[variable] = fault
+        if values.get("auth") == "on" and "signing_keys" not in values:
+            faults.setdefault(
+                "BOTFARM_SIGNING_KEYS", "needed when BOTFARM_AUTH=on; `python botfarm.py keygen` prints a key"
+            )
         if faults:
-            raise BadSettings("\n".join(["Bad settings:", *faults]))
+            raise BadSettings("\n".join(["Bad settings:", *(f"{name}: {fault}" for name, fault in faults.items())]))
         return cls(**values)
 
 
 LIST_SETTINGS = frozenset({"envs", "domains", "cors_origins"})
 SECRET_SETTINGS = frozenset({"database_url", "keys", "listen_url", "signing_keys"})
-NO_SIGNING_KEY = "needed when BOTFARM_AUTH=on; `python botfarm.py keygen` prints a key"
 SETTING_TYPES = get_type_hints(Settings, include_extras=True)
 
 
-def _from_environment(environ: Mapping[str, str], variable: str, is_secret: bool) -> str | None:
+def _text_of(environ: Mapping[str, str], variable: str, is_secret: bool) -> str | None:
     """The value of a variable, for a secret also from the file that VARIABLE_FILE names. Empty means unset."""
     if is_secret and (path := environ.get(f"{variable}_FILE")):
         if environ.get(variable):
@@ -114,40 +144,16 @@ def _from_environment(environ: Mapping[str, str], variable: str, is_secret: bool
     return environ.get(variable) or None
 
 
-def _typed_setting(field: str, text: str) -> Any:
+def _typed(field: str, text: str) -> Any:
     if field in ("keys", "signing_keys"):
         parse_keys(text)
     if field in ("database_url", "listen_url") and not re.match(r"postgres(ql)?://", text):
         raise ValueError("must begin with postgresql://")
-    if field in SECRET_SETTINGS:
-        return Secret(text)
     kind = SETTING_TYPES[field]
-    if get_args(kind)[0] is Path:
-        return Path(text)
-    value: Any = tuple(part.strip() for part in text.split(",")) if field in LIST_SETTINGS else text
+    value: Any = [part.strip() for part in text.split(",")] if field in LIST_SETTINGS else text
     try:
-        return msgspec.convert(value, kind, strict=False)
+        return msgspec.convert(value, kind, strict=False, dec_hook=lambda kind, text: kind(text))
     except msgspec.ValidationError as error:
         choices = get_args(get_args(kind)[0]) if get_origin(get_args(kind)[0]) is Literal else ()
         rule = f"choose one of {', '.join(choices)}" if choices else in_words(error, RULES)
         raise ValueError(f"{text!r} is not allowed: {rule}") from None
-
-
-KEY_PATTERN = re.compile(r"([A-Za-z0-9_.-]{1,32}):([A-Za-z0-9+/]{43}=)")
-
-
-def parse_keys(text: str) -> dict[str, bytes]:
-    """Keys by id, from `id:key,...`, each 32 bytes in standard base64. ValueError names the id, never the key."""
-    keys: dict[str, bytes] = {}
-    for number, part in enumerate(text.split(","), 1):
-        found = KEY_PATTERN.fullmatch(part.strip())
-        if not found:
-            raise ValueError(f"key {number} is not id:key with a key of 32 bytes in base64; `keygen` makes one")
-        if found[1] in keys:
-            raise ValueError(f"the key id {found[1]!r} is there twice")
-        keys[found[1]] = base64.b64decode(found[2], validate=True)
-    return keys
-
-
-def jittered(seconds: float) -> float:
-    return seconds * (0.75 + secrets.randbelow(500) / 1000)

@@ -26,6 +26,8 @@ JSON = "application/json"
 NDJSON = "application/x-ndjson"
 CSV = "text/csv"
 
+# ---- Types and their limits --------------------------------------------------------------------------------
+
 LABEL_PAIR = r"^[A-Za-z0-9_.-]{1,63}:[^\x00-\x1f\x7f-\x9f]{0,255}(?!\n)$"
 PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*(?!\n)$"
 NO_NUL = r"^[^\x00]*$"
@@ -169,9 +171,6 @@ class ExtendLock(Body, frozen=True):
     ttl: Ttl | None = None
 
 
-# ---- What callers get --------------------------------------------------------------------------------------
-
-
 class UserFilter(Struct):
     """Which users are listed; null for any."""
 
@@ -193,6 +192,9 @@ class UserFilter(Struct):
         if projects and len(projects) == 1:  # which an index leads to
             project_id, projects = projects[0], None
         return [project_id, self.env, self.domain, self.state, self.holder, self.login, labels, *page, projects]
+
+
+# ---- What callers get --------------------------------------------------------------------------------------
 
 
 class UserLock(Struct):
@@ -380,12 +382,6 @@ def limits(settings: Settings) -> dict[str, dict[str, Any]]:
     }
 
 
-def check_words(settings: Settings, body: Any) -> None:
-    """Invalid where settings forbid something in a body, or a filter, that is otherwise well formed."""
-    if faults := list(forbidden(settings, body)):
-        raise Invalid(faults)
-
-
 def forbidden(settings: Settings, body: Any) -> Iterator[FieldError]:
     for field, allowed in (("env", settings.envs), ("domain", settings.domains)):
         value = getattr(body, field, None)
@@ -407,58 +403,42 @@ def _forbidden_in_set(settings: Settings, parts: list[SetPart]) -> Iterator[Fiel
         yield FieldError("users", f"{total} users are asked for, but a set has 100 at the most")
 
 
+def check_words(settings: Settings, body: Any) -> None:
+    """Invalid where settings forbid something in a body, or a filter, that is otherwise well formed."""
+    if faults := list(forbidden(settings, body)):
+        raise Invalid(faults)
+
+
 # ---- Reading a body ----------------------------------------------------------------------------------------
 
 # What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
 UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
 
 
-def _number(text: str) -> float:
-    """60.0 is 60: in JSON they are the same."""
-    number = float(text)
-    return int(number) if number.is_integer() else number
+def told(text: str, place: str, value: Any) -> str:
+    """What msgspec says of a value, in words, and with the value but for passwords."""
+    text = in_words(text, RULES)
+    return f"{shown(value)} is not allowed: {text}" if place and not place.endswith("password") else text
 
 
-UNTYPED = msgspec.json.Decoder(float_hook=_number)
+def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError:
+    for key, value in labels.items():
+        if not re.match(WORD, key):
+            return FieldError(place, f"the key {shown(key)} is not 1 to 63 of A-Z a-z 0-9 _ . -")
+        if not isinstance(value, str) or len(value) > 255 or not re.match(PLAIN, value):
+            rule = "must be a text of up to 255 characters without control characters"
+            return FieldError(f"{place}.{key}", f"{shown(value)} {rule}")
+    return FieldError(place, message)
 
 
-def decode_body(body: bytes, kind: type[T]) -> T:
-    """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
-    try:
-        try:
-            return msgspec.json.decode(body, type=kind)
-        except msgspec.ValidationError:
-            return _convert(UNTYPED.decode(body), kind)
-    except UNREADABLE as error:
-        why = str(error) or "nested too deep"
-        raise MalformedBody(f"The body is not JSON in UTF-8 that can be read: {why}.") from None
-
-
-def _convert(raw: Any, kind: type[T]) -> T:
-    try:
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        raise Invalid(field_errors(error, raw, kind)) from None
+def _value_at(raw: Any, place: str) -> Any:
+    """What stands at a place such as users[0].env."""
+    for part in re.findall(r"[^.\[\]]+", place):
+        raw = raw[int(part) if isinstance(raw, list) else part]
+    return raw
 
 
 UNKNOWN = "unknown field"
-
-
-def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[FieldError]:
-    """All unknown fields, and the first fault, with the value that was sent (but for passwords)."""
-    unknown, fault = list(_unknown_fields(raw, kind))[:20], _fault(error, raw)
-    return unknown if unknown and fault.message == UNKNOWN else [*unknown, fault]
-
-
-def _unknown_fields(raw: Any, kind: type, place: str = "") -> Iterator[FieldError]:
-    if not isinstance(raw, dict):
-        return
-    for name, value in raw.items():
-        if name not in kind.__struct_fields__:  # pyright: ignore[reportAttributeAccessIssue]
-            yield FieldError(f"{place}{name}", UNKNOWN)
-        elif kind is AcquireSet and name == "users" and isinstance(value, list):
-            for number, part in enumerate(value):
-                yield from _unknown_fields(part, SetPart, f"users[{number}].")
 
 
 def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
@@ -478,24 +458,46 @@ def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
     return FieldError(place or None, told(text, place, value))
 
 
-def _value_at(raw: Any, place: str) -> Any:
-    """What stands at a place such as users[0].env."""
-    for part in re.findall(r"[^.\[\]]+", place):
-        raw = raw[int(part) if isinstance(raw, list) else part]
-    return raw
+def _unknown_fields(raw: Any, kind: type, place: str = "") -> Iterator[FieldError]:
+    if not isinstance(raw, dict):
+        return
+    for name, value in raw.items():
+        if name not in kind.__struct_fields__:  # pyright: ignore[reportAttributeAccessIssue]
+            yield FieldError(f"{place}{name}", UNKNOWN)
+        elif kind is AcquireSet and name == "users" and isinstance(value, list):
+            for number, part in enumerate(value):
+                yield from _unknown_fields(part, SetPart, f"users[{number}].")
 
 
-def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError:
-    for key, value in labels.items():
-        if not re.match(WORD, key):
-            return FieldError(place, f"the key {shown(key)} is not 1 to 63 of A-Z a-z 0-9 _ . -")
-        if not isinstance(value, str) or len(value) > 255 or not re.match(PLAIN, value):
-            rule = "must be a text of up to 255 characters without control characters"
-            return FieldError(f"{place}.{key}", f"{shown(value)} {rule}")
-    return FieldError(place, message)
+def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[FieldError]:
+    """All unknown fields, and the first fault, with the value that was sent (but for passwords)."""
+    unknown, fault = list(_unknown_fields(raw, kind))[:20], _fault(error, raw)
+    return unknown if unknown and fault.message == UNKNOWN else [*unknown, fault]
 
 
-def told(text: str, place: str, value: Any) -> str:
-    """What msgspec says of a value, in words, and with the value but for passwords."""
-    text = in_words(text, RULES)
-    return f"{shown(value)} is not allowed: {text}" if place and not place.endswith("password") else text
+def _number(text: str) -> float:
+    """60.0 is 60: in JSON they are the same."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+UNTYPED = msgspec.json.Decoder(float_hook=_number)
+
+
+def _convert(raw: Any, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise Invalid(field_errors(error, raw, kind)) from None
+
+
+def decode_body(body: bytes, kind: type[T]) -> T:
+    """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
+    try:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError:  # once more: for what was sent, and maybe it was just a 60.0
+            return _convert(UNTYPED.decode(body), kind)
+    except UNREADABLE as error:
+        why = str(error) or "nested too deep"
+        raise MalformedBody(f"The body is not JSON in UTF-8 that can be read: {why}.") from None

@@ -118,7 +118,7 @@ async def test_hashing_stalls_no_acquire(empty_database, project, monkeypatch):
 
 
 def test_a_secret_moved_to_another_user_does_not_open():
-    keyring = farm.passwords.Keyring.parse(KEY)
+    keyring = farm.passwords.Keyring(KEY)
     one, two = uuid.uuid4(), uuid.uuid4()
     secret = keyring.seal(one, CANARY)
     assert keyring.open(one, secret) == CANARY
@@ -134,7 +134,7 @@ def test_a_secret_moved_to_another_user_does_not_open():
 )
 def test_a_malformed_key_is_refused_without_showing_it(text):
     with pytest.raises(ValueError, match=r"key") as refused:
-        farm.passwords.Keyring.parse(text)
+        farm.passwords.Keyring(text)
     assert "AAAA" not in str(refused.value)
 
 
@@ -199,7 +199,7 @@ def test_secrets_in_settings_never_print():
 async def test_a_password_that_does_not_open_locks_nobody(api, project, service, database):
     """A replica that lacks the key: the user goes back at once."""
     (user,) = await make_users(api, project, password=CANARY)
-    other = farm.passwords.Keyring.parse(OTHER).seal(uuid.UUID(user["id"]), CANARY)
+    other = farm.passwords.Keyring(OTHER).seal(uuid.UUID(user["id"]), CANARY)
     await execute(database, f"update users set secret = '{other}' where id = '{user['id']}'")
     for _ in range(2):
         assert slug(await acquire(api, project)) == "database-unavailable"
