@@ -560,7 +560,7 @@ def test_match_serves_all_or_none_first_come_first_served(asked):
     ids = [uuid.UUID(int=number) for number in range(8)]
     asks, fitting = [], {}
     for number, (needs, patient) in enumerate(asked):
-        wishes = [farm.words.Wish(env=f"{number}.{unit}") for unit in range(len(needs))]
+        wishes = tuple(farm.words.Wish(env=f"{number}.{unit}") for unit in range(len(needs)))
         fitting |= {wish: [ids[user] for user in users] for wish, users in zip(wishes, needs, strict=True)}
         asks.append(farm.waiting.Ask(wishes=wishes, arrived=now - (0 if patient else 100)))
     served = farm.waiting.match(asks, fitting, now)
