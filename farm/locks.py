@@ -119,9 +119,19 @@ class Locks:
     # ---- Acquire ---------------------------------------------------------------------------------------------
 
     async def acquire(self, request: Request, ask: Ask) -> list[Lock] | Problem:
-        """Claim users; where there are none, find out why, and try again if some are free after all."""
+        """The locks of the users that it got, or why it got none."""
         if self.stopping:
             raise ShuttingDown
+        try:
+            return await self._acquire(request, ask)
+        except asyncio.CancelledError:  # the server stops, and has waited for it as long as it may
+            ask.leaving = True
+            if ask.key is None:
+                self.unanswered.add(ask.lock_ids)
+            raise
+
+    async def _acquire(self, request: Request, ask: Ask) -> list[Lock] | Problem:
+        """Claim users; where there are none, find out why, and try again if some are free after all."""
         if not ask.wait and ask.wishes in self._exhausted and not (refusal := await self.refusal(ask.wishes)).free:
             return await self._repeated(ask) or refusal.problem
         attempts = 0
@@ -225,7 +235,9 @@ class Locks:
         """Give back what is to be given back, at the end; two seconds at most."""
         with contextlib.suppress(*DATABASE_FAULTS):
             async with asyncio.timeout(2):
-                await self.find_lost()
+                while self.unanswered:  # the statement that grants it may be running
+                    await self.find_lost()
+                    await asyncio.sleep(0.1)
 
     async def find_lost(self) -> None:
         """Give back the locks that nobody was told of."""
@@ -249,7 +261,7 @@ class Locks:
     async def _claim_for(self, asks: list[Ask]) -> dict[Ask, list[asyncpg.Record]]:
         """Rows of those that got a user. Where wishes overlap, one may find only users that another one took."""
         granted: dict[Ask, list[asyncpg.Record]] = {}
-        while left := [ask for ask in asks if ask not in granted]:
+        while left := [ask for ask in asks if ask not in granted and not ask.leaving]:
             for ask in left:
                 ask.lock_ids = [new_id()]
             try:

@@ -168,6 +168,9 @@ class Unanswered:
     def __init__(self) -> None:
         self._ends: dict[uuid.UUID, float] = {}
 
+    def __len__(self) -> int:
+        return len(self._ends)
+
     def add(self, lock_ids: Iterable[uuid.UUID]) -> None:
         self._ends |= dict.fromkeys(lock_ids, time.monotonic() + self.SEARCH)
 
@@ -185,13 +188,13 @@ class Unanswered:
             raise
 
     async def give_back(self, release: Callable[[uuid.UUID], Awaitable[bool]]) -> None:
-        """Release them; those that are not found are kept for the next time."""
+        """Release them; those that are not found are kept for the next time. Two may run at once."""
         ids, now = list(self._ends), time.monotonic()
         for first in range(0, len(ids), self.PAGE):
             page = ids[first : first + self.PAGE]
             for id, found in zip(page, await asyncio.gather(*map(release, page)), strict=True):
-                if found or self._ends[id] <= now:
-                    del self._ends[id]
+                if found or self._ends.get(id, now) <= now:
+                    self._ends.pop(id, None)
 
 
 class Rarity:
