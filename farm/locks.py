@@ -73,6 +73,31 @@ class Refusal(Struct):
     problem: Problem
 
 
+def _too_few_free(asked: str, counts: asyncpg.Record, waiting: int) -> PoolExhausted:
+    members = {name: counts[name] for name in ("matching", "locked", "resting", "quarantined", "next_free_at")}
+    detail = (
+        f"{counts['matching']} users match {asked}, but too few are free: {counts['locked']} locked, "
+        f"{counts['resting']} resting, {counts['quarantined']} quarantined. Try again, wait, or add users."
+    )
+    return PoolExhausted(detail, **members, waiting=waiting)
+
+
+def _why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> Problem:
+    state = counts["state"]
+    if state is None:
+        return UserNotFound.of(id)
+    if state == "quarantined":
+        detail = f"The user {id} is quarantined: {counts['quarantine']}."
+        return UserUnavailable(detail, state=state, reason=counts["quarantine"])
+    if state == "resting":
+        detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
+        return UserUnavailable(detail, state=state, available_at=counts["ready_at"])
+    if state == "free":
+        detail = f"Other calls want or change the user {id} in this moment; try again."
+        return UserUnavailable(detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"])
+    return UserLocked.of(id, counts)
+
+
 class Locks:
     """The locks of this worker's callers.
 
@@ -116,7 +141,7 @@ class Locks:
         self.stopping = True
         self.desk.close()
 
-    # ---- Acquire ---------------------------------------------------------------------------------------------
+    # ---- Acquire -------------------------------------------------------------------------------------------
 
     async def acquire(self, request: Request, ask: Ask) -> list[Lock] | Problem:
         """The locks of the users that it got, or why it got none."""
@@ -243,7 +268,7 @@ class Locks:
         """Give back the locks that nobody was told of."""
         await self.unanswered.give_back(lambda id: self.release(Release(id)))
 
-    # ---- The statements that calls share -----------------------------------------------------------------------
+    # ---- The statements that calls share -------------------------------------------------------------------
 
     async def _claim_or_wait(self, asks: list[Ask]) -> list[list[asyncpg.Record] | None]:
         """The row of each that got a user, none for those that did not, None for those that wait at the desk.
@@ -358,7 +383,7 @@ class Locks:
         ends = await self.pool.fetch(SQL["get_lock_ends"], [id], owner)
         return LockNotHeld.of(id, ends[0] if ends else None)
 
-    # ---- Why there is no user ----------------------------------------------------------------------------------
+    # ---- Why there is no user ------------------------------------------------------------------------------
 
     async def _refusals(self, asked: list[Wishes]) -> list[Refusal]:
         """Those who are refused in one moment share the counts and the problem."""
@@ -404,35 +429,10 @@ class Locks:
             return _why_not_this(wish.user_id, counts)
         if not counts["matching"]:
             return NoMatchingUser(f"No user at all matches {wish}: create one, or ask for less.")
-        return _exhausted(str(wish), counts, self.desk.waiting(wish))
+        return _too_few_free(str(wish), counts, self.desk.waiting(wish))
 
     def _why_no_set(self, wishes: Wishes, counts: asyncpg.Record, enough: bool) -> Problem:
         asked = "; ".join(f"{count} of {wish}" for wish, count in Counter(wishes).items())
         if not enough:
             return NoMatchingUser(f"There are not enough users for this set ({asked}): create some, or ask for less.")
-        return _exhausted(f"this set ({asked})", counts, max(self.desk.waiting(wish) for wish in wishes))
-
-
-def _exhausted(asked: str, counts: asyncpg.Record, waiting: int) -> PoolExhausted:
-    members = {name: counts[name] for name in ("matching", "locked", "resting", "quarantined", "next_free_at")}
-    detail = (
-        f"{counts['matching']} users match {asked}, but too few are free: {counts['locked']} locked, "
-        f"{counts['resting']} resting, {counts['quarantined']} quarantined. Try again, wait, or add users."
-    )
-    return PoolExhausted(detail, **members, waiting=waiting)
-
-
-def _why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> Problem:
-    state = counts["state"]
-    if state is None:
-        return UserNotFound.of(id)
-    if state == "quarantined":
-        detail = f"The user {id} is quarantined: {counts['quarantine']}."
-        return UserUnavailable(detail, state=state, reason=counts["quarantine"])
-    if state == "resting":
-        detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
-        return UserUnavailable(detail, state=state, available_at=counts["ready_at"])
-    if state == "free":
-        detail = f"Other calls want or change the user {id} in this moment; try again."
-        return UserUnavailable(detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"])
-    return UserLocked.of(id, counts)
+        return _too_few_free(f"this set ({asked})", counts, max(self.desk.waiting(wish) for wish in wishes))

@@ -75,7 +75,7 @@ async def find_keyed(hot: Connections, keys: list[uuid.UUID]) -> list[list[async
     return [bound[key] for key in keys]
 
 
-# ---- Who gets whom ---------------------------------------------------------------------------------------------
+# ---- Who gets whom -----------------------------------------------------------------------------------------
 # A bipartite matching of wishes and free users, in the order of arrival. To give each the first user that is left
 # would not do: a set that asks for anybody and for an admin needs the only admin for its second wish.
 
@@ -94,39 +94,41 @@ class Seats:
         self._hopeless: set[Wish] = set()  # wishes that nobody is left for
         self._vain: set[Wishes] = set()  # sets that too few are left for
 
-    def find(self, place: Place, keeps: bool = True) -> bool:
-        """A user for a place, where need be by moving others (augmenting paths, Kuhn 1955)."""
-        if place[0].wishes[place[1]] in self._hopeless:
+    def seat_each(self, ask: Ask) -> bool:
+        """Users for as many of its wishes as can have one; whether all have."""
+        found = [self._find(ask, number) for number in range(len(ask.wishes))]
+        return all(found)
+
+    def seat_whole(self, ask: Ask) -> bool:
+        """Users for all wishes of a set, or for none."""
+        if ask.wishes in self._vain:
+            return False
+        before = dict(self.taken)
+        if all(self._find(ask, number, keeps=False) for number in range(len(ask.wishes))):
+            return True
+        self.taken = before
+        self._vain.add(ask.wishes)
+        return False
+
+    def _find(self, ask: Ask, number: int, keeps: bool = True) -> bool:
+        """A user for one place, where need be by moving others (augmenting paths, Kuhn 1955)."""
+        if ask.wishes[number] in self._hopeless:
             return False
         came: dict[uuid.UUID, uuid.UUID | None] = {}
-        frontier: deque[tuple[uuid.UUID | None, Place]] = deque([(None, place)])
+        frontier: deque[tuple[uuid.UUID | None, Place]] = deque([(None, (ask, number))])
         while frontier:
-            previous, (ask, number) = frontier.popleft()
-            for user in self.fitting.get(ask.wishes[number], ()):
+            previous, place = frontier.popleft()
+            for user in self.fitting.get(place[0].wishes[place[1]], ()):
                 if user in came or user in self._full:
                     continue
                 came[user] = previous
                 if user not in self.taken:
-                    self._move(user, came, place)
+                    self._move(user, came, (ask, number))
                     return True
                 frontier.append((user, self.taken[user]))
         if keeps:
             self._full |= came.keys()
-            self._hopeless.add(place[0].wishes[place[1]])
-        return False
-
-    def find_each(self, places: list[Place]) -> bool:
-        """Users for as many places as can have one; whether all have."""
-        found = [self.find(place) for place in places]
-        return all(found)
-
-    def find_all(self, places: list[Place]) -> bool:
-        """Users for all places of a set, or for none."""
-        before, wishes = dict(self.taken), places[0][0].wishes
-        if wishes not in self._vain and all(self.find(place, keeps=False) for place in places):
-            return True
-        self.taken = before
-        self._vain.add(wishes)
+            self._hopeless.add(ask.wishes[number])
         return False
 
     def _move(self, user: uuid.UUID, came: dict[uuid.UUID, uuid.UUID | None], place: Place) -> None:
@@ -144,15 +146,14 @@ def match(asks: Iterable[Ask], fitting: Fitting, now: float) -> dict[Ask, list[u
     """
     seats, complete = Seats(fitting), []
     for ask in asks:
-        places = [(ask, number) for number in range(len(ask.wishes))]
-        keeps = len(places) == 1 or now - ask.arrived >= PATIENCE
-        if seats.find_each(places) if keeps else seats.find_all(places):
+        keeps = len(ask.wishes) == 1 or now - ask.arrived >= PATIENCE
+        if seats.seat_each(ask) if keeps else seats.seat_whole(ask):
             complete.append(ask)
     users = {place: user for user, place in seats.taken.items()}
     return {ask: [users[ask, number] for number in range(len(ask.wishes))] for ask in complete if not ask.foreign}
 
 
-# ---- What is remembered ----------------------------------------------------------------------------------------
+# ---- What is remembered ------------------------------------------------------------------------------------
 
 
 class Unanswered:
@@ -230,7 +231,7 @@ class Rarity:
             self._rare[wish] = await self._count(wish) <= self.FEW
 
 
-# ---- The desk --------------------------------------------------------------------------------------------------
+# ---- The desk ----------------------------------------------------------------------------------------------
 
 
 class Told(Struct):
@@ -279,7 +280,7 @@ class Desk:
         self._polls_at = self._exchanges_at = 0.0
         self._closed = False
 
-    # ---- For calls -------------------------------------------------------------------------------------------
+    # ---- For calls -----------------------------------------------------------------------------------------
 
     def crowded(self, ask: Ask) -> bool:
         """Whether somebody waits who may want the same users: then everybody takes turns."""
@@ -355,7 +356,7 @@ class Desk:
         for ask in [ask for ask in self.queue if ask not in self._taking]:
             self._refuse(ask, ShuttingDown())
 
-    # ---- News of users that may have come free -----------------------------------------------------------------
+    # ---- News of users that may have come free -------------------------------------------------------------
 
     def freed(self) -> None:
         """Users may have come free: look after those who wait here, and tell it to those who wait elsewhere."""
@@ -385,7 +386,7 @@ class Desk:
                 await self.hot.execute(SQL["notify"], news)
             await asyncio.sleep(0.01)
 
-    # ---- Looks -------------------------------------------------------------------------------------------------
+    # ---- Looks ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Look after the queue (for ever)."""
@@ -509,7 +510,7 @@ class Desk:
             for ask in [ask for ask, user_id in asked if user_id not in existing]:
                 self._answer(ask, [])
 
-    # ---- Other replicas ----------------------------------------------------------------------------------------
+    # ---- Other replicas ------------------------------------------------------------------------------------
 
     async def _exchange(self) -> None:
         """Tell the other replicas who has waited here for long, and learn it of them."""
