@@ -323,9 +323,7 @@ async def export_users(request: Call, filters: NamedDependency[words.UserFilter]
 NO_WISHES, LAST_TTL = words.AcquireUser(), words.ExtendLock()  # what a call without a body means
 
 
-def ask_of(
-    request: Call, wishes: list[words.Wish], data: words.AcquireLock | words.AcquireUser | words.AcquireSet
-) -> Ask:
+def ask_of(request: Call, wishes: words.Wishes, data: words.AcquireLock | words.AcquireUser | words.AcquireSet) -> Ask:
     client, key = request.caller.client, idempotency_key(request)
     return Ask(
         wishes=wishes, holder=data.holder, ttl=data.ttl, wait=data.wait, cause=request.cause, client=client,
@@ -365,7 +363,7 @@ async def acquire_lock(request: Call, data: JSONBody[words.AcquireLock]) -> Resp
     The reply carries the user's password, and the lock's id, which is the proof of holding. With an
     `Idempotency-Key` a repeat answers with the same lock, so no user is lost to a lost reply.
     """
-    granted = await request.farm.locks.acquire(request, ask_of(request, [data.wish()], data))
+    granted = await request.farm.locks.acquire(request, ask_of(request, (data.wish(),), data))
     return grant(request, granted)
 
 
@@ -376,7 +374,7 @@ async def acquire_lock(request: Call, data: JSONBody[words.AcquireLock]) -> Resp
 )  # fmt: skip
 async def acquire_user(request: Call, id: Id, data: JSONBody[words.AcquireUser] = NO_WISHES) -> Response[Lock]:
     """Acquire a lock on this very user."""
-    ask = ask_of(request, [words.Wish(id)], data)
+    ask = ask_of(request, (words.Wish(id),), data)
     if ask.wait:
         user = await find_user(request.farm, id)
         ask.home = words.Wish(None, user.project_id, user.env, user.domain)
@@ -393,7 +391,7 @@ async def acquire_set(request: Call, data: JSONBody[words.AcquireSet]) -> Respon
 
     Filters may overlap: whoever fits only one of them is kept for that one. The locks come in the order asked.
     """
-    wishes = [wish for part in data.users for wish in [part.wish()] * part.count]
+    wishes = tuple(wish for part in data.users for wish in [part.wish()] * part.count)
     granted = await request.farm.locks.acquire(request, ask_of(request, wishes, data))
     return grant(request, granted, words.LockSet)
 

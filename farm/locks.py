@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, TypeVar, cast
+from operator import attrgetter
+from typing import Any, cast
 
 import asyncpg
 from cachetools import LRUCache, TLRUCache
@@ -24,7 +24,7 @@ from litestar import Request
 from msgspec import Struct
 
 from farm.clients import Gate
-from farm.database import DATABASE_FAULTS, SQL, Busy, Coalescer, Connections, columns, new_id
+from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections, columns, new_id
 from farm.passwords import KeyFault, Passwords
 from farm.problems import (
     LockEnded,
@@ -40,8 +40,14 @@ from farm.problems import (
 )
 from farm.settings import Settings
 from farm.telemetry import NOWHERE, Cause, Events
-from farm.waiting import Ask, Desk, Rarity, Unanswered, find_keyed, match, tell_granted
+from farm.waiting import Ask, Desk, Rarity, Unanswered, find_keyed, match
 from farm.words import Lock, Wish, Wishes
+
+GONE = "botfarm-gone"  # in the state of a request: its caller has closed the connection, see farm/server.py
+STRAGGLERS = timedelta(milliseconds=20)  # a release may commit that much later than a claim has passed its place
+COSTLY = 10_000  # users from which counts are worth keeping for a moment
+KEPT = 10_000  # wishes of which something is remembered
+BY_LOCK = attrgetter("lock_id")  # in one order everywhere, so that two statements can't wait for each other
 
 
 class Release(Struct):
@@ -67,12 +73,29 @@ class Refusal(Struct):
     problem: Problem
 
 
-L = TypeVar("L", Release, Renewal)
-GONE = "botfarm-gone"  # in the state of a request: its caller has closed the connection, see farm/server.py
-# A release may commit a moment after a claim has passed its place; look back this far for such stragglers.
-STRAGGLERS = timedelta(milliseconds=20)
-COSTLY = 10_000  # users from which counts are worth keeping for a moment
-KEPT = 10_000  # wishes of which something is remembered
+def _too_few_free(asked: str, counts: asyncpg.Record, waiting: int) -> PoolExhausted:
+    members = {name: counts[name] for name in ("matching", "locked", "resting", "quarantined", "next_free_at")}
+    detail = (
+        f"{counts['matching']} users match {asked}, but too few are free: {counts['locked']} locked, "
+        f"{counts['resting']} resting, {counts['quarantined']} quarantined. Try again, wait, or add users."
+    )
+    return PoolExhausted(detail, **members, waiting=waiting)
+
+
+def _why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> Problem:
+    state = counts["state"]
+    if state is None:
+        return UserNotFound.of(id)
+    if state == "quarantined":
+        detail = f"The user {id} is quarantined: {counts['quarantine']}."
+        return UserUnavailable(detail, state=state, reason=counts["quarantine"])
+    if state == "resting":
+        detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
+        return UserUnavailable(detail, state=state, available_at=counts["ready_at"])
+    if state == "free":
+        detail = f"Other calls want or change the user {id} in this moment; try again."
+        return UserUnavailable(detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"])
+    return UserLocked.of(id, counts)
 
 
 class Locks:
@@ -82,14 +105,9 @@ class Locks:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        hot: Connections,
-        pool: Connections,
-        passwords: Passwords,
-        events: Events,
+        self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords, events: Events,
         gate: Gate | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.hot = hot
         self.pool = pool
         self.passwords = passwords
@@ -123,30 +141,38 @@ class Locks:
         self.stopping = True
         self.desk.close()
 
-    # ---- Acquire ---------------------------------------------------------------------------------------------
+    # ---- Acquire -------------------------------------------------------------------------------------------
 
     async def acquire(self, request: Request, ask: Ask) -> list[Lock] | Problem:
-        """Claim users; where there are none, find out why, and try again if some are free after all."""
+        """The locks of the users that it got, or why it got none."""
         if self.stopping:
             raise ShuttingDown
-        wishes = tuple(ask.wishes)
-        if not ask.wait and wishes in self._exhausted and not (refusal := await self.refusal(wishes)).free:
+        try:
+            return await self._acquire(request, ask)
+        except asyncio.CancelledError:  # the server stops, and has waited for it as long as it may
+            ask.leaving = True
+            if ask.key is None:
+                self.unanswered.add(ask.lock_ids)
+            raise
+
+    async def _acquire(self, request: Request, ask: Ask) -> list[Lock] | Problem:
+        """Claim users; where there are none, find out why, and try again if some are free after all."""
+        if not ask.wait and ask.wishes in self._exhausted and not (refusal := await self.refusal(ask.wishes)).free:
             return await self._repeated(ask) or refusal.problem
-        for attempt in itertools.count():
-            rows = await self._claim(request, ask)
-            if rows:
-                return await self._granted(request, ask, rows)
+        attempts = 0
+        while not (rows := await self._claim(request, ask)):
             if repeated := await self._repeated(ask):
                 return repeated
-            refusal = await self.refusal(wishes)
-            if not refusal.free or attempt == 4 or ask.wait:
+            refusal = await self.refusal(ask.wishes)
+            attempts += 1
+            if not refusal.free or attempts == 5 or ask.wait:
                 return refusal.problem
-            await asyncio.sleep(0.01 * attempt)  # free, but somebody has its row locked in this moment
-        raise AssertionError
+            await asyncio.sleep(0.01 * (attempts - 1))  # free, but somebody has its row locked in this moment
+        return await self._granted(request, ask, rows)
 
     async def _claim(self, request: Request, ask: Ask) -> list[asyncpg.Record]:
         """The rows of the users that it got, maybe none."""
-        ask.answer = None
+        ask.answer, ask.leaving = None, False
         if len(ask.wishes) == 1:
             rows = await self.claim(ask)
             if rows is not None:
@@ -162,42 +188,28 @@ class Locks:
         https://asgi.readthedocs.io/en/latest/specs/www.html#disconnect
         """
         gone = asyncio.ensure_future(request.receive())
+        hopeless = asyncio.ensure_future(self._end_if_hopeless(ask))
+        left = max(ask.wait - ask.seconds(), 0) if ask.wait else None
         try:
-            await self._until_answered(ask, gone)
+            await asyncio.wait((ask.answer, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
             rows = await self.desk.leave(ask)
             for _ in range(2):  # let a closing that has arrived be noticed before the reply goes out
                 await asyncio.sleep(0)
             if ask.wait and not rows:
-                self.events.waited("gone" if gone.done() else "refused", time.monotonic() - ask.arrived)
+                self.events.waited("gone" if gone.done() else "refused", ask.seconds())
             if gone.done():
                 request.scope["state"][GONE] = True
             return rows
         finally:
             gone.cancel()
-            self.desk.abandon(ask)
-
-    async def _until_answered(self, ask: Ask, gone: asyncio.Future[Any]) -> None:
-        """Until the desk has answered, the caller is gone, its time is up, or no such user exists at all."""
-        if not ask.wait:
-            await asyncio.wait((ask.answer, gone), return_when=asyncio.FIRST_COMPLETED)
-            return
-        hopeless = asyncio.ensure_future(self._is_hopeless(ask))
-        try:
-            waited_for: set[asyncio.Future[Any]] = {ask.answer, gone, hopeless}
-            while waited_for:
-                left = max(ask.arrived + ask.wait - time.monotonic(), 0)
-                done, _ = await asyncio.wait(waited_for, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if done != {hopeless} or hopeless.result():
-                    return
-                waited_for.discard(hopeless)
-        finally:
             hopeless.cancel()
+            self.desk.turn_away(ask)
 
-    async def _is_hopeless(self, ask: Ask) -> bool:
-        """Whether there are no such users at all, so that waiting would not help."""
+    async def _end_if_hopeless(self, ask: Ask) -> None:
+        """End a wait that would not help: there are no such users at all."""
         with contextlib.suppress(*DATABASE_FAULTS):  # then it waits, as long as it has time to
-            return (await self.refusal(tuple(ask.wishes))).problem.status_code == 404
-        return False
+            if ask.wait and (await self.refusal(ask.wishes)).problem.status_code == 404:
+                self.desk.turn_away(ask)
 
     async def _granted(self, request: Request, ask: Ask, rows: list[asyncpg.Record]) -> list[Lock] | Problem:
         """The locks for the reply; given back where the caller can't have them any more.
@@ -248,13 +260,15 @@ class Locks:
         """Give back what is to be given back, at the end; two seconds at most."""
         with contextlib.suppress(*DATABASE_FAULTS):
             async with asyncio.timeout(2):
-                await self.find_lost()
+                while self.unanswered:  # the statement that grants it may be running
+                    await self.find_lost()
+                    await asyncio.sleep(0.1)
 
     async def find_lost(self) -> None:
         """Give back the locks that nobody was told of."""
         await self.unanswered.give_back(lambda id: self.release(Release(id)))
 
-    # ---- The statements that calls share -----------------------------------------------------------------------
+    # ---- The statements that calls share -------------------------------------------------------------------
 
     async def _claim_or_wait(self, asks: list[Ask]) -> list[list[asyncpg.Record] | None]:
         """The row of each that got a user, none for those that did not, None for those that wait at the desk.
@@ -272,7 +286,7 @@ class Locks:
     async def _claim_for(self, asks: list[Ask]) -> dict[Ask, list[asyncpg.Record]]:
         """Rows of those that got a user. Where wishes overlap, one may find only users that another one took."""
         granted: dict[Ask, list[asyncpg.Record]] = {}
-        while left := [ask for ask in asks if ask not in granted]:
+        while left := [ask for ask in asks if ask not in granted and not ask.leaving]:
             for ask in left:
                 ask.lock_ids = [new_id()]
             try:
@@ -289,7 +303,7 @@ class Locks:
     async def _acquire_locks(self, asks: list[Ask]) -> list[asyncpg.Record]:
         wanted = Counter(ask.wishes[0] for ask in asks)
         wishes = {wish: ordinal for ordinal, wish in enumerate(wanted, 1)}
-        try:
+        with self.unanswered.unless_answered(asks):
             rows = await self.hot.fetch(
                 SQL["acquire_locks"],
                 *columns(wishes, Wish),
@@ -302,13 +316,10 @@ class Locks:
                 [ask.key for ask in asks],
                 [ask.client for ask in asks],
             )
-        except Busy:
-            raise
-        except DATABASE_FAULTS:
-            self.unanswered.add(ask.lock_ids[0] for ask in asks if ask.key is None)
-            raise
         asked = {ask.lock_ids[0]: ask for ask in asks}
-        tell_granted(self.events, rows, asked)
+        for row in rows:
+            ask = asked[row["lock_id"]]
+            self.events.acquired(row, ask.cause, ask.seconds(), waited=False)
         self._advance(rows, asked)
         return rows
 
@@ -331,7 +342,7 @@ class Locks:
         once: dict[tuple[uuid.UUID, uuid.UUID | None], Release] = {}
         for release in releases:
             once.setdefault((release.lock_id, release.client), release)
-        rows = await self.hot.fetch(SQL["release_locks"], *columns(_by_lock_id(once.values()), Release))
+        rows = await self.hot.fetch(SQL["release_locks"], *columns(sorted(once.values(), key=BY_LOCK), Release))
         freed = {id(once[row["lock_id"], row["client"]]) for row in rows}
         for row in rows:
             release = once[row["lock_id"], row["client"]]
@@ -345,7 +356,7 @@ class Locks:
     async def _extend(self, renewals: list[Renewal]) -> list[asyncpg.Record | None]:
         """Rows of those that are held. Of several renewals of one lock at once, the last one counts."""
         last = {(renewal.lock_id, renewal.client): renewal for renewal in renewals}
-        rows = await self.hot.fetch(SQL["extend_locks"], *columns(_by_lock_id(last.values()), Renewal))
+        rows = await self.hot.fetch(SQL["extend_locks"], *columns(sorted(last.values(), key=BY_LOCK), Renewal))
         extended = {row["lock_id"]: row for row in rows}
         for row in rows:
             renewal = last.get((row["lock_id"], row["client_id"])) or last[row["lock_id"], None]
@@ -372,7 +383,7 @@ class Locks:
         ends = await self.pool.fetch(SQL["get_lock_ends"], [id], owner)
         return LockNotHeld.of(id, ends[0] if ends else None)
 
-    # ---- Why there is no user ----------------------------------------------------------------------------------
+    # ---- Why there is no user ------------------------------------------------------------------------------
 
     async def _refusals(self, asked: list[Wishes]) -> list[Refusal]:
         """Those who are refused in one moment share the counts and the problem."""
@@ -401,7 +412,7 @@ class Locks:
         for row in await self.pool.fetch(SQL["find_matching"], *columns(distinct, Wish), rare, len(wishes)):
             fitting[distinct[row["filter"] - 1]].append(row["id"])
         counts = cast("asyncpg.Record", await self.pool.fetchrow(SQL["count_set"], *columns(distinct, Wish)))
-        enough = bool(match([Ask(wishes=list(wishes))], fitting, 0))
+        enough = bool(match([Ask(wishes=wishes)], fitting, 0))
         refusal = Refusal(counts["matching"], 0, self._why_no_set(wishes, counts, enough))
         self._remember(wishes, refusal, time.monotonic() - began)
         return refusal
@@ -418,39 +429,10 @@ class Locks:
             return _why_not_this(wish.user_id, counts)
         if not counts["matching"]:
             return NoMatchingUser(f"No user at all matches {wish}: create one, or ask for less.")
-        return _exhausted(str(wish), counts, self.desk.waiting(wish))
+        return _too_few_free(str(wish), counts, self.desk.waiting(wish))
 
     def _why_no_set(self, wishes: Wishes, counts: asyncpg.Record, enough: bool) -> Problem:
         asked = "; ".join(f"{count} of {wish}" for wish, count in Counter(wishes).items())
         if not enough:
             return NoMatchingUser(f"There are not enough users for this set ({asked}): create some, or ask for less.")
-        return _exhausted(f"this set ({asked})", counts, max(self.desk.waiting(wish) for wish in wishes))
-
-
-def _by_lock_id(items: Iterable[L]) -> list[L]:
-    return sorted(items, key=lambda item: item.lock_id)
-
-
-def _exhausted(asked: str, counts: asyncpg.Record, waiting: int) -> PoolExhausted:
-    members = {name: counts[name] for name in ("matching", "locked", "resting", "quarantined", "next_free_at")}
-    detail = (
-        f"{counts['matching']} users match {asked}, but too few are free: {counts['locked']} locked, "
-        f"{counts['resting']} resting, {counts['quarantined']} quarantined. Try again, wait, or add users."
-    )
-    return PoolExhausted(detail, **members, waiting=waiting)
-
-
-def _why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> Problem:
-    state = counts["state"]
-    if state is None:
-        return UserNotFound.of(id)
-    if state == "quarantined":
-        detail = f"The user {id} is quarantined: {counts['quarantine']}."
-        return UserUnavailable(detail, state=state, reason=counts["quarantine"])
-    if state == "resting":
-        detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
-        return UserUnavailable(detail, state=state, available_at=counts["ready_at"])
-    if state == "free":
-        detail = f"Other calls want or change the user {id} in this moment; try again."
-        return UserUnavailable(detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"])
-    return UserLocked.of(id, counts)
+        return _too_few_free(f"this set ({asked})", counts, max(self.desk.waiting(wish) for wish in wishes))

@@ -39,6 +39,8 @@ from farm.problems import Problem, TokenRefusal
 from farm.settings import log
 from farm.words import Imported, UserState, Wish
 
+# ---- The log -----------------------------------------------------------------------------------------------
+
 
 class Cause(Struct, frozen=True):
     """Which request made something happen; nothing where the service did it by itself."""
@@ -169,7 +171,7 @@ class Journal:
                 time.sleep(0.01)
 
 
-JOURNAL = Journal()
+JOURNAL = Journal()  # of this process
 DETAIL = re.compile(r"\n[ |]*DETAIL:.*")  # of PostgreSQL's errors: shows rows, and so lock ids and sealed secrets
 
 
@@ -201,6 +203,8 @@ def log_as_lines(events: bool = True) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("asyncpg").setLevel(logging.ERROR)  # warns of an outage with a traceback; we tell of it in a line
 
+
+# ---- What is counted ---------------------------------------------------------------------------------------
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # `serve` makes this folder for its workers
 FOLDER = os.environ.get(SHARED)  # read once, because prometheus_client reads it once: when it is imported
@@ -284,16 +288,13 @@ class Events:
         if row["expired"]:
             self.ended("expired", msgspec.json.decode(row["expired"]))
         self._acquires.inc()
+        (self._waits["granted"] if waited else self._acquiring).observe(seconds)
         ttl, revealed = row["ttl"], row["secret"].startswith(SEALED)
-        if waited:
-            self.waited("granted", seconds)
-            self.log("lock-acquired", cause, row, ttl_seconds=ttl, revealed=revealed, wait_seconds=seconds)
-        else:
-            self._acquiring.observe(seconds)
-            self.log("lock-acquired", cause, row, ttl_seconds=ttl, revealed=revealed, acquire_seconds=seconds)
+        took = {"wait_seconds" if waited else "acquire_seconds": seconds}
+        self.log("lock-acquired", cause, row, ttl_seconds=ttl, revealed=revealed, **took)
 
     def waited(self, outcome: str, seconds: float) -> None:
-        """A call that waited ended: granted, refused, or its caller was gone."""
+        """A call waited in vain: it was refused, or its caller was gone."""
         self._waits[outcome].observe(seconds)
 
     def repeated(self, row: asyncpg.Record, cause: Cause) -> None:
@@ -338,6 +339,9 @@ class Events:
         if self.journal and (lost := self.journal.lost - self._counted):
             self._counted += lost
             self._lost.inc(lost)
+
+
+# ---- What a scrape shows -----------------------------------------------------------------------------------
 
 
 class Snapshot(Struct):

@@ -1,11 +1,22 @@
+"""Waiting: who gets whom when calls wait.
+
+An acquiring call is an `Ask`: a list of wishes, all or none. One that finds nobody free, or before which others wait,
+takes a place at the `Desk`. There is one desk a replica. It looks for free users five times a second, and whenever it
+hears that some may have come free; `match` decides who gets whom, and sql/acquire_users.sql hands them out. A call
+that has no time to wait stays for one look.
+
+Desks tell each other who has waited for long, so that nobody starves behind a busier replica. To the others such a
+call is `foreign`: it is matched like their own, and so keeps its place, but is served where it waits.
+"""
+
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import asyncpg
@@ -20,7 +31,7 @@ from farm.telemetry import NOWHERE, Cause, Events
 from farm.words import Wish, Wishes
 
 POLL = 0.2  # seconds between two looks while somebody waits
-EXCHANGE = 0.5  # seconds between two exchanges with the other replicas while somebody waits, else twice that
+EXCHANGE = 0.5  # seconds between two exchanges with the other replicas
 HEAD_START = 0.5  # seconds by which one who waits here may overtake one who waits at another replica
 PATIENCE = 3.0  # seconds after which a waiting set goes before those who came later
 LOOK = 500  # distinct wishes that one look serves
@@ -31,7 +42,7 @@ BREADTH = 200  # free users that one look lists for a wish; at least as many as 
 class Ask(Struct, eq=False, kw_only=True):
     """One acquiring call: a user for each of its wishes, all or none. A set has more than one."""
 
-    wishes: list[Wish]
+    wishes: Wishes
     holder: str = ""
     ttl: int = 0
     wait: int = 0
@@ -42,62 +53,82 @@ class Ask(Struct, eq=False, kw_only=True):
     home: Wish | None = None  # the pool of the very user that is wished for, where that is known
     foreign: bool = False  # waits at another replica, and only holds its place here
     arrived: float = msgspec.field(default_factory=time.monotonic)
-    lock_ids: list[uuid.UUID] = []
-    answer: Any = None  # the future of its rows
-    leaving: bool = False
+    lock_ids: list[uuid.UUID] = []  # of the statement that serves it now, or did so last
+    answer: Any = None  # the future of its rows, once it has a place at the desk
+    leaving: bool = False  # it has no time left, or is not answered any more; a grant that is on its way comes
     told: bool = False  # the other replicas know of it
 
     def pools(self) -> frozenset[Wish]:
         """Where it looks for users."""
         return frozenset(self.home or Wish(None, wish.project_id, wish.env, wish.domain) for wish in self.wishes)
 
-
-class Told(Struct):
-    """One who waits, as the replicas tell each other: for how many seconds, and for what."""
-
-    age: float
-    wishes: list[Wish]
-    home: Wish | None = None
+    def seconds(self) -> float:
+        """Since it came, in microseconds and cheaper than by round()."""
+        return int((time.monotonic() - self.arrived) * 1e6) / 1e6
 
 
-def tell_granted(
-    events: Events, rows: Iterable[asyncpg.Record], asks: Mapping[uuid.UUID, Ask], by_desk: bool = False
-) -> None:
-    """Tell of the locks that a statement has granted."""
-    now = time.monotonic()
-    for row in rows:
-        ask = asks[row["lock_id"]]
-        seconds = int((now - ask.arrived) * 1e6) / 1e6  # cheaper than round()
-        events.acquired(row, ask.cause, seconds, waited=by_desk and ask.wait > 0)
+async def find_keyed(hot: Connections, keys: list[uuid.UUID]) -> list[list[asyncpg.Record]]:
+    """What each idempotency key has bound: nothing, or a row for each lock, in the order they were asked for."""
+    bound: dict[uuid.UUID, list[asyncpg.Record]] = {key: [] for key in keys}
+    for row in await hot.fetch(SQL["get_keyed_locks"], list(bound)):
+        bound[row["key"]].append(row)
+    return [bound[key] for key in keys]
 
+
+# ---- Who gets whom -----------------------------------------------------------------------------------------
+# A bipartite matching of wishes and free users, in the order of arrival. To give each the first user that is left
+# would not do: a set that asks for anybody and for an admin needs the only admin for its second wish.
 
 Place = tuple[Ask, int]  # a call, and which of its wishes
+Fitting = Mapping[Wish, Sequence[uuid.UUID]]  # the free users for each wish
 
 
 class Seats:
-    """Which user is for whom, as far as it is decided."""
+    """Which user is for whom, as far as it is decided. A place that has a user keeps one, but maybe another one."""
 
-    def __init__(self, fitting: Mapping[Wish, Sequence[uuid.UUID]]) -> None:
+    def __init__(self, fitting: Fitting) -> None:
         self.fitting = fitting
         self.taken: dict[uuid.UUID, Place] = {}
-        self.full: set[uuid.UUID] = set()  # users from whom a search found no way to a free one: none will
+        # What a search finds out, later ones need not: else each of thousands who wait for the same would.
+        self._full: set[uuid.UUID] = set()  # users from whom no way leads to a free one
+        self._hopeless: set[Wish] = set()  # wishes that nobody is left for
+        self._vain: set[Wishes] = set()  # sets that too few are left for
 
-    def find(self, place: Place, keeps: bool = True) -> bool:
-        """A user for a place; those who have one keep one, but maybe another one (augmenting paths, Kuhn 1955)."""
+    def seat_each(self, ask: Ask) -> bool:
+        """Users for as many of its wishes as can have one; whether all have."""
+        found = [self._find(ask, number) for number in range(len(ask.wishes))]
+        return all(found)
+
+    def seat_whole(self, ask: Ask) -> bool:
+        """Users for all wishes of a set, or for none."""
+        if ask.wishes in self._vain:
+            return False
+        before = dict(self.taken)
+        if all(self._find(ask, number, keeps=False) for number in range(len(ask.wishes))):
+            return True
+        self.taken = before
+        self._vain.add(ask.wishes)
+        return False
+
+    def _find(self, ask: Ask, number: int, keeps: bool = True) -> bool:
+        """A user for one place, where need be by moving others (augmenting paths, Kuhn 1955)."""
+        if ask.wishes[number] in self._hopeless:
+            return False
         came: dict[uuid.UUID, uuid.UUID | None] = {}
-        frontier: deque[tuple[uuid.UUID | None, Place]] = deque([(None, place)])
+        frontier: deque[tuple[uuid.UUID | None, Place]] = deque([(None, (ask, number))])
         while frontier:
-            previous, (ask, number) = frontier.popleft()
-            for user in self.fitting[ask.wishes[number]]:
-                if user in came or user in self.full:
+            previous, place = frontier.popleft()
+            for user in self.fitting.get(place[0].wishes[place[1]], ()):
+                if user in came or user in self._full:
                     continue
                 came[user] = previous
                 if user not in self.taken:
-                    self._move(user, came, place)
+                    self._move(user, came, (ask, number))
                     return True
                 frontier.append((user, self.taken[user]))
         if keeps:
-            self.full |= came.keys()
+            self._full |= came.keys()
+            self._hopeless.add(ask.wishes[number])
         return False
 
     def _move(self, user: uuid.UUID, came: dict[uuid.UUID, uuid.UUID | None], place: Place) -> None:
@@ -107,39 +138,22 @@ class Seats:
         self.taken[user] = place
 
 
-def match(asks: Iterable[Ask], fitting: Mapping[Wish, Sequence[uuid.UUID]], now: float) -> dict[Ask, list[uuid.UUID]]:
+def match(asks: Iterable[Ask], fitting: Fitting, now: float) -> dict[Ask, list[uuid.UUID]]:
     """Who gets whom: first come first served, all or none; nobody waits behind one whom nothing fits.
 
     A set that is not complete leaves its users to those behind it, until it has waited for PATIENCE; then they
     are kept for it, so that it does not starve behind single acquires.
     """
-    seats = Seats(fitting)
-    hopeless: set[Wish] = set()  # a wish that found nothing once finds nothing later on
-    vain: set[Wishes] = set()  # and so it is with a set
-    served: dict[Ask, list[Any]] = {}
+    seats, complete = Seats(fitting), []
     for ask in asks:
-        kind = tuple(ask.wishes)
-        keeps = len(kind) == 1 or now - ask.arrived >= PATIENCE
-        if not keeps and kind in vain:
-            continue
-        before = {} if keeps else dict(seats.taken)
-        complete = True
-        for number, wish in enumerate(kind):
-            if wish not in hopeless and seats.find((ask, number), keeps):
-                continue
-            complete = False
-            if not keeps:
-                break
-            hopeless.add(wish)
-        if complete:
-            served[ask] = [None] * len(kind)
-        elif not keeps:
-            seats.taken = before
-            vain.add(kind)
-    for user, (ask, number) in seats.taken.items():
-        if ask in served:
-            served[ask][number] = user
-    return {ask: users for ask, users in served.items() if not ask.foreign}
+        keeps = len(ask.wishes) == 1 or now - ask.arrived >= PATIENCE
+        if seats.seat_each(ask) if keeps else seats.seat_whole(ask):
+            complete.append(ask)
+    users = {place: user for user, place in seats.taken.items()}
+    return {ask: [users[ask, number] for number in range(len(ask.wishes))] for ask in complete if not ask.foreign}
+
+
+# ---- What is remembered ------------------------------------------------------------------------------------
 
 
 class Unanswered:
@@ -150,21 +164,38 @@ class Unanswered:
     """
 
     SEARCH = 30
+    PAGE = 500  # locks that are looked for at once
 
     def __init__(self) -> None:
         self._ends: dict[uuid.UUID, float] = {}
 
+    def __len__(self) -> int:
+        return len(self._ends)
+
     def add(self, lock_ids: Iterable[uuid.UUID]) -> None:
         self._ends |= dict.fromkeys(lock_ids, time.monotonic() + self.SEARCH)
 
+    @contextlib.contextmanager
+    def unless_answered(self, asks: Iterable[Ask]) -> Iterator[None]:
+        """Around a statement that grants: where its outcome is not known, nobody will be told of its locks.
+
+        Those of an idempotency key stay, because a repeat finds them.
+        """
+        try:
+            yield
+        except DATABASE_FAULTS as fault:
+            if not isinstance(fault, Busy):  # then nothing was sent
+                self.add(id for ask in asks if ask.key is None for id in ask.lock_ids)
+            raise
+
     async def give_back(self, release: Callable[[uuid.UUID], Awaitable[bool]]) -> None:
-        """Release them; those that are not found are kept for the next time."""
+        """Release them; those that are not found are kept for the next time. Two may run at once."""
         ids, now = list(self._ends), time.monotonic()
-        for first in range(0, len(ids), 500):
-            page = ids[first : first + 500]
+        for first in range(0, len(ids), self.PAGE):
+            page = ids[first : first + self.PAGE]
             for id, found in zip(page, await asyncio.gather(*map(release, page)), strict=True):
-                if found or self._ends[id] <= now:
-                    del self._ends[id]
+                if found or self._ends.get(id, now) <= now:
+                    self._ends.pop(id, None)
 
 
 class Rarity:
@@ -200,12 +231,29 @@ class Rarity:
             self._rare[wish] = await self._count(wish) <= self.FEW
 
 
-async def find_keyed(hot: Connections, keys: list[uuid.UUID]) -> list[list[asyncpg.Record]]:
-    """What each idempotency key has bound: nothing, or a row for each lock, in the order they were asked for."""
-    bound: dict[uuid.UUID, list[asyncpg.Record]] = {key: [] for key in keys}
-    for row in await hot.fetch(SQL["get_keyed_locks"], list(bound)):
-        bound[row["key"]].append(row)
-    return [bound[key] for key in keys]
+# ---- The desk ----------------------------------------------------------------------------------------------
+
+
+class Told(Struct):
+    """One who waits, as the replicas tell each other: for how many seconds, and for what."""
+
+    age: float
+    wishes: Wishes
+    home: Wish | None = None
+
+
+def _users_wanted(kinds: Mapping[Wishes, int]) -> int:
+    return sum(len(kind) * count for kind, count in kinds.items())
+
+
+def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
+    """As acquire_users.sql takes them."""
+    rows = [
+        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client, wish.domain, wish.labels)
+        for number, (ask, users) in enumerate(chosen.items())
+        for user, lock_id, wish in zip(users, ask.lock_ids, ask.wishes, strict=True)
+    ]
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 class Desk:
@@ -217,18 +265,22 @@ class Desk:
         self.unanswered = unanswered
         self.rarity = rarity
         self.replica = uuid.uuid4()
-        self.queue: dict[Ask, None] = {}
+        self.queue: dict[Ask, None] = {}  # those who came first stand first
         self.foreign: list[Ask] = []
         self._foreign_projects: set[uuid.UUID | None] = set()
-        self._kinds: Counter[Wishes] = Counter()  # how many wait for the same
-        self._pools: Counter[frozenset[Wish]] = Counter()  # and where, without those who have no time to wait
+        # Counts of the queue, so that nobody walks over thousands who wait for the same: how many want what (their
+        # kind), in which projects, and in which pools (without those who have no time to wait).
+        self._kinds: Counter[Wishes] = Counter()
         self._projects: Counter[uuid.UUID | None] = Counter()
-        self._taking: set[Ask] = set()
+        self._pools: Counter[frozenset[Wish]] = Counter()
+        self._taking: set[Ask] = set()  # a statement that serves them is running
         self._woken = asyncio.Event()
         self._news: asyncio.Queue[str] = asyncio.Queue(1)
         self._others_wait_until = 0.0
         self._polls_at = self._exchanges_at = 0.0
         self._closed = False
+
+    # ---- For calls -----------------------------------------------------------------------------------------
 
     def crowded(self, ask: Ask) -> bool:
         """Whether somebody waits who may want the same users: then everybody takes turns."""
@@ -252,42 +304,43 @@ class Desk:
         if self._closed:
             ask.answer.set_exception(ShuttingDown())
             return
-        self.queue[ask] = None
-        self._kinds[tuple(ask.wishes)] += 1
-        self._projects.update(pool.project_id for pool in ask.pools())
-        if ask.wait:
-            self._pools[ask.pools()] += 1
-        self._woken.set()
-        if ask.wait and len(self.queue) == 1:
+        if ask.wait and not self._pools:
             self._tell("waiting")
+        self.queue[ask] = None
+        self._count(ask, 1)
+        self._woken.set()
+
+    def _count(self, ask: Ask, change: int) -> None:
+        pools = ask.pools()
+        counts: list[tuple[Counter[Any], Any]] = [(self._kinds, ask.wishes)]
+        counts += [(self._projects, pool.project_id) for pool in pools]
+        counts += [(self._pools, pools)] if ask.wait else []
+        for counter, item in counts:
+            counter[item] += change
+            if not counter[item]:
+                del counter[item]
+
+    def turn_away(self, ask: Ask) -> None:
+        """Answer it with no rows, as one that can't be served or whose handler has failed."""
+        ask.leaving = True
+        if ask not in self._taking:
+            self._answer(ask, [])
 
     async def leave(self, ask: Ask) -> list[asyncpg.Record]:
         """Give up the place. A grant that is on its way counts."""
-        if ask in self._taking:
-            ask.leaving = True
-            return await ask.answer
-        self._forget(ask)
-        return ask.answer.result() if ask.answer.done() else []
+        self.turn_away(ask)
+        return await ask.answer
 
     def _forget(self, ask: Ask) -> None:
         if ask in self.queue:
             del self.queue[ask]
+            self._count(ask, -1)
             if ask.told:  # they need not keep a place for it any more
                 self._exchanges_at = 0
                 self._woken.set()
-            _take_out(self._kinds, tuple(ask.wishes))
-            for pool in ask.pools():
-                _take_out(self._projects, pool.project_id)
-            if ask.wait:
-                _take_out(self._pools, ask.pools())
-
-    def abandon(self, ask: Ask) -> None:
-        """Take out a call whose handler has failed."""
-        ask.leaving = True
-        if ask not in self._taking:
-            self._forget(ask)
 
     def _answer(self, ask: Ask, rows: list[asyncpg.Record]) -> None:
+        """The first answer counts."""
         self._forget(ask)
         if not ask.answer.done():
             ask.answer.set_result(rows)
@@ -302,6 +355,8 @@ class Desk:
         self._closed = True
         for ask in [ask for ask in self.queue if ask not in self._taking]:
             self._refuse(ask, ShuttingDown())
+
+    # ---- News of users that may have come free -------------------------------------------------------------
 
     def freed(self) -> None:
         """Users may have come free: look after those who wait here, and tell it to those who wait elsewhere."""
@@ -319,10 +374,8 @@ class Desk:
         what, _, replica = news.partition(" ")
         if replica == str(self.replica):
             return
-        if what == "waiting":
-            now = time.monotonic()
-            self._others_wait_until = now + 2
-            self._exchanges_at = min(self._exchanges_at, now + EXCHANGE)
+        if what == "waiting":  # told anew with each exchange
+            self._others_wait_until = time.monotonic() + 4 * EXCHANGE
         self._woken.set()
 
     async def announce(self) -> None:
@@ -332,6 +385,8 @@ class Desk:
             with contextlib.suppress(asyncpg.PostgresError, *DATABASE_FAULTS):  # the others look by themselves
                 await self.hot.execute(SQL["notify"], news)
             await asyncio.sleep(0.01)
+
+    # ---- Looks ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Look after the queue (for ever)."""
@@ -354,68 +409,59 @@ class Desk:
         self._woken.clear()
 
     async def _look(self) -> None:
-        now = time.monotonic()
-        if now >= self._exchanges_at:
-            self._exchanges_at = now + jittered(EXCHANGE)
+        began = time.monotonic()
+        if began >= self._exchanges_at:
             with contextlib.suppress(*DATABASE_FAULTS):  # what the others told last still counts
-                await self._exchange(now)
+                await self._exchange()
                 await self._find_deleted()
         if not self.queue:
             return
-        newcomers = [ask for ask in self.queue if not ask.wait]
-        if now >= self._polls_at:
+        hasty = [ask for ask in self.queue if not ask.wait]
+        is_poll = began >= self._polls_at
+        if is_poll:
             await self._find_repeats(list(self.queue))
         for _ in range(20):
             if not await self._serve():
                 break
-        if self.foreign and any(ask in self.queue for ask in newcomers):
-            await self._exchange(time.monotonic())  # who waited elsewhere may have been served meanwhile
+        if self.foreign and any(ask in self.queue for ask in hasty):
+            await self._exchange()  # who waited elsewhere may have been served meanwhile
             await self._serve()
-        for ask in newcomers:
-            if ask in self.queue:
-                self._answer(ask, [])
-        if now >= self._polls_at:  # more seldom where a look takes long
+        for ask in hasty:
+            self._answer(ask, [])
+        if is_poll:  # more seldom where a look takes long
             ended = time.monotonic()
-            self._polls_at = ended + max(jittered(POLL), 5 * (ended - now))
+            self._polls_at = ended + max(jittered(POLL), 5 * (ended - began))
 
     async def _serve(self) -> bool:
         """Hand out what is free. False when there was nothing to hand out.
 
         The calls themselves are looked at only when somebody is free: thousands may wait for the same.
         """
-        kinds, present = dict(self._kinds), list(self.queue)
-        wishes = list(dict.fromkeys(wish for kind in kinds for wish in kind))
-        elsewhere = sum(len(ask.wishes) for ask in self.foreign)
-        demand = sum(len(kind) * count for kind, count in kinds.items()) + elsewhere
+        elsewhere = Counter(ask.wishes for ask in self.foreign)
+        kinds = self._kinds + elsewhere
         # What sets and those who wait elsewhere keep must not hide the free users behind it.
-        kept = elsewhere + sum(len(kind) * count for kind, count in kinds.items() if len(kind) > 1)
-        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in wishes}
-        rows = []
-        for first in range(0, len(wishes), LOOK):
-            page = wishes[first : first + LOOK]
-            for row in await self._find_free(page, min(demand, BREADTH + kept)):
-                fitting[page[row["filter"] - 1]].append(row["id"])
-                rows.append(row)
-        if not rows:
+        sets = {kind: count for kind, count in self._kinds.items() if len(kind) > 1}
+        most = min(_users_wanted(kinds), BREADTH + _users_wanted(elsewhere) + _users_wanted(sets))
+        fitting = await self._find_free(list(dict.fromkeys(wish for kind in kinds for wish in kind)), most)
+        if not fitting:
             return False
-        self._fit_foreign(fitting, rows)
-        here = [ask for ask in present if ask in self.queue]
-        chosen = match(sorted([*here, *self.foreign], key=lambda ask: ask.arrived), fitting, time.monotonic())
-        groups = list(chosen.items())
+        asks = sorted([*self.queue, *self.foreign], key=lambda ask: ask.arrived)
+        groups = list(match(asks, fitting, time.monotonic()).items())
         for first in range(0, len(groups), GROUPS):  # some may have left while others were served
             await self._take({ask: users for ask, users in groups[first : first + GROUPS] if ask in self.queue})
-        return bool(chosen)
+        return bool(groups)
 
-    async def _find_free(self, wishes: list[Wish], most: int) -> list[asyncpg.Record]:
-        began = time.monotonic()
-        rows = await self.hot.fetch(SQL["find_free"], *columns(wishes, Wish), self.rarity.of(wishes), most)
-        self.rarity.learn(wishes, time.monotonic() - began)
-        return rows
-
-    def _fit_foreign(self, fitting: dict[Wish, list[uuid.UUID]], rows: list[asyncpg.Record]) -> None:
-        users = {row["id"]: (row, msgspec.json.decode(row["labels"])) for row in rows} if self.foreign else {}
-        for wish in {wish for ask in self.foreign for wish in ask.wishes} - fitting.keys():
-            fitting[wish] = [id for id, (row, labels) in users.items() if wish.fits(row, labels)]
+    async def _find_free(self, wishes: list[Wish], most: int) -> Fitting:
+        """Users that are free, so many at the most for each wish; nothing for a wish that nobody fits."""
+        fitting: defaultdict[Wish, list[uuid.UUID]] = defaultdict(list)
+        for first in range(0, len(wishes), LOOK):
+            page = wishes[first : first + LOOK]
+            began = time.monotonic()
+            rows = await self.hot.fetch(SQL["find_free"], *columns(page, Wish), self.rarity.of(page), most)
+            self.rarity.learn(page, time.monotonic() - began)
+            for row in rows:
+                fitting[page[row["filter"] - 1]].append(row["id"])
+        return fitting
 
     async def _take(self, chosen: dict[Ask, list[uuid.UUID]]) -> None:
         if not chosen:
@@ -425,25 +471,22 @@ class Desk:
         self._taking = set(chosen)
         try:
             self.events.batched("acquire_users", len(chosen))
-            rows = {row["lock_id"]: row for row in await self.hot.fetch(SQL["acquire_users"], *_groups(chosen))}
-            tell_granted(self.events, rows.values(), {id: ask for ask in chosen for id in ask.lock_ids}, by_desk=True)
+            with self.unanswered.unless_answered(chosen):
+                rows = {row["lock_id"]: row for row in await self.hot.fetch(SQL["acquire_users"], *_groups(chosen))}
             for ask in chosen:
-                if ask.lock_ids[0] in rows:
-                    self._answer(ask, [rows[id] for id in ask.lock_ids])
+                granted = [rows[id] for id in ask.lock_ids if id in rows]
+                for row in granted:
+                    self.events.acquired(row, ask.cause, ask.seconds(), waited=ask.wait > 0)
+                if granted:
+                    self._answer(ask, granted)
             await self._find_repeats([ask for ask in chosen if ask in self.queue])
-        except Busy:
-            raise
-        except DATABASE_FAULTS:
-            lost = [ask for ask in chosen if ask.key is None and not ask.answer.done()]
-            self.unanswered.add(id for ask in lost for id in ask.lock_ids)
-            raise
         finally:
             self._taking = set()
             self._dismiss(chosen)
 
     def _dismiss(self, chosen: Iterable[Ask]) -> None:
         """Those who wanted to go, or have to, and had to wait for the outcome."""
-        for ask in [ask for ask in chosen if ask in self.queue]:
+        for ask in chosen:
             if self._closed:
                 self._refuse(ask, ShuttingDown())
             elif ask.leaving:
@@ -455,7 +498,7 @@ class Desk:
         if keyed:
             bound = await find_keyed(self.hot, [cast("uuid.UUID", ask.key) for ask in keyed])
             for ask, rows in zip(keyed, bound, strict=True):
-                if rows and ask in self.queue:
+                if rows:
                     self._answer(ask, [])
 
     async def _find_deleted(self) -> None:
@@ -467,8 +510,12 @@ class Desk:
             for ask in [ask for ask, user_id in asked if user_id not in existing]:
                 self._answer(ask, [])
 
-    async def _exchange(self, now: float) -> None:
+    # ---- Other replicas ------------------------------------------------------------------------------------
+
+    async def _exchange(self) -> None:
         """Tell the other replicas who has waited here for long, and learn it of them."""
+        now = time.monotonic()
+        self._exchanges_at = now + jittered(EXCHANGE)
         queue = self._long_waiting(now)
         rows = await self.hot.fetch(
             SQL["exchange_waiting"], self.replica, msgspec.json.encode(queue).decode() if queue else None
@@ -480,39 +527,21 @@ class Desk:
             for told in msgspec.json.decode(row["queue"], type=list[Told])
         ]
         self._foreign_projects = {pool.project_id for ask in self.foreign for pool in ask.pools()}
-        if any(ask.wait for ask in self.queue):
+        if self._pools:
             self._tell("waiting")
-        self._exchanges_at = now + jittered(EXCHANGE if self.queue or rows else 2 * EXCHANGE)
 
     def _long_waiting(self, now: float) -> list[Told]:
-        """The longest waiting for each distinct list of wishes, as the others need it."""
-        heads: dict[tuple[Wish, ...], Ask] = {}
+        """The longest waiting of each kind, as the others need it."""
+        heads: dict[Wishes, Ask] = {}
         wanted = min(len(self._kinds), 100)
         for ask in self.queue:
             if ask.wait and now - ask.arrived > HEAD_START / 2:
-                heads.setdefault(tuple(ask.wishes), ask)
-            if len(heads) == wanted:
+                heads.setdefault(ask.wishes, ask)
+            if len(heads) == wanted:  # long before the end, where thousands wait for the same
                 break
         for ask in heads.values():
             ask.told = True
         return [Told(now - ask.arrived, ask.wishes, ask.home) for ask in heads.values()]
-
-
-def _take_out(counter: Counter[Any], item: Any) -> None:
-    """One less of an item; the last one leaves no trace."""
-    counter[item] -= 1
-    if not counter[item]:
-        del counter[item]
-
-
-def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
-    """As acquire_users.sql takes them."""
-    rows = [
-        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client, wish.domain, wish.labels)
-        for number, (ask, users) in enumerate(chosen.items())
-        for user, lock_id, wish in zip(users, ask.lock_ids, ask.wishes, strict=True)
-    ]
-    return [list(column) for column in zip(*rows, strict=True)]
 
 
 async def listen(desk: Desk, url: str) -> None:

@@ -72,13 +72,6 @@ class Wish(Struct, frozen=True):
         parts = ((name, getattr(self, name)) for name in self.__struct_fields__)
         return ", ".join(f"{name}={value}" for name, value in parts if value is not None)
 
-    def fits(self, user: asyncpg.Record, labels: dict[str, str]) -> bool:
-        if self.user_id:
-            return self.user_id == user["id"]
-        where = self.project_id == user["project_id"]
-        where = where and self.env in (None, user["env"]) and self.domain in (None, user["domain"])
-        return where and (self.labels is None or msgspec.json.decode(self.labels).items() <= labels.items())
-
     @classmethod
     def of_pool(cls, row: Any) -> Wish:
         return cls(None, row["project_id"], row["env"], row["domain"])

@@ -9,7 +9,7 @@ with filters as materialized (
     from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::jsonb[], $6::boolean[])
         with ordinality as filters (user_id, project_id, env, domain, labels, is_rare, filter)
 )
-select filters.filter, users.id, users.project_id, users.env, users.domain, users.labels
+select filters.filter, free.user_id as id
 from filters
 cross join lateral (
     select unused.user_id, unused.ready_at
@@ -66,5 +66,4 @@ cross join lateral (
     from free_users
     where user_id = filters.user_id
 ) as free
-join users on users.id = free.user_id
 order by filters.filter, free.ready_at

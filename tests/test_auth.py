@@ -590,7 +590,7 @@ async def test_however_a_lock_ends_its_record_says_whose_it_was(empty_database):
             (row,) = await own_farm._acquire_locks(
                 [
                     farm.waiting.Ask(
-                        wishes=[farm.words.Wish(None, project)],
+                        wishes=(farm.words.Wish(None, project),),
                         holder="h",
                         ttl=60,
                         client=client,
@@ -600,7 +600,7 @@ async def test_however_a_lock_ends_its_record_says_whose_it_was(empty_database):
             )
             return row["lock_id"]
 
-        ask = farm.waiting.Ask(wishes=[farm.words.Wish(made)], client=other, ttl=60, lock_ids=[farm.database.new_id()])
+        ask = farm.waiting.Ask(wishes=(farm.words.Wish(made),), client=other, ttl=60, lock_ids=[farm.database.new_id()])
         ends = {
             "released": lambda id: own_farm._release([farm.locks.Release(id)]),
             "released by holder": lambda _: pool.fetch(farm.database.SQL["release_holder"], "h", None, None, None),

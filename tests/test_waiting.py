@@ -14,6 +14,8 @@ import struct
 import time
 import uuid
 from datetime import datetime
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -27,6 +29,7 @@ from hypothesis import strategies as st
 import farm.database
 import farm.locks
 import farm.settings
+import farm.telemetry
 import farm.waiting
 import farm.words
 
@@ -560,7 +563,7 @@ def test_match_serves_all_or_none_first_come_first_served(asked):
     ids = [uuid.UUID(int=number) for number in range(8)]
     asks, fitting = [], {}
     for number, (needs, patient) in enumerate(asked):
-        wishes = [farm.words.Wish(env=f"{number}.{unit}") for unit in range(len(needs))]
+        wishes = tuple(farm.words.Wish(env=f"{number}.{unit}") for unit in range(len(needs)))
         fitting |= {wish: [ids[user] for user in users] for wish, users in zip(wishes, needs, strict=True)}
         asks.append(farm.waiting.Ask(wishes=wishes, arrived=now - (0 if patient else 100)))
     served = farm.waiting.match(asks, fitting, now)
@@ -682,6 +685,58 @@ async def test_one_that_goes_away_while_the_database_is_slow_leaves_no_user_lock
             await asyncio.sleep(0.02)
     finally:
         await blocker.close()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_grant_whose_handler_is_cancelled_at_the_stop_is_given_back(count, api, database, project):
+    """The server gives the handler up, by itself or at the desk, while its statement is still on the way."""
+    await make_users(api, project, count)
+    sent, over = asyncio.Event(), asyncio.Event()
+    async with farm.database.open_pool(database, 4, "force_generic_plan", 10) as pool:
+        own = farm.locks.Locks(settings(database), pool, pool, cast("Any", None), farm.telemetry.Events(None))
+        fetch = pool.fetch
+
+        async def slow(sql, *args, **options):
+            if sql in (farm.database.SQL["acquire_locks"], farm.database.SQL["acquire_users"]):
+                sent.set()
+                await over.wait()
+            return await fetch(sql, *args, **options)
+
+        pool.fetch = slow
+        desk = asyncio.create_task(own.desk.run())
+        request = SimpleNamespace(receive=asyncio.Event().wait, scope={"state": {}})
+        ask = farm.waiting.Ask(wishes=(farm.words.Wish(None, uuid.UUID(project)),) * count, ttl=60)
+        call = asyncio.create_task(own.acquire(cast("Any", request), ask))
+        await sent.wait()
+        call.cancel()
+        await asyncio.wait([call])
+        asyncio.get_running_loop().call_later(0.2, over.set)
+        await own.settle()
+        desk.cancel()
+    ended = f"select ended_by from history join users on users.id = user_id where project_id = '{project}'"
+    assert [row["ended_by"] for row in await execute(database, ended)] == ["released"] * count
+
+
+async def test_a_lock_that_nobody_was_told_of_is_looked_for_by_two_at_once():
+    """One that is added meanwhile is kept, and neither stumbles over what the other has found."""
+    unanswered, asked, over = farm.waiting.Unanswered(), [], asyncio.Event()
+    first, second = uuid.uuid4(), uuid.uuid4()
+
+    async def release(id):
+        asked.append(id)
+        await over.wait()
+        return True
+
+    unanswered.add([first])
+    both = [asyncio.create_task(unanswered.give_back(release)) for _ in range(2)]
+    while len(asked) < 2:
+        await asyncio.sleep(0)
+    unanswered.add([second])
+    over.set()
+    await asyncio.gather(*both)
+    await unanswered.give_back(release)
+    await unanswered.give_back(release)
+    assert asked == [first, first, second]
 
 
 async def test_a_call_that_met_a_deadlock_is_repeated_with_the_body_it_had(api, service, project, monkeypatch):
