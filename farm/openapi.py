@@ -15,47 +15,21 @@ from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 
-import farm.words
-from farm import VERSION
+from farm import VERSION, problems, words
 from farm.calls import Call
-from farm.clients import (
-    FORM,
-    SCOPES,
-)
-from farm.problems import (
-    PROBLEM_JSON,
-    BodyTooLarge,
-    DatabaseUnavailable,
-    FieldError,
-    Forbidden,
-    HeadTooLarge,
-    InternalError,
-    Invalid,
-    LineError,
-    MalformedBody,
-    NotFound,
-    Problem,
-    ProblemDetails,
-    Unauthenticated,
-    UnsupportedMediaType,
-)
+from farm.clients import FORM, SCOPES
+from farm.problems import Problem
 from farm.settings import Settings
-from farm.words import (
-    CSV,
-    JSON,
-    NDJSON,
-    ImportedUser,
-    LabelPair,
-    TokenError,
-    limits,
-)
+from farm.words import CSV, JSON, NDJSON
+
+REF = "#/components/schemas/{name}"
 
 
 @lru_cache(8)
 def openapi_document(settings: Settings, calls: tuple[HTTPRouteHandler, ...]) -> dict[str, Any]:
     """The OpenAPI 3.1 document of these calls."""
     config = OpenAPIConfig(
-        "BotFarm", VERSION, description="A pool of test users that tests lock.", use_handler_docstrings=True,
+        "BotFarm", VERSION, description="A pool of test users that tests lock.",
         operation_id_creator=lambda handler, method, _: handler.handler_name + ("_head" if method == "HEAD" else ""),
     )  # fmt: skip
     handlers = {handler.handler_name: handler for handler in calls}
@@ -70,8 +44,8 @@ def openapi_document(settings: Settings, calls: tuple[HTTPRouteHandler, ...]) ->
             handler = handlers[operation["operationId"]]
             describe(operation, handler, settings)
             secured = settings.auth == "on" and "scope" in handler.opt
-            problems = [] if path == "/token" else problems_of(handler, path, secured)
-            operation["responses"] = success_of(operation) | problem_responses(problems)
+            refused = [] if path == "/token" else problems_of(handler, path, secured)
+            operation["responses"] = success_of(operation) | problem_responses(refused)
     if settings.auth == "on":
         describe_token(document)
     return document
@@ -79,13 +53,13 @@ def openapi_document(settings: Settings, calls: tuple[HTTPRouteHandler, ...]) ->
 
 def exact_schemas(named: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """The schemas of these structs by msgspec, which knows all limits of types, and with those of the settings."""
-    kinds = [kind for kind in vars(farm.words).values() if isinstance(kind, type) and kind.__name__ in named]
-    kinds += [ImportedUser, ProblemDetails, FieldError, LineError]
-    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    kinds = [kind for kind in vars(words).values() if isinstance(kind, type) and kind.__name__ in named]
+    kinds += [words.ImportedUser, problems.ProblemDetails, problems.FieldError, problems.LineError]
+    _, schemas = msgspec.json.schema_components(kinds, ref_template=REF)
     schemas["ProblemDetails"]["additionalProperties"] = True
     for schema in schemas.values():
         if schema.get("additionalProperties") is False:  # what callers send
-            for name, limit in limits(settings).items():
+            for name, limit in words.limits(settings).items():
                 restrict(schema["properties"].get(name, {}), limit)
     return schemas
 
@@ -124,63 +98,57 @@ def parameter_schema(parameter: dict[str, Any], settings: Settings) -> dict[str,
     if "enum" in schema:
         schema |= {"type": "string", "enum": [value for value in schema["enum"] if value is not None]}
     if parameter["name"] == "label":
-        schema["items"] = msgspec.json.schema(LabelPair)
+        schema["items"] = msgspec.json.schema(words.LabelPair)
     schema = {key: int(value) if isinstance(value, float) else value for key, value in schema.items()}
-    return schema | limits(settings).get(parameter["name"], {})
+    return schema | words.limits(settings).get(parameter["name"], {})
 
 
 def success_of(operation: dict[str, Any]) -> dict[str, Any]:
+    """The good reply; one that is not JSON is text, whatever Litestar made of its type."""
     done = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
     for answer in done.values():
         answer["description"] = "Done"
-        for media in [media for media in answer.get("content", {}) if media not in (JSON,)]:
-            answer["content"][media.partition(";")[0]] = {"schema": {"type": "string"}}
-            if ";" in media:
-                del answer["content"][media]
+        if (content := answer.get("content")) and JSON not in content:
+            answer["content"] = {media.partition(";")[0]: {"schema": {"type": "string"}} for media in content}
     return done
 
 
 def problems_of(handler: HTTPRouteHandler, path: str, secured: bool) -> list[type[Problem]]:
     """What a call can refuse: what it declares, and what its form brings along."""
-    problems = [*cast("list[type[Problem]]", handler.raises or []), Invalid, HeadTooLarge, InternalError]
-    problems += [DatabaseUnavailable] if "scope" in handler.opt else []
-    problems += [NotFound] if "{" in path else []
-    problems += [Unauthenticated, Forbidden] if secured else []
+    kinds = [*cast("list[type[Problem]]", handler.raises or [])]
+    kinds += [problems.Invalid, problems.HeadTooLarge, problems.InternalError]
+    kinds += [problems.DatabaseUnavailable] if "scope" in handler.opt else []
+    kinds += [problems.NotFound] if "{" in path else []
+    kinds += [problems.Unauthenticated, problems.Forbidden] if secured else []
     if "data" in handler.parsed_fn_signature.parameters or "DELETE" in handler.http_methods:
-        problems += [MalformedBody, UnsupportedMediaType, BodyTooLarge]
-    return list(dict.fromkeys(problems))
+        kinds += [problems.MalformedBody, problems.UnsupportedMediaType, problems.BodyTooLarge]
+    return list(dict.fromkeys(kinds))
 
 
-def problem_responses(problems: list[type[Problem]]) -> dict[str, Any]:
-    by_status: dict[int, list[type[Problem]]] = {}
-    for problem in sorted(problems, key=lambda problem: problem.status_code):
-        by_status.setdefault(problem.status_code, []).append(problem)
-    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
-    return {
-        str(status): {
-            "description": " / ".join(f"`{p.slug}`: {(p.__doc__ or '').strip()}" for p in kinds),
-            "content": content,
-        }
-        for status, kinds in by_status.items()
-    }
+def problem_responses(kinds: list[type[Problem]]) -> dict[str, Any]:
+    told: dict[str, list[str]] = {}
+    for kind in sorted(kinds, key=lambda kind: kind.status_code):
+        told.setdefault(str(kind.status_code), []).append(f"`{kind.slug}`: {(kind.__doc__ or '').strip()}")
+    content = {problems.PROBLEM_JSON: {"schema": {"$ref": REF.format(name="ProblemDetails")}}}
+    return {status: {"description": " / ".join(texts), "content": content} for status, texts in told.items()}
 
 
 def describe_token(document: dict[str, Any]) -> None:
     """How to get a token: the Authorize button of the API page works by it."""
     flow = {"tokenUrl": "/token", "scopes": SCOPES}
     document["components"]["securitySchemes"] = {"oauth2": {"type": "oauth2", "flows": {"clientCredentials": flow}}}
-    _, schemas = msgspec.json.schema_components([TokenError], ref_template="#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components([words.TokenError], ref_template=REF)
     document["components"]["schemas"] |= schemas
     fields: dict[str, Any] = {name: {"type": "string"} for name in ("scope", "client_id", "client_secret")}
     fields["grant_type"] = {"type": "string", "const": "client_credentials"}
     form = {"type": "object", "required": ["grant_type"], "properties": fields}
     operation = document["paths"]["/token"]["post"]
     operation["requestBody"] = {"required": True, "content": {FORM: {"schema": form}}}
-    content = {JSON: {"schema": {"$ref": "#/components/schemas/TokenError"}}}
-    for status, what in (
-        ("400", "RFC 6749 section 5.2"),
-        ("401", "`invalid_client`"),
-        ("429", "too often"),
-        ("503", "the database does not answer, or too many ask"),
-    ):
-        operation["responses"][status] = {"description": what, "content": content}
+    content = {JSON: {"schema": {"$ref": REF.format(name="TokenError")}}}
+    told = {
+        "400": "RFC 6749 section 5.2",
+        "401": "`invalid_client`",
+        "429": "too often",
+        "503": "no database, or a crowd",
+    }
+    operation["responses"] |= {status: {"description": text, "content": content} for status, text in told.items()}
