@@ -27,6 +27,7 @@ each of which imports only those below it:
     farm/problems.py     all that can be refused
     farm/settings.py     what can be configured
     farm/embedded.py     a PostgreSQL of our own
+    farm/check.py        whether a service is ready: the health check of containers
 
 The way of one acquire: farm/server.py reads it from the socket, farm/calls.py asks who calls and reads the body, and
 `acquire_lock` below hands it to farm/locks.py. That claims a user with sql/acquire_locks.sql, in one statement with
