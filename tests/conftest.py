@@ -41,6 +41,7 @@ KEY = "k1:" + "A" * 43 + "="
 
 # No test speaks TLS, and each client of httpx would read 140 certificates first, which takes 25 ms.
 os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")
+os.environ.pop("SSL_CERT_FILE", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
