@@ -39,6 +39,7 @@ from farm.words import JSON
 # -- Connections -----------------------------------------------------------------------------------------
 
 HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
+GRACE = 8  # seconds for what runs when the service is told to stop
 CALLERS = logging.getLogger("botfarm.callers")  # what uvicorn says of callers; but for errors anybody could fill it
 CALLERS.setLevel(logging.ERROR)
 
@@ -224,7 +225,7 @@ def _config(settings: Settings, app: str) -> uvicorn.Config:
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else a caller could choose its address at /token
         lifespan="on",
         backlog=4096,
-        timeout_graceful_shutdown=8,
+        timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=75,  # longer than clients keep idle connections, or one is closed as they use it again
         http=Protocol,
         ws="none",

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +41,7 @@ KEY = "k1:" + "A" * 43 + "="
 
 # No test speaks TLS, and each client of httpx would read 140 certificates first, which takes 25 ms.
 os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")
+os.environ.pop("SSL_CERT_FILE", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -253,15 +254,20 @@ def environment(env: dict[str, str] | None) -> dict[str, str]:
 
 
 @contextmanager
-def process(*arguments: str, env: dict[str, str] | None = None, cold: bool = False) -> Iterator[Any]:
-    """`python botfarm.py ...` as a process of its own, stopped by its own handle; `cold`: of a Python of its own."""
+def process(
+    *arguments: str, env: dict[str, str] | None = None, cold: bool = False, changes: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """`python botfarm.py ...` as a process of its own, stopped by its own handle.
+
+    `cold` is one of a Python of its own, with its imports; `changes` as `ready.fork` has them.
+    """
     with open(os.devnull) as nothing, tempfile.TemporaryFile() as output:
         if cold:
             words = [sys.executable, str(ROOT / "botfarm.py"), *arguments]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             started: Any = subprocess.Popen(words, env=environment(env), stdin=nothing, cwd=ROOT, **pipes)
         else:
-            started = ready.fork(arguments, environment(env), nothing, output, output)
+            started = ready.fork(arguments, environment(env), nothing, output, output, changes=changes or {})
         try:
             yield started
         finally:

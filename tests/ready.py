@@ -45,7 +45,10 @@ def _ready() -> socket.socket:
 
 
 def fork(
-    arguments: Sequence[str], env: dict[str, str], *files: IO[Any], changes: Mapping[str, Any] = MappingProxyType({})
+    arguments: Sequence[str],
+    env: dict[str, str],
+    *files: IO[Any] | int,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Forked:
     """Start `python botfarm.py` with these arguments; the files are its input, its output and its errors.
 
@@ -56,7 +59,8 @@ def fork(
         request.write(json.dumps([arguments, env, dict(changes)]).encode())
         request.seek(0)
         with ASKING:
-            socket.send_fds(_ready(), [b"fork"], [file.fileno() for file in (theirs, *files, request)])
+            numbers = [file if isinstance(file, int) else file.fileno() for file in (theirs, *files, request)]
+            socket.send_fds(_ready(), [b"fork"], numbers)
         return Forked(ours, files[1])
 
 
@@ -65,7 +69,7 @@ class Forked:
 
     returncode: int | None = None
 
-    def __init__(self, news: socket.socket, stdout: IO[Any]) -> None:
+    def __init__(self, news: socket.socket, stdout: Any) -> None:
         self._news = news
         self.stdout = stdout
         self.pid = int(news.recv(WORD))

@@ -70,6 +70,12 @@ def old_home(module_folder: Path) -> Path:
         return module_folder / "home"
 
 
+def copy(old_home: Path, home: Path) -> Path:
+    """A home like the old one, owners and all."""
+    subprocess.run(["cp", "-a", old_home, home], check=True)
+    return home
+
+
 @pytest.fixture
 def shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stands for /var/lib/botfarm."""
@@ -212,9 +218,10 @@ def test_a_big_log_is_emptied_by_a_start(old_home: Path, monkeypatch: pytest.Mon
         assert "bygone" not in (old_home / "postgres.log").read_text()
 
 
-def test_a_command_joins_the_running_server_or_starts_its_own(home: Path) -> None:
+def test_a_command_joins_the_running_server_or_starts_its_own(home: Path, old_home: Path) -> None:
     assert embedded.running(home) is None
     assert not home.exists()
+    copy(old_home, home)
     with embedded.database(home) as dsn:
         sql(dsn, *MARK)
         assert embedded.running(home) == dsn
@@ -236,9 +243,11 @@ def test_a_command_waits_for_a_service_that_is_starting(home: Path) -> None:
         assert answers(dsn)
 
 
-@pytest.mark.parametrize("name", ["long" * 30, "a,b", "a b&c%41'\"é"])
-def test_any_path_will_do(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "is_new"), [("long" * 30, False), ("a,b", False), ("a b&c%41'\"é", True)])
+def test_any_path_will_do(folder: Path, old_home: Path, name: str, is_new: bool) -> None:
     home = folder / name
+    if not is_new:  # where its sockets are is another matter than how it is made
+        copy(old_home, home)
     with started(home) as server:
         assert answers(server.dsn)
         assert embedded.running(home) == server.dsn
@@ -314,10 +323,12 @@ def test_a_home_and_programs_out_of_reach_move_once(folder: Path, wheel: Path, s
 
 
 @root_only
-def test_a_database_that_gets_out_of_reach_is_not_replaced_by_an_empty_one(folder: Path, shared: Path) -> None:
+def test_a_database_that_gets_out_of_reach_is_not_replaced_by_an_empty_one(
+    folder: Path, old_home: Path, shared: Path
+) -> None:
     home = folder / "open" / "home"
-    with started(home):
-        pass
+    home.parent.mkdir()
+    copy(old_home, home)
     home.parent.chmod(0o700)
     with pytest.raises(embedded.EmbeddedError, match=f"can't reach the database in {home}"):
         embedded.start(home)

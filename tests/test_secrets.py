@@ -290,7 +290,7 @@ def test_no_process_and_no_command_tells_a_secret(canaries, tmp_path):
     keys = {"BOTFARM_KEYS": canaries.sealing, "BOTFARM_SIGNING_KEYS": canaries.signing}
     env = {"DATABASE_URL": canaries.url, "BOTFARM_AUTH": "on", **keys}
     hidden = [canaries.sealing, canaries.signing, canaries.database]
-    with process("--port", port, "--workers", "2", env=env) as running:
+    with process("--port", port, "--workers", "2", env=env, cold=True) as running:
         wait_ready(f"http://127.0.0.1:{port}")
         processes = "\n".join(process_list())
         assert f"--port\x00{port}" in processes
