@@ -23,21 +23,10 @@ from cachetools import LRUCache, TLRUCache
 from litestar import Request
 from msgspec import Struct
 
+from farm import problems
 from farm.clients import Gate
 from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections, columns, new_id
 from farm.passwords import KeyFault, Passwords
-from farm.problems import (
-    LockEnded,
-    LockNotHeld,
-    NoMatchingUser,
-    PoolExhausted,
-    Problem,
-    ShuttingDown,
-    Unauthenticated,
-    UserLocked,
-    UserNotFound,
-    UserUnavailable,
-)
 from farm.settings import Settings
 from farm.telemetry import NOWHERE, Cause, Events
 from farm.waiting import Ask, Desk, Rarity, Unanswered, find_keyed, match
@@ -70,32 +59,34 @@ class Refusal(Struct):
 
     matching: int
     free: int
-    problem: Problem
+    problem: problems.Problem
 
 
-def _too_few_free(asked: str, counts: asyncpg.Record, waiting: int) -> PoolExhausted:
+def _too_few_free(asked: str, counts: asyncpg.Record, waiting: int) -> problems.PoolExhausted:
     members = {name: counts[name] for name in ("matching", "locked", "resting", "quarantined", "next_free_at")}
     detail = (
         f"{counts['matching']} users match {asked}, but too few are free: {counts['locked']} locked, "
         f"{counts['resting']} resting, {counts['quarantined']} quarantined. Try again, wait, or add users."
     )
-    return PoolExhausted(detail, **members, waiting=waiting)
+    return problems.PoolExhausted(detail, **members, waiting=waiting)
 
 
-def _why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> Problem:
+def _why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> problems.Problem:
     state = counts["state"]
     if state is None:
-        return UserNotFound.of(id)
+        return problems.UserNotFound.of(id)
     if state == "quarantined":
         detail = f"The user {id} is quarantined: {counts['quarantine']}."
-        return UserUnavailable(detail, state=state, reason=counts["quarantine"])
+        return problems.UserUnavailable(detail, state=state, reason=counts["quarantine"])
     if state == "resting":
         detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
-        return UserUnavailable(detail, state=state, available_at=counts["ready_at"])
+        return problems.UserUnavailable(detail, state=state, available_at=counts["ready_at"])
     if state == "free":
         detail = f"Other calls want or change the user {id} in this moment; try again."
-        return UserUnavailable(detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"])
-    return UserLocked.of(id, counts)
+        return problems.UserUnavailable(
+            detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"]
+        )
+    return problems.UserLocked.of(id, counts)
 
 
 class Locks:
@@ -143,10 +134,10 @@ class Locks:
 
     # ---- Acquire -------------------------------------------------------------------------------------------
 
-    async def acquire(self, request: Request, ask: Ask) -> list[Lock] | Problem:
+    async def acquire(self, request: Request, ask: Ask) -> list[Lock] | problems.Problem:
         """The locks of the users that it got, or why it got none."""
         if self.stopping:
-            raise ShuttingDown
+            raise problems.ShuttingDown
         try:
             return await self._acquire(request, ask)
         except asyncio.CancelledError:  # the server stops, and has waited for it as long as it may
@@ -155,7 +146,7 @@ class Locks:
                 self.unanswered.add(ask.lock_ids)
             raise
 
-    async def _acquire(self, request: Request, ask: Ask) -> list[Lock] | Problem:
+    async def _acquire(self, request: Request, ask: Ask) -> list[Lock] | problems.Problem:
         """Claim users; where there are none, find out why, and try again if some are free after all."""
         if not ask.wait and ask.wishes in self._exhausted and not (refusal := await self.refusal(ask.wishes)).free:
             return await self._repeated(ask) or refusal.problem
@@ -211,17 +202,17 @@ class Locks:
             if ask.wait and (await self.refusal(ask.wishes)).problem.status_code == 404:
                 self.desk.turn_away(ask)
 
-    async def _granted(self, request: Request, ask: Ask, rows: list[asyncpg.Record]) -> list[Lock] | Problem:
+    async def _granted(self, request: Request, ask: Ask, rows: list[asyncpg.Record]) -> list[Lock] | problems.Problem:
         """The locks for the reply; given back where the caller can't have them any more.
 
         With an idempotency key they stay: a repeat, maybe at another replica, finds them.
         """
         if self.gate and not self.gate.still(ask.client):  # it was removed while it waited
             await self._give_back(rows, ask.cause)
-            raise Unauthenticated("The client of the token is gone")
+            raise problems.Unauthenticated("The client of the token is gone")
         if ask.key is None and request.scope["state"].get(GONE):
             await self._give_back(rows, ask.cause)
-            return LockEnded("The caller went away before the reply.")
+            return problems.LockEnded("The caller went away before the reply.")
         try:
             return self._with_passwords(rows)
         except KeyFault:
@@ -235,7 +226,7 @@ class Locks:
         self.events.revealed(sum(lock.user.password is not None for lock in locks))
         return locks
 
-    async def _repeated(self, ask: Ask) -> list[Lock] | Problem | None:
+    async def _repeated(self, ask: Ask) -> list[Lock] | problems.Problem | None:
         """The locks that the idempotency key has bound, or that one has ended; None for a key that is not bound."""
         if ask.key is None or not (rows := await self.keyed(ask.key)):
             return None
@@ -247,7 +238,7 @@ class Locks:
         ends = await self.pool.fetch(SQL["get_lock_ends"], [row["bound_id"] for row in rows], ask.client)
         ended_at = min((row["ended_at"] for row in ends), default=None)
         detail = f"The lock of the idempotency key {ask.sent_key} has ended: use a new key for a new lock."
-        return LockEnded(detail, ended_at=ended_at)
+        return problems.LockEnded(detail, ended_at=ended_at)
 
     async def _give_back(self, rows: list[asyncpg.Record], cause: Cause) -> None:
         """Release what was granted to a caller that can't have it; where that fails, the sweep does it."""
@@ -260,13 +251,12 @@ class Locks:
         """Give back what is to be given back, at the end; two seconds at most."""
         with contextlib.suppress(*DATABASE_FAULTS):
             async with asyncio.timeout(2):
-                while self.unanswered:  # the statement that grants it may be running
-                    await self.find_lost()
+                while await self.find_lost():  # a statement that grants one may still be running
                     await asyncio.sleep(0.1)
 
-    async def find_lost(self) -> None:
-        """Give back the locks that nobody was told of."""
-        await self.unanswered.give_back(lambda id: self.release(Release(id)))
+    async def find_lost(self) -> bool:
+        """Give back the locks that nobody was told of. Whether some are still looked for."""
+        return await self.unanswered.give_back(lambda id: self.release(Release(id)))
 
     # ---- The statements that calls share -------------------------------------------------------------------
 
@@ -378,10 +368,10 @@ class Locks:
                 break
         await self.find_lost()
 
-    async def not_held(self, id: uuid.UUID, owner: uuid.UUID | None) -> LockNotHeld:
+    async def not_held(self, id: uuid.UUID, owner: uuid.UUID | None) -> problems.LockNotHeld:
         """What became of a lock that is not held."""
         ends = await self.pool.fetch(SQL["get_lock_ends"], [id], owner)
-        return LockNotHeld.of(id, ends[0] if ends else None)
+        return problems.LockNotHeld.of(id, ends[0] if ends else None)
 
     # ---- Why there is no user ------------------------------------------------------------------------------
 
@@ -424,15 +414,16 @@ class Locks:
         elif not refusal.free and len(wishes) == 1:  # a set is asked for at the desk, which costs no count
             self._exhausted[wishes] = None
 
-    def _why_not(self, wish: Wish, counts: asyncpg.Record) -> Problem:
+    def _why_not(self, wish: Wish, counts: asyncpg.Record) -> problems.Problem:
         if wish.user_id:
             return _why_not_this(wish.user_id, counts)
         if not counts["matching"]:
-            return NoMatchingUser(f"No user at all matches {wish}: create one, or ask for less.")
+            return problems.NoMatchingUser(f"No user at all matches {wish}: create one, or ask for less.")
         return _too_few_free(str(wish), counts, self.desk.waiting(wish))
 
-    def _why_no_set(self, wishes: Wishes, counts: asyncpg.Record, enough: bool) -> Problem:
+    def _why_no_set(self, wishes: Wishes, counts: asyncpg.Record, enough: bool) -> problems.Problem:
         asked = "; ".join(f"{count} of {wish}" for wish, count in Counter(wishes).items())
         if not enough:
-            return NoMatchingUser(f"There are not enough users for this set ({asked}): create some, or ask for less.")
+            detail = f"There are not enough users for this set ({asked}): create some, or ask for less."
+            return problems.NoMatchingUser(detail)
         return _too_few_free(f"this set ({asked})", counts, max(self.desk.waiting(wish) for wish in wishes))

@@ -169,9 +169,6 @@ class Unanswered:
     def __init__(self) -> None:
         self._ends: dict[uuid.UUID, float] = {}
 
-    def __len__(self) -> int:
-        return len(self._ends)
-
     def add(self, lock_ids: Iterable[uuid.UUID]) -> None:
         self._ends |= dict.fromkeys(lock_ids, time.monotonic() + self.SEARCH)
 
@@ -188,14 +185,18 @@ class Unanswered:
                 self.add(id for ask in asks if ask.key is None for id in ask.lock_ids)
             raise
 
-    async def give_back(self, release: Callable[[uuid.UUID], Awaitable[bool]]) -> None:
-        """Release them; those that are not found are kept for the next time. Two may run at once."""
+    async def give_back(self, release: Callable[[uuid.UUID], Awaitable[bool]]) -> bool:
+        """Release them; those that are not found are kept for the next time, and whether there are some is the answer.
+
+        Two may run at once.
+        """
         ids, now = list(self._ends), time.monotonic()
         for first in range(0, len(ids), self.PAGE):
             page = ids[first : first + self.PAGE]
             for id, found in zip(page, await asyncio.gather(*map(release, page)), strict=True):
                 if found or self._ends.get(id, now) <= now:
                     self._ends.pop(id, None)
+        return bool(self._ends)
 
 
 class Rarity:
@@ -503,11 +504,10 @@ class Desk:
 
     async def _find_deleted(self) -> None:
         """Users that somebody waits for and that are gone: the handler says so."""
-        asked = [(ask, ask.wishes[0].user_id) for ask in self.queue if ask.wishes[0].user_id]
+        asked = {ask: ask.wishes[0].user_id for ask in self.queue if ask.wishes[0].user_id}
         if asked:
-            rows = await self.hot.fetch(SQL["list_existing"], list({user_id for _, user_id in asked}))
-            existing = {row["id"] for row in rows}
-            for ask in [ask for ask, user_id in asked if user_id not in existing]:
+            existing = {row["id"] for row in await self.hot.fetch(SQL["list_existing"], list(set(asked.values())))}
+            for ask in [ask for ask, user_id in asked.items() if user_id not in existing]:
                 self._answer(ask, [])
 
     # ---- Other replicas ------------------------------------------------------------------------------------
