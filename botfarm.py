@@ -79,7 +79,7 @@ from farm.clients import (
     grant_token,
     read_form,
 )
-from farm.database import DATABASE_FAULTS, SQL, STATEMENT, new_id, open_pool
+from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
 from farm.imports import CsvFile, NdjsonFile, exported
 from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
@@ -635,9 +635,10 @@ async def running(app: Litestar) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     async with contextlib.AsyncExitStack() as stack:
         database = stack.enter_context(prepared(settings))
-        hot = await stack.enter_async_context(open_pool(database, 4, "force_generic_plan", STATEMENT, settings.pooler))
+        seconds, pooler = Connections.STATEMENT, settings.pooler
+        hot = await stack.enter_async_context(open_pool(database, 4, "force_generic_plan", seconds, pooler))
         pool = await stack.enter_async_context(
-            open_pool(database, settings.pool_size, "force_custom_plan", STATEMENT, settings.pooler)
+            open_pool(database, settings.pool_size, "force_custom_plan", seconds, pooler)
         )
         keyring = keyring_of(load_keys(settings))
         await check_keys(pool, keyring)

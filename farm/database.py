@@ -51,8 +51,6 @@ DATABASE_FAULTS = (
     asyncpg.ReadOnlySQLTransactionError,
 )
 
-STATEMENT = 6  # seconds for a statement; with a connection to wait for and to give back, ten for a call
-
 
 class Busy(asyncpg.InterfaceError):
     """Too many calls wait for the database, or none gets a connection: nothing was sent."""
@@ -66,6 +64,7 @@ class Connections:
     """A pool of connections whose callers are told within seconds when there is none for them."""
 
     PATIENCE = 3  # seconds to wait for a connection
+    STATEMENT = 6  # seconds for a statement; with a connection to wait for and to give back, ten for a call
     CROWD = 500  # so many may wait for one
 
     def __init__(self, pool: asyncpg.Pool) -> None:

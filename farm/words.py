@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import uuid
 from collections.abc import Iterator, Sequence
@@ -471,6 +472,8 @@ def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[F
 def _number(text: str) -> float:
     """60.0 is 60: in JSON they are the same."""
     number = float(text)
+    if math.isinf(number):
+        raise msgspec.DecodeError("a number is out of range")
     return int(number) if number.is_integer() else number
 
 

@@ -284,8 +284,8 @@ async def users_held(url):
         await connection.close()
 
 
-# In the short form calls are given up sooner: after 2.2 seconds of the service's, and three for a slow machine.
-HASTY = {"farm.database.STATEMENT": 0.8, "farm.database.Connections.PATIENCE": 0.4}
+# In the short form calls are given up sooner: after 2.2 seconds of the service's, and two for a slow machine.
+HASTY = {"farm.database.Connections.STATEMENT": 0.8, "farm.database.Connections.PATIENCE": 0.4}
 
 
 async def piles_up_nothing(running, url: str, fault, long: bool) -> None:
@@ -293,7 +293,7 @@ async def piles_up_nothing(running, url: str, fault, long: bool) -> None:
 
     There are more clients than two statements serve, and more calls of each kind than there are connections.
     """
-    seconds, longest = (40, LONGEST) if long else (6, 5.5)
+    seconds, longest = (40, LONGEST) if long else (5, 4.5)
     grid, spare = Grid(ports(running), ttls=(60,), patience=seconds + 30, longest=longest), await spare_users(running)
     careless = Grid(ports(running), ttls=(60,), patience=seconds + 30, longest=longest, keyed=False)
     await grid.create(400)
