@@ -18,6 +18,7 @@ from conftest import KEY, ROOT
 import botfarm
 import farm
 import farm.commands
+import farm.server
 from farm.settings import SECRET_SETTINGS, Settings
 
 OPERATING = (ROOT / "docs/operating.md").read_text()
@@ -204,7 +205,7 @@ def test_probes_ask_what_the_program_answers():
 
 
 def test_a_pod_may_take_longer_to_end_than_a_shutdown_takes():
-    shutdown = int(re.search(r"timeout_graceful_shutdown=(\d+)", (ROOT / "farm/server.py").read_text())[1]) + 2
+    shutdown = farm.server.GRACE + 2
     (_, before) = SERVICE["lifecycle"]["preStop"]["exec"]["command"]
     assert POD["terminationGracePeriodSeconds"] > shutdown + int(before)
     assert seconds(COMPOSE["botfarm"]["stop_grace_period"]) > shutdown

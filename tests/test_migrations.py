@@ -16,12 +16,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from inspect import signature
+from types import SimpleNamespace
 
 import asyncpg
 import psycopg
 import pytest
 from asyncpg import connect_utils
-from conftest import ROOT, command, execute, free_port
+from conftest import ROOT, command, execute, free_port, until
 
 import farm.migrations
 import farm.settings
@@ -111,7 +112,14 @@ async def test_a_table_of_somebody_else_is_told_at_once(bare_database):
         await asyncio.to_thread(farm.migrations.migrate, bare_database)
 
 
-async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(bare_database):
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """Where a migration sleeps it does so for a quarter of the time."""
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 4))
+    monkeypatch.setattr(farm.migrations, "time", clock)
+
+
+async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(bare_database, short_pauses):
     await asyncio.to_thread(farm.migrations.migrate, bare_database)
     for _ in NAMES[5:]:  # back to before the one that changes locks and history
         await asyncio.to_thread(farm.migrations.migrate, bare_database, rollback=True)
@@ -119,12 +127,13 @@ async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(ba
     try:
         await backup.execute("begin isolation level repeatable read; select from locks, history")
         migrating = asyncio.create_task(asyncio.to_thread(farm.migrations.migrate, bare_database))
-        slowest, end = 0.0, time.monotonic() + 5
-        while time.monotonic() < end:
+        slowest, end = 0.0, time.monotonic() + 10
+        while slowest <= 1 and time.monotonic() < end:
             began = time.monotonic()
             await asyncio.wait_for(execute(bare_database, "select from locks, history"), 10)
             slowest = max(slowest, time.monotonic() - began)
             await asyncio.sleep(0.05)
+        await asyncio.wait_for(execute(bare_database, "select from locks, history"), 4)
         assert not migrating.done()
         assert 1 < slowest < 4, "it never waited for the tables" if slowest <= 1 else "calls stood behind it"
     finally:
@@ -248,13 +257,13 @@ async def test_settings_in_the_address_count_for_a_migration(bare_database):
     assert [tuple(row) for row in await execute(url, ask)] == [(r"a\b, public", "1MB", "off")]
 
 
-def test_a_database_that_starts_up_is_waited_for(bare_database, caplog):
+def test_a_database_that_starts_up_is_waited_for(bare_database, short_pauses, caplog):
     """First nobody listens, then PostgreSQL says that it is not ready."""
     port = free_port()
     farm.migrations.migrate(bare_database)
     real = farm.migrations.libpq_parameters(bare_database)
     url = f"postgresql://botfarm@127.0.0.1:{port}/{real['dbname']}?sslmode=disable"
-    starting = threading.Thread(target=start_up, args=(port, real))
+    starting = threading.Thread(target=start_up, args=(port, real, caplog))
     starting.start()
     configured = farm.settings.Settings(database_url=farm.settings.Secret(url))
     with farm.migrations.prepared(configured) as ready:
@@ -265,9 +274,9 @@ def test_a_database_that_starts_up_is_waited_for(bare_database, caplog):
     assert "the database system is starting up" in reasons[1]
 
 
-def start_up(port, real):
+def start_up(port, real, caplog):
     """A server that comes late, refuses the first connection as PostgreSQL does, and hands on the second."""
-    time.sleep(0.5)
+    until(lambda: caplog.records, 5)
     fault = b"SFATAL\0C57P03\0Mthe database system is starting up\0\0"
     with socket.create_server(("127.0.0.1", port)) as listener:
         listener.settimeout(20)

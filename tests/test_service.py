@@ -26,6 +26,7 @@ from conftest import (
     command,
     execute,
     free_port,
+    fresh_database,
     make_users,
     process,
     serving,
@@ -40,6 +41,19 @@ import farm.database
 import farm.passwords
 import farm.server
 import farm.settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def doomed(server, template, tmp_path_factory):
+    """A service whose workers do not start. uvicorn sees it after five seconds, so it begins before the first test."""
+    folder = tmp_path_factory.mktemp("doomed")
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys\nif 'multiprocessing.spawn' in str(sys.orig_argv): os._exit(3)  # as uvicorn does\n"
+    )
+    with fresh_database(server, template) as url:
+        env = {"DATABASE_URL": url, "BOTFARM_KEYS": KEY, "PYTHONPATH": str(folder)}
+        with process("--port", str(free_port()), "--workers", "2", env=env) as running:
+            yield running
 
 
 async def test_everything_that_goes_wrong_is_a_problem(api):
@@ -180,16 +194,6 @@ def test_flags_override_variables_and_secrets_come_from_files(tmp_path):
     assert command("serve", "--port", "0").returncode == 2
 
 
-def test_workers_that_do_not_start_end_the_service_with_status_3(empty_database, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\nif 'multiprocessing.spawn' in str(sys.orig_argv): os._exit(3)  # as uvicorn does\n"
-    )
-    env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": KEY, "PYTHONPATH": str(tmp_path)}
-    failed = command("--port", str(free_port()), "--workers", "2", env=env)
-    assert failed.returncode == 3
-    assert "serves at" not in failed.stdout
-
-
 def test_commands_import_export_and_check_a_service(empty_database, project, tmp_path):
     port = str(free_port())
     url = f"http://127.0.0.1:{port}"
@@ -274,7 +278,7 @@ def test_the_help_of_a_new_client_names_all_scopes():
 
 
 def test_keygen_prints_a_key_that_works():
-    assert farm.passwords.Keyring(command("keygen").stdout.strip())
+    assert farm.passwords.Keyring.parse(command("keygen").stdout.strip())
 
 
 def test_reseal_needs_a_key(empty_database):
@@ -344,3 +348,9 @@ def test_new_ids_are_of_version_7_and_in_order():
     assert len(set(ids)) == 100
     assert ids[0].int >> 80 <= ids[-1].int >> 80
     assert msgspec.json.encode(ids[0])
+
+
+def test_workers_that_do_not_start_end_the_service_with_status_3(doomed):
+    said, _ = doomed.communicate(timeout=30)
+    assert doomed.returncode == 3
+    assert "serves at" not in said
