@@ -151,6 +151,7 @@ def _follow(news: int, stdin: int, stdout: int, stderr: int, request: int) -> No
     for file in (news, stdin, stdout, stderr):
         os.close(file)
     for name, value in changes.items():
+        assert pkgutil.resolve_name(name) is not None  # it is still called so
         place, _, constant = name.rpartition(".")
         setattr(pkgutil.resolve_name(place), constant, value)
     os.environ.clear()

@@ -278,7 +278,7 @@ def test_the_help_of_a_new_client_names_all_scopes():
 
 
 def test_keygen_prints_a_key_that_works():
-    assert farm.passwords.Keyring.parse(command("keygen").stdout.strip())
+    assert farm.passwords.Keyring(command("keygen").stdout.strip())
 
 
 def test_reseal_needs_a_key(empty_database):
