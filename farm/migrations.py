@@ -197,11 +197,7 @@ def _patiently(url: str) -> None:
             time.sleep(1)
 
 
-@contextmanager
-def database(settings: Settings) -> Iterator[str]:
+def database(settings: Settings) -> contextlib.AbstractContextManager[str]:
     """The database for a command: the given one, else the embedded one, started if it does not run."""
-    if settings.database_url:
-        yield settings.database_url.reveal()
-    else:
-        with embedded.database(settings.home) as url:
-            yield url
+    given = settings.database_url
+    return contextlib.nullcontext(given.reveal()) if given else embedded.database(settings.home)
