@@ -7,7 +7,6 @@ so without the framework. The application comes by its name, and is imported by 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import pkgutil
@@ -15,7 +14,8 @@ import re
 import secrets
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
@@ -35,7 +35,6 @@ HELP = ["-h", "--help"]
 NDJSON, CSV = "application/x-ndjson", "text/csv"
 PART = 1 << 16  # bytes of a file that are sent at once
 
-T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -77,15 +76,13 @@ def serve_command(app: str) -> int:
 # -- What the database is needed for ---------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _database(settings: Settings) -> Iterator[str]:
+def _database(settings: Settings) -> AbstractContextManager[str]:
     """The URL of the database, of the embedded one for as long as it is needed. What happens is logged."""
     from farm.migrations import database
     from farm.telemetry import log_as_lines
 
     log_as_lines()
-    with database(settings) as url:
-        yield url
+    return database(settings)
 
 
 async def _rows(settings: Settings, url: str, statement: str, *values: Any) -> Sequence[Any]:
@@ -284,7 +281,7 @@ def import_command(file: str, media: str | None, url: str) -> int:
     return 0
 
 
-def _progress(parts: Iterable[T], length: int | None = None) -> contextlib.AbstractContextManager[Iterable[T]]:
+def _progress(parts: Iterable[Any], length: int | None = None) -> AbstractContextManager[Iterable[Any]]:
     """The same, with a bar for whoever looks at standard error."""
     hidden = not sys.stderr.isatty()
     return click.progressbar(parts, length, hidden=hidden, show_pos=length is None, file=sys.stderr)

@@ -83,34 +83,31 @@ class ImportFile:
     def first_errors(self) -> list[LineError]:
         return sorted(self.errors, key=lambda error: error.line)[:100]
 
-    def check(self, number: int, user: ImportedUser) -> Numbered | None:
+    def check(self, number: int, values: Any) -> Numbered | None:
+        """Of several faults in a line the first is told, so that the first 100 tell of as many lines."""
+        try:
+            user = msgspec.convert(values, ImportedUser)
+        except msgspec.ValidationError as error:
+            fault = field_errors(error, values, ImportedUser)[0]
+            return self.fail(number, fault.field, fault.message)
         if self.projects is not None and user.project_id not in self.projects:
             raise Forbidden.project(user.project_id, f"Line {number}: ")
         for fault in forbidden(self.settings, user):
             return self.fail(number, fault.field, fault.message)
         return number, user
 
-    def fail_field(self, number: int, error: msgspec.ValidationError, raw: Any) -> None:
-        """The first fault of a line, so that the first 100 tell of as many lines."""
-        fault = field_errors(error, raw, ImportedUser)[0]
-        self.fail(number, fault.field, fault.message)
-
 
 class NdjsonFile(ImportFile):
     """A JSON object a line; blank lines are passed over."""
-
-    _decoder = msgspec.json.Decoder(ImportedUser)
 
     def parse(self, number: int, line: bytes) -> Numbered | None:
         if not line.strip():
             return None
         try:
-            try:
-                return self.check(number, self._decoder.decode(line))
-            except msgspec.ValidationError as error:
-                return self.fail_field(number, error, msgspec.json.decode(line))
+            values = msgspec.json.decode(line)
         except UNREADABLE:
             return self.fail(number, None, "the line is not JSON in UTF-8")
+        return self.check(number, values)
 
 
 class CsvFile(ImportFile):
@@ -171,10 +168,7 @@ class CsvFile(ImportFile):
         named = dict(zip(header, cells, strict=True))
         values: dict[str, Any] = {k: v for k, v in named.items() if k in FIELDS and (v or k in ("login", "env"))}
         values["labels"] = {k[6:]: v for k, v in named.items() if k.startswith("label.") and v}
-        try:
-            return self.check(number, msgspec.convert(values, ImportedUser))
-        except msgspec.ValidationError as error:
-            return self.fail_field(number, error, values)
+        return self.check(number, values)
 
 
 # ---- The body ----------------------------------------------------------------------------------------------
