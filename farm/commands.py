@@ -106,22 +106,17 @@ def migrate_command(rollback: bool, rest: int | None) -> None:
     if rest is not None and not -1 <= rest <= 86400 * 365:
         raise BadSettings(f"--after-restore: {rest} is not 0 to {86400 * 365} seconds")
     from farm.migrations import migrate
+    from farm.telemetry import tell
 
     with _database(settings) as url:
         names = migrate(url, rollback)
         verb = "taken back" if rollback else "applied"
         print("\n".join(f"{verb}: {name}" for name in names) or "nothing to do")
         if rest is not None:
-            _rest(settings, url, settings.max_ttl if rest == -1 else rest)
-
-
-def _rest(settings: Settings, url: str, seconds: int) -> None:
-    """Let all users rest after a restore."""
-    from farm.telemetry import tell
-
-    ((users,),) = asyncio.run(_rows(settings, url, "rest_after_restore", seconds))
-    tell("users-rested", users)
-    print(f"{users} users rest for {seconds} seconds, and their fences have moved ahead")
+            seconds = settings.max_ttl if rest == -1 else rest
+            ((users,),) = asyncio.run(_rows(settings, url, "rest_after_restore", seconds))
+            tell("users-rested", users)
+            print(f"{users} users rest for {seconds} seconds, and their fences have moved ahead")
 
 
 @commands.command("reseal")
