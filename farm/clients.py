@@ -61,7 +61,7 @@ class Caller(Struct, frozen=True):
     def of(cls, row: asyncpg.Record) -> Caller:
         """A client, with all of its scopes: a row of list_clients.sql."""
         projects = None if row["projects"] is None else tuple(row["projects"])
-        return cls(row["id"], with_implied(row["scopes"]), projects)
+        return cls(row["client_id"], with_implied(row["scope"].split()), projects)
 
     @property
     def owner(self) -> uuid.UUID | None:
@@ -218,7 +218,7 @@ class Gate:
     async def _read(self, asked: list[None]) -> list[None]:
         """Read the clients. Where one has changed, what was checked does not count any more."""
         began = time.monotonic()
-        clients = {row["id"]: Caller.of(row) for row in await self._pool.fetch(SQL["list_clients"])}
+        clients = {row["client_id"]: Caller.of(row) for row in await self._pool.fetch(SQL["list_clients"])}
         if clients != self._clients:
             self._checked.clear()
         self._clients, self._read_at = clients, began

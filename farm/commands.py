@@ -7,7 +7,6 @@ so without the framework. The application comes by its name, and is imported by 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import pkgutil
@@ -15,7 +14,8 @@ import re
 import secrets
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
@@ -26,7 +26,6 @@ from farm.settings import SECRET_SETTINGS, SETTING_TYPES, BadSettings, Settings
 
 if TYPE_CHECKING:
     import httpx
-    from rich.progress import Progress
 
     from farm.passwords import Keyring
 
@@ -34,6 +33,7 @@ VARIABLES = Settings.variables()
 FLAGS = [field for field in VARIABLES if field not in SECRET_SETTINGS]  # all users of a machine see its command lines
 HELP = ["-h", "--help"]
 NDJSON, CSV = "application/x-ndjson", "text/csv"
+PART = 1 << 16  # bytes of a file that are sent at once
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -76,15 +76,13 @@ def serve_command(app: str) -> int:
 # -- What the database is needed for ---------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _database(settings: Settings) -> Iterator[str]:
+def _database(settings: Settings) -> AbstractContextManager[str]:
     """The URL of the database, of the embedded one for as long as it is needed. What happens is logged."""
     from farm.migrations import database
     from farm.telemetry import log_as_lines
 
     log_as_lines()
-    with database(settings) as url:
-        yield url
+    return database(settings)
 
 
 async def _rows(settings: Settings, url: str, statement: str, *values: Any) -> Sequence[Any]:
@@ -108,22 +106,17 @@ def migrate_command(rollback: bool, rest: int | None) -> None:
     if rest is not None and not -1 <= rest <= 86400 * 365:
         raise BadSettings(f"--after-restore: {rest} is not 0 to {86400 * 365} seconds")
     from farm.migrations import migrate
+    from farm.telemetry import tell
 
     with _database(settings) as url:
         names = migrate(url, rollback)
         verb = "taken back" if rollback else "applied"
         print("\n".join(f"{verb}: {name}" for name in names) or "nothing to do")
         if rest is not None:
-            _rest(settings, url, settings.max_ttl if rest == -1 else rest)
-
-
-def _rest(settings: Settings, url: str, seconds: int) -> None:
-    """Let all users rest after a restore."""
-    from farm.telemetry import tell
-
-    ((users,),) = asyncio.run(_rows(settings, url, "rest_after_restore", seconds))
-    tell("users-rested", users)
-    print(f"{users} users rest for {seconds} seconds, and their fences have moved ahead")
+            seconds = settings.max_ttl if rest == -1 else rest
+            ((users,),) = asyncio.run(_rows(settings, url, "rest_after_restore", seconds))
+            tell("users-rested", users)
+            print(f"{users} users rest for {seconds} seconds, and their fences have moved ahead")
 
 
 @commands.command("reseal")
@@ -138,29 +131,20 @@ def reseal_command() -> None:
     keyring = keyring_of(load_keys(settings))
     if keyring is None:
         raise BadSettings("reseal needs BOTFARM_KEYS: the new key first, then the old ones.")
-    with _database(settings) as url, _progress("{task.completed}") as bar:
+    with _database(settings) as url:
         migrate(url)
-        total = asyncio.run(_reseal(settings, url, keyring, bar))
+        total = asyncio.run(_reseal(settings, url, keyring))
     tell("passwords-resealed", total)
     print(f"{total} passwords are now sealed under the key {keyring.first!r}")
 
 
-async def _reseal(settings: Settings, url: str, keyring: Keyring, bar: Progress) -> int:
+async def _reseal(settings: Settings, url: str, keyring: Keyring) -> int:
     from farm.database import open_pool
     from farm.passwords import check_keys, reseal
 
-    task = bar.add_task("reseal", total=None)
     async with open_pool(url, 1, "force_custom_plan", 600, settings.pooler) as pool:
         await check_keys(pool, keyring)
-        return await reseal(pool, keyring, lambda done: bar.update(task, completed=done))
-
-
-def _progress(*columns: str) -> Progress:
-    """A bar on standard error, with these columns or the usual ones."""
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn
-
-    return Progress(*map(TextColumn, columns), console=Console(stderr=True))
+        return await reseal(pool, keyring)
 
 
 # -- Clients, for BOTFARM_AUTH=on: a JSON line for each ---------------------------------------------------
@@ -199,7 +183,7 @@ def add_client(name: str, scopes: list[str], projects: tuple[uuid.UUID, ...]) ->
     """Add a client and print its secret, this once."""
     secret, hashed = _new_secret()
     rows = _clients("add_client", uuid.uuid4(), name, hashed, scopes, projects or None)
-    return _shown(rows, secret, f"The client {name!r} exists already: choose another name.")
+    return _shown(rows, f"The client {name!r} exists already: choose another name.", client_secret=secret)
 
 
 @client_commands.command("list")
@@ -217,14 +201,15 @@ def list_clients() -> int:
 def rotate_client(name: str, keep: int) -> int:
     """Give a client a new secret and print it, this once."""
     secret, hashed = _new_secret()
-    return _shown(_clients("rotate_client", name, hashed, keep), secret, f"The client {name!r} does not exist.")
+    rows = _clients("rotate_client", name, hashed, keep)
+    return _shown(rows, f"The client {name!r} does not exist.", client_secret=secret)
 
 
 @client_commands.command("remove")
 @named
 def remove_client(name: str) -> int:
     """Remove a client; its tokens end within a minute."""
-    return _shown(_clients("remove_client", name), refusal=f"The client {name!r} does not exist.")
+    return _shown(_clients("remove_client", name), f"The client {name!r} does not exist.")
 
 
 def _new_secret() -> tuple[str, str]:
@@ -244,14 +229,10 @@ def _clients(statement: str, *values: Any) -> Sequence[Any]:
         return asyncio.run(_rows(settings, url, statement, *values))
 
 
-def _shown(rows: Sequence[Any], secret: str | None = None, refusal: str = "") -> int:
-    """Print clients; their secret is shown this once. Exit status 1 where there is none and should be."""
-    for row in rows:
-        line = {"client_id": row["id"], "client_secret": secret, "scope": " ".join(row["scopes"])}
-        line |= {"projects": row["projects"], "name": None if secret else row["name"]}
-        line |= {"created_at": row.get("created_at"), "old_secret_valid_until": row.get("previous_until")}
-        shown = {key: value for key, value in line.items() if value is not None or key == "projects"}
-        print(msgspec.json.encode(shown).decode())
+def _shown(rows: Sequence[Any], refusal: str = "", **more: str) -> int:
+    """Print clients. Exit status 1 where there is none and should be."""
+    for row in rows:  # a shell may look for the id and the secret at the beginning of the line
+        print(msgspec.json.encode({"client_id": row["client_id"]} | more | dict(row)).decode())
     if rows or not refusal:
         return 0
     print(refusal, file=sys.stderr)
@@ -284,22 +265,21 @@ def import_command(file: str, media: str | None, url: str) -> int:
     import httpx
 
     media = media or (CSV if file.endswith(".csv") else NDJSON)
-    with contextlib.ExitStack() as stack:
-        source = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
-        bar = stack.enter_context(_progress())
-        task = bar.add_task("import", total=None if file == "-" else os.path.getsize(file))
-
-        def parts() -> Iterator[bytes]:
-            while part := source.read(1 << 16):
-                bar.advance(task, len(part))
-                yield part
-
-        headers = {"Content-Type": media} | _token_headers(url)
-        answer = httpx.post(f"{url}/users/import", content=parts(), headers=headers, timeout=3600)
+    headers = {"Content-Type": media} | _token_headers(url)
+    with click.open_file(file, "rb") as source:
+        parts = iter(lambda: source.read(PART), b"")
+        with _progress(parts, None if file == "-" else os.path.getsize(file) // PART + 1) as content:
+            answer = httpx.post(f"{url}/users/import", content=content, headers=headers, timeout=3600)
     if answer.status_code != 200:
         return _refused(answer)
     print(answer.text)
     return 0
+
+
+def _progress(parts: Iterable[Any], length: int | None = None) -> AbstractContextManager[Iterable[Any]]:
+    """The same, with a bar for whoever looks at standard error."""
+    hidden = not sys.stderr.isatty()
+    return click.progressbar(parts, length, hidden=hidden, show_pos=length is None, file=sys.stderr)
 
 
 def _token_headers(url: str) -> dict[str, str]:
@@ -334,17 +314,13 @@ def export_command(url: str) -> int:
     """Print all users of a service as NDJSON."""
     import httpx
 
-    with (
-        _progress("{task.completed} users") as bar,
-        httpx.stream("GET", f"{url}/users/export", headers=_token_headers(url), timeout=3600) as answer,
-    ):
+    with httpx.stream("GET", f"{url}/users/export", headers=_token_headers(url), timeout=3600) as answer:
         if answer.status_code != 200:
             answer.read()
             return _refused(answer)
-        task = bar.add_task("export", total=None)
-        for line in answer.iter_lines():
-            print(line)
-            bar.advance(task)
+        with _progress(answer.iter_lines()) as lines:
+            for line in lines:
+                print(line)
     return 0
 
 

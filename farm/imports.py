@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
-import io
 import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -47,46 +46,34 @@ FIELDS = ("login", "password", "project_id", "env", "domain")
 Numbered = tuple[int, ImportedUser]  # a user and the line it began on
 
 
-class Lines:
-    """Splits a stream of bytes into numbered lines; `None` stands for a line that is too long."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._rest = b""
-
-    def feed(self, part: bytes) -> Iterator[tuple[int, bytes | None]]:
-        *whole, rest = (self._rest + part).split(b"\n")
-        self._rest = rest[: LONGEST_LINE + 1]  # of a line that is too long, as much as tells so
-        for line in whole:
-            self.number += 1
-            yield self.number, line if len(line) <= LONGEST_LINE else None
-
-    def close(self) -> Iterator[tuple[int, bytes | None]]:
-        if self._rest:
-            yield from self.feed(b"\n")
-
-
 class ImportFile:
-    """Reads the lines of an import; what is wrong with them gathers in `errors`, the first 100."""
+    """Splits an import into lines, and reads these; what is wrong with them gathers in `errors`, the first 100."""
 
     def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
         """`projects` are what the caller is limited to; None: all."""
         self.settings = settings
         self.projects = projects
         self.errors: list[LineError] = []
+        self._number = 0
+        self._rest = b""
 
-    def read(self, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[Numbered]:
-        for number, line in lines:
-            if line is None:
-                self.fail(number, None, f"the line is over {LONGEST_LINE} bytes")
-            elif numbered := self.parse(number, line):
+    def feed(self, part: bytes) -> Iterator[Numbered]:
+        *whole, rest = (self._rest + part).split(b"\n")
+        self._rest = rest[: LONGEST_LINE + 1]  # of a line that is too long, as much as tells so
+        for line in whole:
+            self._number += 1
+            if len(line) > LONGEST_LINE:
+                self.fail(self._number, None, f"the line is over {LONGEST_LINE} bytes")
+            elif numbered := self.parse(self._number, line):
                 yield numbered
+
+    def close(self) -> Iterator[Numbered]:
+        """After the last part."""
+        if self._rest:
+            yield from self.feed(b"\n")
 
     def parse(self, number: int, line: bytes) -> Numbered | None:
         raise NotImplementedError
-
-    def close(self) -> None:
-        """Called after the last line."""
 
     def fail(self, line: int, field: str | None, message: str) -> None:
         self.errors.append(LineError(line, field, message))
@@ -96,34 +83,31 @@ class ImportFile:
     def first_errors(self) -> list[LineError]:
         return sorted(self.errors, key=lambda error: error.line)[:100]
 
-    def check(self, number: int, user: ImportedUser) -> Numbered | None:
+    def check(self, number: int, values: Any) -> Numbered | None:
+        """Of several faults in a line the first is told, so that the first 100 tell of as many lines."""
+        try:
+            user = msgspec.convert(values, ImportedUser)
+        except msgspec.ValidationError as error:
+            fault = field_errors(error, values, ImportedUser)[0]
+            return self.fail(number, fault.field, fault.message)
         if self.projects is not None and user.project_id not in self.projects:
             raise Forbidden.project(user.project_id, f"Line {number}: ")
         for fault in forbidden(self.settings, user):
             return self.fail(number, fault.field, fault.message)
         return number, user
 
-    def fail_field(self, number: int, error: msgspec.ValidationError, raw: Any) -> None:
-        """The first fault of a line, so that the first 100 tell of as many lines."""
-        fault = field_errors(error, raw, ImportedUser)[0]
-        self.fail(number, fault.field, fault.message)
-
 
 class NdjsonFile(ImportFile):
     """A JSON object a line; blank lines are passed over."""
-
-    _decoder = msgspec.json.Decoder(ImportedUser)
 
     def parse(self, number: int, line: bytes) -> Numbered | None:
         if not line.strip():
             return None
         try:
-            try:
-                return self.check(number, self._decoder.decode(line))
-            except msgspec.ValidationError as error:
-                return self.fail_field(number, error, msgspec.json.decode(line))
+            values = msgspec.json.decode(line)
         except UNREADABLE:
             return self.fail(number, None, "the line is not JSON in UTF-8")
+        return self.check(number, values)
 
 
 class CsvFile(ImportFile):
@@ -133,24 +117,24 @@ class CsvFile(ImportFile):
 
     def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
         super().__init__(settings, projects)
-        self._parts: list[bytes] = []  # a record whose quotes are not closed yet, and the line it began on
-        self._size = self._quotes = self._began = 0
+        self._record = bytearray()  # one whose quotes are not closed yet, and the line it began on
+        self._quotes = self._began = 0
 
     def parse(self, number: int, line: bytes) -> Numbered | None:
-        self._parts.append(line)
         self._began = self._began or number
-        self._size += len(line) + 1
+        self._record += line + b"\n"
         self._quotes += line.count(b'"')
-        if self._quotes % 2 and self._size <= LONGEST_LINE:
+        if self._quotes % 2 and len(self._record) <= LONGEST_LINE:
             return None
-        began, size, record = self._began, self._size, b"\n".join(self._parts)
-        self._parts, self._size, self._quotes, self._began = [], 0, 0, 0
-        if size > LONGEST_LINE + 1:
+        began, record = self._began, bytes(self._record)
+        self._began, self._record, self._quotes = 0, bytearray(), 0
+        if len(record) > LONGEST_LINE + 1:
             return self.fail(began, None, f"the record is over {LONGEST_LINE} bytes; is a quote not closed?")
         return self._parse_record(began, record)
 
-    def close(self) -> None:
-        if self._parts:
+    def close(self) -> Iterator[Numbered]:
+        yield from super().close()
+        if self._record:
             self.fail(self._began, None, "a quote is not closed")
         elif self.header is None:
             self.fail(1, None, "the file is empty; a CSV file begins with a header line")
@@ -159,12 +143,9 @@ class CsvFile(ImportFile):
         header, self.header = self.header, self.header or []
         try:
             text = record.decode("utf-8-sig" if header is None else "utf-8")
-            records = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-            if len(records) > 1:
-                raise csv.Error("a stray quote or carriage return")
+            cells = next(csv.reader([text], strict=True))
         except (UnicodeError, csv.Error) as error:
             return self.fail(number, None, f"the line is not CSV in UTF-8: {error}")
-        cells = records[0] if records else []
         if header is None:
             return self._read_header([cell.strip() for cell in cells])
         return self._read_cells(number, header, cells) if cells and header else None
@@ -187,10 +168,7 @@ class CsvFile(ImportFile):
         named = dict(zip(header, cells, strict=True))
         values: dict[str, Any] = {k: v for k, v in named.items() if k in FIELDS and (v or k in ("login", "env"))}
         values["labels"] = {k[6:]: v for k, v in named.items() if k.startswith("label.") and v}
-        try:
-            return self.check(number, msgspec.convert(values, ImportedUser))
-        except msgspec.ValidationError as error:
-            return self.fail_field(number, error, values)
+        return self.check(number, values)
 
 
 # ---- The body ----------------------------------------------------------------------------------------------
@@ -216,20 +194,19 @@ async def _parts(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 async def chunks(body: AsyncIterator[bytes], file: ImportFile, limit: int) -> AsyncIterator[list[Numbered]]:
     """The users of a body, CHUNK at a time. After 100 errors the rest is read and dropped."""
-    lines, size, users = Lines(), 0, []
+    size, users = 0, []
     async for part in _parts(body):
         size += len(part)
         if size > limit:
             raise BodyTooLarge(f"The import is over BOTFARM_MAX_IMPORT, {limit} bytes: send it in parts.")
         if len(file.errors) >= 100:
             continue
-        for user in file.read(lines.feed(part)):
+        for user in file.feed(part):
             users.append(user)
             if len(users) == CHUNK:
                 yield users
                 users = []
-    users += file.read(lines.close())
-    file.close()
+    users += file.close()
     if users:
         yield users
 

@@ -12,7 +12,6 @@ import hmac
 import os
 import secrets
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import argon2
@@ -144,7 +143,7 @@ async def check_keys(pool: Connections, keyring: Keyring | None) -> None:
             )
 
 
-async def reseal(pool: Connections, keyring: Keyring, progress: Callable[[int], None]) -> int:
+async def reseal(pool: Connections, keyring: Keyring) -> int:
     """Seal everything under the first key, 500 users at a time. Safe to stop and to start again at any time."""
     total, last = 0, uuid.UUID(int=0)
     prefix = f"{SEALED}{keyring.first}$"
@@ -154,7 +153,6 @@ async def reseal(pool: Connections, keyring: Keyring, progress: Callable[[int], 
         new = [keyring.seal(row["id"], keyring.open(row["id"], row["secret"])) for row in rows]
         total += len(await pool.fetch(SQL["reseal_users"], ids, old, new))
         last = ids[-1]
-        progress(total)
     return total
 
 

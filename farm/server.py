@@ -30,7 +30,7 @@ from farm.check import address
 from farm.database import open_pool
 from farm.locks import GONE
 from farm.migrations import prepared
-from farm.passwords import Keyring, check_keys, keyring_of, load_keys
+from farm.passwords import check_keys, keyring_of, load_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
 from farm.settings import Settings, log
 from farm.telemetry import SHARED
@@ -163,28 +163,29 @@ acquire: {json_post} {service}/locks -d '{wish}'
 release: curl -X DELETE{token} '{service}/locks?holder=me'"""
 
 
+def _greet() -> None:
+    print(banner(Settings.load()), flush=True)
+
+
 class _Server(uvicorn.Server):
     """One serving process."""
-
-    settings: Settings
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            print(banner(self.settings), flush=True)
+            _greet()
 
 
 class _Workers(Multiprocess):
     """Several serving processes. `started`: one of them serves, or has served."""
 
-    settings: Settings
     started = False
 
     def keep_subprocess_alive(self) -> None:
         super().keep_subprocess_alive()
         if not self.started and any(process.is_ready() for process in self.processes):
             self.started = True
-            print(banner(self.settings), flush=True)
+            _greet()
 
 
 def _open_many_files() -> None:
@@ -199,17 +200,6 @@ def _is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-async def _check_keys(url: str, pooler: str, keyring: Keyring | None) -> None:
-    async with open_pool(url, 1, "force_custom_plan", 60, pooler) as pool:
-        await check_keys(pool, keyring)
-
-
-def _hand_on(variable: str, value: str) -> None:
-    """To the application, which reads the environment."""
-    os.environ.pop(f"{variable}_FILE", None)
-    os.environ[variable] = value
 
 
 def _config(settings: Settings, app: str) -> uvicorn.Config:
@@ -232,21 +222,25 @@ def _config(settings: Settings, app: str) -> uvicorn.Config:
     )
 
 
-def _serve_alone(settings: Settings, config: uvicorn.Config) -> int:
-    server = _Server(config)
-    server.settings = settings
-    server.run()
-    return 0 if server.started else STARTUP_FAILURE
-
-
-def _serve_by_workers(settings: Settings, config: uvicorn.Config) -> int:
+def _run(config: uvicorn.Config) -> bool:
+    """Whether it has served."""
+    if config.workers == 1:
+        server = _Server(config)
+        server.run()
+        return server.started
     workers = _Workers(config, [config.bind_socket()])
-    workers.settings = settings
     with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
         os.environ[SHARED] = folder
         workers.run()
-    failed = any(process.exitcode == STARTUP_FAILURE for process in workers.processes)
-    return 0 if workers.started and not failed else STARTUP_FAILURE
+    return workers.started and all(process.exitcode != STARTUP_FAILURE for process in workers.processes)
+
+
+async def _keys(settings: Settings, url: str) -> str:
+    """Those that the database's passwords are sealed with."""
+    keys = load_keys(settings)
+    async with open_pool(url, 1, "force_custom_plan", 60, settings.pooler) as pool:
+        await check_keys(pool, keyring_of(keys))
+    return keys.reveal() if keys else ""
 
 
 def serve(settings: Settings, app: str) -> int:
@@ -259,8 +253,8 @@ def serve(settings: Settings, app: str) -> int:
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
         signal.signal(stop, lambda *_: sys.exit(0))
     with prepared(settings) as url:
-        keys = load_keys(settings)
-        asyncio.run(_check_keys(url, settings.pooler, keyring_of(keys)))
-        _hand_on("DATABASE_URL", url)
-        _hand_on("BOTFARM_KEYS", keys.reveal() if keys else "")
-        return (_serve_alone if settings.workers == 1 else _serve_by_workers)(settings, _config(settings, app))
+        found = {"DATABASE_URL": url, "BOTFARM_KEYS": asyncio.run(_keys(settings, url))}
+        for variable in found:  # the application reads the environment
+            os.environ.pop(f"{variable}_FILE", None)
+        os.environ.update(found)
+        return 0 if _run(_config(settings, app)) else STARTUP_FAILURE

@@ -4,4 +4,4 @@
 insert into clients (id, name, secret_hash, scopes, projects)
 values ($1::uuid, $2::text, $3::text, $4::text[], $5::uuid[])
 on conflict (name) do nothing
-returning id, name, scopes, projects
+returning id as client_id, array_to_string(scopes, ' ') as scope, projects

@@ -2,4 +2,4 @@
 --   $1  name  text
 delete from clients
 where name = $1::text
-returning id, name, scopes, projects
+returning id as client_id, array_to_string(scopes, ' ') as scope, projects, name

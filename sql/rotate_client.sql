@@ -7,4 +7,4 @@ set secret_hash = $2::text,
     previous_hash = secret_hash,
     previous_until = clock_timestamp() + $3::int * interval '1 second'
 where name = $1::text
-returning id, name, scopes, projects, previous_until
+returning id as client_id, array_to_string(scopes, ' ') as scope, projects, previous_until as old_secret_valid_until

@@ -15,13 +15,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from inspect import signature
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import asyncpg
 import psycopg
 import pytest
-from asyncpg import connect_utils
 from conftest import ROOT, command, execute, free_port, until
 
 import farm.migrations
@@ -83,7 +82,7 @@ async def test_a_migrator_killed_in_the_middle_leaves_nothing_and_blocks_nobody(
     code = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 import farm.migrations, yoyo
-backend = farm.migrations.open_backend({bare_database!r})
+backend = farm.migrations.open_backend(farm.migrations.look({bare_database!r})[1])
 with backend.exclusive():
     backend.apply_migrations(backend.to_apply(yoyo.read_migrations({str(ROOT / "migrations")!r}))[:2])
     print("half", flush=True)
@@ -209,49 +208,35 @@ def imported(folder):
 
 
 @pytest.mark.parametrize(
-    "url",
+    "spelling",
     [
-        "postgresql://u:p@h/d",
-        "postgres://u@h:7/d?sslmode=require&target_session_attrs=read-write",
-        "postgresql://u:%40%2F%25%C3%A9+@h/my%20d",
-        "postgresql://u:100%pure@h/d",
-        "postgresql://botfarm@/postgres?host=%2Ftmp%2Fa%20b&port=5432",
-        "postgresql://u@%2Ftmp%2Fx/d",
-        "postgresql://u@a,b:7/d",
-        "postgresql://u@/d?host=a,b&port=6,7",
-        "postgresql://u@/d?host=a:6,b:7",
-        "postgresql://u@a/d?host=b&port=7&user=v&password=w&dbname=e",
-        "postgresql:///d?user=v&password=w+x&host=b",
-        "postgresql://?user=v&database=e&host=/tmp",
-        "postgresql://u@[::1]:7/d",
-        "postgresql://u@[::1],h/d",
-        "postgresql:///d?user=u",
+        "postgresql://{user}:{password}@{host}:{port}/{dbname}",
+        "postgres://{user}:{password}@{host}:{port}/{dbname}?application_name=x&sslmode=prefer&host=h.invalid&user=x",
+        "postgresql://?user={user}&password={password}&database={dbname}&host={host}&port={port}",
+        "postgresql://{user}:{password}@?dbname={dbname}&host=127.0.0.1,{host}&port=1,{port}",
+        "postgresql://{user}:{password}@127.0.0.1:1,{host}:{port}/{dbname}?target_session_attrs=any",
+        "postgresql://",
     ],
 )
-def test_a_migration_reads_an_address_as_the_service_does(url, monkeypatch):
-    for variable in ("PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE", "PGSSLMODE"):
-        monkeypatch.delenv(variable, raising=False)
-    parse = connect_utils._parse_connect_dsn_and_args
-    arguments = dict.fromkeys(signature(parse).parameters) | {"dsn": url, "passfile": "/nowhere"}
-    places, service = parse(**arguments)
-    ours = farm.migrations.libpq_parameters(url)
-    assert ours["user"] == service.user
-    assert ours.get("password") == service.password
-    assert ours["dbname"] == service.database
-    assert ours.get("target_session_attrs", "any") == service.target_session_attrs.value
-    assert ("sslmode" in ours) == ("sslmode" in url)
-    hosts, ports = ours["host"].split(","), ours.get("port", "5432").split(",")
-    ports *= len(hosts) if len(ports) == 1 else 1
-    sockets = {place: place.rpartition("/.s.PGSQL.")[::2] for place in places if isinstance(place, str)}
-    expected = [tuple(map(str, sockets.get(place, place))) for place in places]
-    assert [*zip(hosts, ports, strict=True)] == [place for place in expected if place[0] != "/private/tmp"]
+async def test_a_migration_goes_where_the_service_goes(bare_database, spelling, monkeypatch):
+    _, real = await asyncio.to_thread(farm.migrations.look, bare_database)
+    for variable, name in (("HOST", "host"), ("PORT", "port"), ("USER", "user"), ("DATABASE", "dbname")):
+        monkeypatch.setenv(f"PG{variable}", str(real[name]) if spelling == "postgresql://" else "7")
+    monkeypatch.setenv("PGPASSWORD", real["password"] or "")
+    url = spelling.format_map({name: quote(str(value or ""), safe="") for name, value in real.items()})
+    _, address = await asyncio.to_thread(farm.migrations.look, url)
+    backend = await asyncio.to_thread(farm.migrations.open_backend, address)
+    ask = "select current_user, current_database(), pg_postmaster_start_time()"
+    with contextlib.closing(backend.connection):
+        assert backend.execute(ask).fetchall() == [tuple(row) for row in await execute(bare_database, ask)]
 
 
 async def test_settings_in_the_address_count_for_a_migration(bare_database):
     sign = "&" if "?" in bare_database else "?"
     url = f"{bare_database}{sign}search_path=a%5Cb,%20public&work_mem=1MB&options=-c%20geqo%3Doff"
     ask = "select current_setting('search_path'), current_setting('work_mem'), current_setting('geqo')"
-    backend = await asyncio.to_thread(farm.migrations.open_backend, url)
+    _, address = await asyncio.to_thread(farm.migrations.look, url)
+    backend = await asyncio.to_thread(farm.migrations.open_backend, address)
     with contextlib.closing(backend.connection):
         assert backend.execute(ask).fetchall() == [(r"a\b, public", "1MB", "off")]
     assert [tuple(row) for row in await execute(url, ask)] == [(r"a\b, public", "1MB", "off")]
@@ -261,7 +246,7 @@ def test_a_database_that_starts_up_is_waited_for(bare_database, short_pauses, ca
     """First nobody listens, then PostgreSQL says that it is not ready."""
     port = free_port()
     farm.migrations.migrate(bare_database)
-    real = farm.migrations.libpq_parameters(bare_database)
+    _, real = farm.migrations.look(bare_database)
     url = f"postgresql://botfarm@127.0.0.1:{port}/{real['dbname']}?sslmode=disable"
     starting = threading.Thread(target=start_up, args=(port, real, caplog))
     starting.start()
