@@ -144,7 +144,11 @@ async def _reseal(settings: Settings, url: str, keyring: Keyring) -> int:
 
     async with open_pool(url, 1, "force_custom_plan", 600, settings.pooler) as pool:
         await check_keys(pool, keyring)
-        return await reseal(pool, keyring)
+        total = 0
+        async for total in reseal(pool, keyring):
+            click.echo(f"\r{total} passwords", nl=False, err=True)
+        click.echo(err=True)
+        return total
 
 
 # -- Clients, for BOTFARM_AUTH=on: a JSON line for each ---------------------------------------------------

@@ -12,6 +12,7 @@ import hmac
 import os
 import secrets
 import uuid
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import argon2
@@ -143,8 +144,11 @@ async def check_keys(pool: Connections, keyring: Keyring | None) -> None:
             )
 
 
-async def reseal(pool: Connections, keyring: Keyring) -> int:
-    """Seal everything under the first key, 500 users at a time. Safe to stop and to start again at any time."""
+async def reseal(pool: Connections, keyring: Keyring) -> AsyncIterator[int]:
+    """Seal everything under the first key, 500 users at a time. Safe to stop and to start again at any time.
+
+    Tells how many are done so far.
+    """
     total, last = 0, uuid.UUID(int=0)
     prefix = f"{SEALED}{keyring.first}$"
     while rows := await pool.fetch(SQL["list_sealed"], last, SEALED, prefix, 500):
@@ -153,7 +157,7 @@ async def reseal(pool: Connections, keyring: Keyring) -> int:
         new = [keyring.seal(row["id"], keyring.open(row["id"], row["secret"])) for row in rows]
         total += len(await pool.fetch(SQL["reseal_users"], ids, old, new))
         last = ids[-1]
-    return total
+        yield total
 
 
 def load_keys(settings: Settings) -> Secret | None:
