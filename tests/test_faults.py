@@ -83,7 +83,7 @@ async def spare_users(running) -> str:
 
 async def test_clients_that_stall_and_vanish_break_no_promise(empty_database, folder, long):
     """Where users are scarce a lock that ended is taken over at once, where they are not it lies about for a while."""
-    seconds, size, ttls = (60, 20, (1, 2)) if long else (0, 12, (1,))
+    seconds, size, ttls = (30, 20, (1, 2)) if long else (0, 12, (1,))
     habits = UNSTEADY if long else UNSTEADY | {"release": 10, "renew": 4, "stall": 8}
     async with replicas(empty_database, folder, {}, {}, {}) as running:
         scarce, plenty = (Grid(ports(running), habits=habits, ttls=ttls) for _ in range(2))
@@ -113,7 +113,7 @@ async def test_killed_replicas_break_no_promise(empty_database, folder, long):
         grid = Grid(ports(running), ttls=(20,))
         await grid.create(60)
         async with grid.clients(60):
-            for _ in range(25 if long else 3):
+            for _ in range(12 if long else 3):
                 await asyncio.sleep(random.uniform(0.2, 0.8 if long else 0.4))
                 victim = random.choice(running)
                 victim.kill()
@@ -193,7 +193,7 @@ async def test_replies_that_are_lost_after_the_commit_lose_no_user_and_give_no_s
     async with replicas(empty_database, folder, {}, {}, {}) as running, lossy(running, 0.3) as lossy_ports:
         grid = Grid(lossy_ports, ttls=(60,))
         await Grid(ports(running), grid.project).create(30)
-        keys = [str(uuid.uuid4()) for _ in range(3000 if long else 120)]
+        keys = [str(uuid.uuid4()) for _ in range(1500 if long else 120)]
         left = iter(keys)
         await asyncio.gather(*(lock_by_each(grid, left) for _ in range(15)))
         evidence = await conclude(Grid(ports(running), grid.project, events=grid.events), empty_database)
@@ -234,7 +234,7 @@ async def test_a_database_that_crashes_loses_no_acknowledged_lock(mortal, mortal
         grid, spare = Grid(ports(running), ttls=(20,)), await spare_users(running)
         await grid.create(40)
         async with grid.clients(60):
-            for _ in range(10 if long else 2):
+            for _ in range(5 if long else 2):
                 await asyncio.sleep(random.uniform(0.3, 0.8 if long else 0.4))
                 mortal.stop(signal.SIGQUIT)
                 mortal.start()
@@ -293,7 +293,7 @@ async def piles_up_nothing(running, url: str, fault, long: bool) -> None:
 
     There are more clients than two statements serve, and more calls of each kind than there are connections.
     """
-    seconds, longest = (40, LONGEST) if long else (5, 4.5)
+    seconds, longest = (25, LONGEST) if long else (5, 4.5)
     grid, spare = Grid(ports(running), ttls=(60,), patience=seconds + 30, longest=longest), await spare_users(running)
     careless = Grid(ports(running), ttls=(60,), patience=seconds + 30, longest=longest, keyed=False)
     await grid.create(400)
@@ -322,7 +322,7 @@ async def test_connections_that_are_cut_lose_no_user(empty_database, folder, lon
         for each in (grid, careless):
             await each.create(40)
         async with grid.clients(40), careless.clients(20):
-            for _ in range(30 if long else 3):
+            for _ in range(15 if long else 3):
                 wire.share = 0.1  # what the database answers is lost: it did what it was asked
                 await asyncio.sleep(0.3)
                 wire.share = 0
@@ -367,7 +367,7 @@ async def test_clocks_of_replicas_decide_nothing(apart, apart_database, long):
     grid = Grid(apart, habits=UNSTEADY, ttls=(1, 2) if long else (1,))
     await grid.create(20)
     async with grid.clients(40):
-        await asyncio.sleep(30 if long else 1)
+        await asyncio.sleep(15 if long else 1)
     evidence = await conclude(grid, apart_database, faults=False)
     made = [(uuid.UUID(record.lock_id).int >> 80) / 1000 - record.acquired_at for record in evidence.records.values()]
     assert {round(ahead / HOUR) for ahead in made} == {1, -1, 0}, "the clocks were not off"
