@@ -116,7 +116,8 @@ def open_backend(address: dict[str, Any]) -> Any:
         def log_migration(self, migration: Any, operation: str) -> None:
             """None: its look-ups of the user and of the host fail or wait in containers."""
 
-    parameters = {"prepare_threshold": None, "connect_timeout": 10} | address
+    # By UTF-8, as asyncpg talks: from a database without an encoding psycopg would else read bytes, and yoyo fail.
+    parameters = {"prepare_threshold": None, "connect_timeout": 10, "client_encoding": "utf8"} | address
     return Backend(DatabaseURI("postgresql", None, None, None, None, None, parameters), "_yoyo_migration")
 
 
