@@ -1,12 +1,12 @@
 # BotFarm alone: neither the embedded database (set DATABASE_URL or DATABASE_URL_FILE) nor what the tests need.
 FROM python:3.13-slim-trixie AS build
 COPY requirements.txt .
-# What goes again is never imported: examples for OpenAPI documents, and the maps of minified scripts.
+# What goes again is never used: examples for OpenAPI documents, an editor of them, and the maps of minified scripts.
 RUN sed -i '/^## The embedded database/,$d' requirements.txt \
     && python -m venv --without-pip /venv \
     && python -m pip --python /venv/bin/python install -q --no-cache-dir --only-binary :all: -r requirements.txt \
     && python -m pip --python /venv/bin/python uninstall -q -y faker polyfactory \
-    && find /venv -name '*.map' -delete
+    && find /venv \( -name '*.map' -o -name 'swagger-editor*' -o -name 'swagger-ui-es-*' \) -delete
 
 FROM python:3.13-slim-trixie
 # Volumes of docker-compose.yml take their owner from these folders.
