@@ -105,7 +105,8 @@ def open_backend(address: dict[str, Any]) -> Any:
         @contextmanager
         def exclusive(self) -> Iterator[None]:
             """One transaction that no other run shares."""
-            with contextlib.suppress(errors.UniqueViolation, errors.DuplicateObject, errors.DuplicateTable):  # just made
+            made_just_now = (errors.UniqueViolation, errors.DuplicateObject, errors.DuplicateTable)
+            with contextlib.suppress(*made_just_now):
                 self.execute("create table if not exists botfarm_migrating (only_one boolean primary key)")
             with self.transaction():
                 self.execute("lock table botfarm_migrating in exclusive mode")
