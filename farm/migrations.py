@@ -91,6 +91,8 @@ def open_backend(address: dict[str, Any]) -> Any:
     from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
     from yoyo.connections import DatabaseURI
 
+    made_just_now = (errors.UniqueViolation, errors.DuplicateObject, errors.DuplicateTable)  # by another run
+
     class Backend(PostgresqlPsycopgBackend):
         def copy(self) -> Backend:
             """Itself, so that yoyo's transactions are savepoints in ours."""
@@ -105,7 +107,6 @@ def open_backend(address: dict[str, Any]) -> Any:
         @contextmanager
         def exclusive(self) -> Iterator[None]:
             """One transaction that no other run shares."""
-            made_just_now = (errors.UniqueViolation, errors.DuplicateObject, errors.DuplicateTable)
             with contextlib.suppress(*made_just_now):
                 self.execute("create table if not exists botfarm_migrating (only_one boolean primary key)")
             with self.transaction():
