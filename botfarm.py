@@ -658,7 +658,7 @@ async def running(app: Litestar) -> AsyncIterator[None]:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks, timeout=1)  # bounded: a driver may swallow a cancellation
             await farm.locks.settle()
 
 
