@@ -82,16 +82,15 @@ def look(url: str) -> tuple[list[str], dict[str, Any]]:
 def open_backend(address: dict[str, Any]) -> Any:
     """yoyo's own backend, but with all of a run in one transaction.
 
-    yoyo's own lock is a row that a killed process leaves behind, and it marks a migration as applied in a
-    second transaction. Here one transaction holds `lock table`, the migrations and their marks, so a run
-    that is killed anywhere leaves nothing, and several that start at once go one after the other.
+    yoyo's own lock is a row that a killed process leaves behind. Here one transaction holds `lock table`, the
+    migrations and their marks: a run that is killed anywhere leaves nothing, and several take turns.
     """
     from psycopg import errors
     from yoyo import internalmigrations
     from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
     from yoyo.connections import DatabaseURI
 
-    made_just_now = (errors.UniqueViolation, errors.DuplicateObject, errors.DuplicateTable)  # by another run
+    made_just_now = (errors.UniqueViolation, errors.DuplicateObject, errors.DuplicateTable)
 
     class Backend(PostgresqlPsycopgBackend):
         def copy(self) -> Backend:
