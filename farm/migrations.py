@@ -79,6 +79,10 @@ def look(url: str) -> tuple[list[str], dict[str, Any]]:
 # ---- A run -------------------------------------------------------------------------------------------------
 
 
+# By UTF-8, as asyncpg talks: from a database without an encoding psycopg would else read bytes, and yoyo fail.
+PSYCOPG = {"prepare_threshold": None, "connect_timeout": 10, "client_encoding": "utf8"}
+
+
 def open_backend(address: dict[str, Any]) -> Any:
     """yoyo's own backend, but with all of a run in one transaction.
 
@@ -117,9 +121,7 @@ def open_backend(address: dict[str, Any]) -> Any:
         def log_migration(self, migration: Any, operation: str) -> None:
             """None: its look-ups of the user and of the host fail or wait in containers."""
 
-    # By UTF-8, as asyncpg talks: from a database without an encoding psycopg would else read bytes, and yoyo fail.
-    parameters = {"prepare_threshold": None, "connect_timeout": 10, "client_encoding": "utf8"} | address
-    return Backend(DatabaseURI("postgresql", None, None, None, None, None, parameters), "_yoyo_migration")
+    return Backend(DatabaseURI("postgresql", None, None, None, None, None, PSYCOPG | address), "_yoyo_migration")
 
 
 MIGRATING = 600  # seconds for which a migration tries to get the tables
