@@ -217,7 +217,7 @@ def query_of(handler: HTTPRouteHandler) -> dict[str, Any]:
 async def enter(request: Call) -> None:
     """What every call passes: who calls, and whether it says only what its handler understands.
 
-    As Litestar's `before_request`: a middleware, with the layer that it brings for its exceptions, took 5 us more.
+    As Litestar's `before_request`: a middleware, with the layer for its exceptions, took 2 of 38 us more.
     """
     scope, handler = request.scope, request.route_handler
     if (gate := request.farm.gate) and (needed := handler.opt.get("scope")):
