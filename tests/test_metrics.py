@@ -199,7 +199,8 @@ async def test_users_and_waiting_calls_are_told_by_pool(own, project):
             if sum(ended) == 4:
                 break
             await asyncio.sleep(0.01)
-        assert ended[0] in (1, 2)
+        # At least one is granted. One that leaves as it is granted gives its user back, and the next may get that.
+        assert ended[0] in (1, 2, 3)
         assert ended == [ended[0], 0, 4 - ended[0]]
         count_users_anew(own)
         assert scraped(own.url)[of_pool("botfarm_waiting_calls", project)] == 0
