@@ -23,6 +23,7 @@ each of which imports only those below it:
     farm/passwords.py    sealing and hashing
     farm/migrations.py   the schema of the database, brought up to date
     farm/database.py     the SQL files, the two pools, statements that calls share
+    farm/addresses.py    the database's URL, and what it means when nobody answers there
     farm/words.py        what callers send and get, with limits
     farm/problems.py     all that can be refused
     farm/settings.py     what can be configured
@@ -72,6 +73,7 @@ from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
 from msgspec import UNSET
 
 from farm import problems, words
+from farm.addresses import RIGHTS, read_address
 from farm.calls import Call, Farm, echo, enter, fail, refusal, refuse, reply
 from farm.clients import (
     LONGEST_FORM,
@@ -517,14 +519,21 @@ async def livez() -> words.Health:
 
 @get("/readyz", **ANYBODY, raises=[problems.DatabaseUnavailable])
 async def readyz(request: Call) -> words.Health:
-    """The database answers, and its schema is there."""
+    """The database takes writes, and its schema and our rights in it are there."""
+    pool = request.farm.pool
+    ((can_write,),) = await pool.fetch(SQL["can_write"], timeout=3)
+    if not can_write:
+        await pool.look_anew()
+        raise problems.DatabaseUnavailable("The database takes no writes: it is a standby, or set to read only.")
     try:
-        applied = {row["migration_id"] for row in await request.farm.pool.fetch(SQL["list_migrations"], timeout=3)}
+        applied = {row["migration_id"] for row in await pool.fetch(SQL["list_migrations"], timeout=3)}
     except asyncpg.UndefinedTableError:
         applied = set()
     missing = [name for name in MIGRATIONS if name not in applied]
     if missing:
         raise problems.DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
+    if lacks := await pool.fetch(SQL["list_lacks"], timeout=3):
+        raise problems.DatabaseUnavailable(f"The database lacks {lacks[0]['lack']}. {RIGHTS}")
     return words.Health("ok")
 
 
@@ -634,12 +643,15 @@ async def running(app: Litestar) -> AsyncIterator[None]:
     """Everything that lives as long as the service."""
     settings: Settings = app.state.settings
     async with contextlib.AsyncExitStack() as stack:
+        if settings.listen_url:
+            read_address(settings.listen_url.reveal(), "BOTFARM_LISTEN_URL")
         database = stack.enter_context(prepared(settings))
         seconds, pooler = Connections.STATEMENT, settings.pooler
         hot = await stack.enter_async_context(open_pool(database, 4, "force_generic_plan", seconds, pooler))
         pool = await stack.enter_async_context(
             open_pool(database, settings.pool_size, "force_custom_plan", seconds, pooler)
         )
+        hot.kin = pool.kin = [hot, pool]
         keyring = keyring_of(load_keys(settings))
         await check_keys(pool, keyring)
         passwords = Passwords(keyring)

@@ -23,6 +23,7 @@ from litestar.types import Message, Scope
 from msgspec import Struct
 
 from farm import problems
+from farm.addresses import RIGHTS
 from farm.clients import (
     CALLER,
     Caller,
@@ -30,7 +31,7 @@ from farm.clients import (
     caller_of,
     cause_of,
 )
-from farm.database import DATABASE_FAULTS, SQL, Connections
+from farm.database import DATABASE_FAULTS, SCHEMA_FAULTS, SQL, Connections
 from farm.imports import Imports
 from farm.locks import Locks
 from farm.passwords import KeyFault, Passwords
@@ -323,6 +324,9 @@ def fail(request: Call, error: Exception) -> Response[Any]:
             return refusal(
                 request, problems.DatabaseUnavailable("A password is sealed with a key that this replica lacks.")
             )
+        case _ if isinstance(error, SCHEMA_FAULTS):
+            request.farm.events.database_failed("The database lacks something", error, cause)
+            return refusal(request, problems.DatabaseUnavailable(f"The database lacks something: {error}. {RIGHTS}"))
         case _ if isinstance(error, DATABASE_FAULTS):
             request.farm.events.database_failed("The database does not answer", error, cause)
             return refusal(request, problems.DatabaseUnavailable())

@@ -361,17 +361,24 @@ def main(argv: Sequence[str] | None = None, app: str = "botfarm:app") -> int:
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    except _foreseen() as error:
-        print(error, file=sys.stderr)
+    except Exception as error:
+        if (told := _foreseen(error)) is None:
+            raise
+        print(told, file=sys.stderr)
         return 3 if words[0] == "serve" else 1
 
 
-def _foreseen() -> tuple[type[Exception], ...]:
-    """What ends a command with a sentence. Imported only when something has gone wrong."""
+def _foreseen(error: Exception) -> Exception | None:
+    """What ends a command with a sentence; None for a bug of ours. Imported only when something has gone wrong."""
     import httpx
 
+    from farm.addresses import SchemaError, explained
+    from farm.database import DATABASE_FAULTS
     from farm.embedded import EmbeddedError
-    from farm.migrations import SchemaError
     from farm.passwords import KeyFault
 
-    return SchemaError, KeyFault, EmbeddedError, httpx.HTTPError, OSError
+    if isinstance(error, (SchemaError, KeyFault, EmbeddedError, httpx.HTTPError)):
+        return error
+    if isinstance(error, DATABASE_FAULTS):
+        return explained(error.__cause__ or error, "DATABASE_URL") or error
+    return error if isinstance(error, OSError) else None

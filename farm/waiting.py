@@ -24,7 +24,8 @@ import msgspec
 from cachetools import LRUCache, TTLCache
 from msgspec import Struct
 
-from farm.database import DATABASE_FAULTS, SQL, Busy, Connections, columns, new_id
+from farm.addresses import SchemaError, connect
+from farm.database import DATABASE_FAULTS, NO_CONNECTION, SQL, Busy, Connections, columns, new_id
 from farm.problems import ShuttingDown
 from farm.settings import jittered, log
 from farm.telemetry import NOWHERE, Cause, Events
@@ -32,6 +33,7 @@ from farm.words import Wish, Wishes
 
 POLL = 0.2  # seconds between two looks while somebody waits
 EXCHANGE = 0.5  # seconds between two exchanges with the other replicas
+BEAT = 5  # seconds between two heartbeats of the connection that hears of other replicas
 HEAD_START = 0.5  # seconds by which one who waits here may overtake one who waits at another replica
 PATIENCE = 3.0  # seconds after which a waiting set goes before those who came later
 LOOK = 500  # distinct wishes that one look serves
@@ -548,14 +550,13 @@ async def listen(desk: Desk, url: str) -> None:
     """Hear what other replicas tell (for ever). A connection that died without a word is noticed by its heartbeat."""
     while True:
         try:
-            connection = await asyncpg.connect(url, timeout=5)
+            connection = await connect(url, "BOTFARM_LISTEN_URL")
             try:
                 await connection.add_listener("botfarm", lambda *news: desk.hear(news[-1]))
-                while True:
-                    await asyncio.sleep(jittered(5))
-                    await connection.fetchval("select 1", timeout=3)
+                while await connection.fetchval(SQL["can_write"], timeout=3):
+                    await asyncio.sleep(jittered(BEAT))
             finally:
                 connection.terminate()
-        except (asyncpg.PostgresError, *DATABASE_FAULTS) as fault:
+        except (SchemaError, *NO_CONNECTION) as fault:
             desk.events.database_failed("No news of other replicas, polls go on", fault)
-        await asyncio.sleep(jittered(5))
+        await asyncio.sleep(jittered(BEAT))
