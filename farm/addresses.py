@@ -103,7 +103,7 @@ def read_address(url: str, name: str = "DATABASE_URL") -> Address:
     except ValueError as fault:
         raise SchemaError(f"{name}: {fault}.") from None
     if passed := sorted(PASSED_OVER & asked.keys()):
-        warn_once(f"{name}: {', '.join(passed)} passed over: BotFarm's driver has nothing like it.")
+        warn_once(f"In the database's URL {', '.join(passed)} passed over: BotFarm's driver has nothing like it.")
     kept = {key: value for key, value in asked.items() if key not in PASSED_OVER}
     host = parts.netloc.rpartition("@")[2] or asked.get("host") or os.environ.get("PGHOST") or "its local socket"
     port = asked.get("port") or os.environ.get("PGPORT") or "5432"

@@ -326,7 +326,8 @@ def fail(request: Call, error: Exception) -> Response[Any]:
             )
         case _ if isinstance(error, SCHEMA_FAULTS):
             request.farm.events.database_failed("The database lacks something", error, cause)
-            return refusal(request, problems.DatabaseUnavailable(f"The database lacks something: {error}. {RIGHTS}"))
+            detail = f"The database lacks something: {error.args[0]}. {RIGHTS}"
+            return refusal(request, problems.DatabaseUnavailable(detail))
         case _ if isinstance(error, DATABASE_FAULTS):
             request.farm.events.database_failed("The database does not answer", error, cause)
             return refusal(request, problems.DatabaseUnavailable())
