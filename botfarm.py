@@ -50,9 +50,12 @@ import contextlib
 import gc
 import importlib.resources
 import logging
+import signal
+import sys
+import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import partial
 from operator import itemgetter
@@ -73,7 +76,7 @@ from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
 from msgspec import UNSET
 
 from farm import problems, words
-from farm.addresses import RIGHTS, read_address
+from farm.addresses import RIGHTS, SchemaError, read_address
 from farm.calls import Call, Farm, echo, enter, fail, refusal, refuse, reply
 from farm.clients import (
     LONGEST_FORM,
@@ -82,6 +85,7 @@ from farm.clients import (
     read_form,
 )
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
+from farm.embedded import EmbeddedError
 from farm.imports import CsvFile, NdjsonFile, exported
 from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
@@ -638,14 +642,37 @@ def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
     return calls + ([issue_token] if settings.auth == "on" else [])
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """A start that fails without a bug says why in a line, and one that waits ends when it is told to.
+
+    Litestar and uvicorn would each print a traceback, and uvicorn hears of a signal only when the start is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except (SchemaError, EmbeddedError, SystemExit) as fault:
+        if not isinstance(fault, SystemExit):
+            log.error("%s", fault)
+        logging.getLogger("uvicorn.error").disabled = True
+        raise
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+
+
 @asynccontextmanager
 async def running(app: Litestar) -> AsyncIterator[None]:
     """Everything that lives as long as the service."""
     settings: Settings = app.state.settings
     async with contextlib.AsyncExitStack() as stack:
-        if settings.listen_url:
-            read_address(settings.listen_url.reveal(), "BOTFARM_LISTEN_URL")
-        database = stack.enter_context(prepared(settings))
+        with starting():
+            if settings.listen_url:
+                read_address(settings.listen_url.reveal(), "BOTFARM_LISTEN_URL")
+            database = stack.enter_context(prepared(settings))
         seconds, pooler = Connections.STATEMENT, settings.pooler
         hot = await stack.enter_async_context(open_pool(database, 4, "force_generic_plan", seconds, pooler))
         pool = await stack.enter_async_context(

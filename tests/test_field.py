@@ -10,6 +10,8 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -49,8 +51,14 @@ import farm.settings
 # ---- The database as it is -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_pooler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at here is the database itself."""
+    monkeypatch.delenv("BOTFARM_TEST_POOLER", raising=False)
+
+
 def as_role(url: str, role: str, **more: str) -> str:
-    """The database by another login; in the query, where no pooler is put before it."""
+    """The database by another login."""
     _, real = farm.migrations.look(url)
     query = {"host": real["host"], "port": real["port"], "user": role} | more
     return f"postgresql:///{real['dbname']}?{urlencode(query, quote_via=quote)}"
@@ -174,6 +182,43 @@ async def test_a_start_that_waits_for_a_database_ends_when_it_is_told_to_and_say
             waiting.terminate()
             await asyncio.to_thread(waiting.wait, 5)
             assert "hidden" not in ready.read(waiting.stdout)
+
+
+@contextmanager
+def by_uvicorn(url: str) -> Iterator[subprocess.Popen[str]]:
+    """`uvicorn botfarm:app`, where nothing of ours looks first."""
+    words = [sys.executable, "-m", "uvicorn", "botfarm:app", "--port", str(free_port())]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, env=environment({"DATABASE_URL": url}), cwd=ROOT, **pipes) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def test_a_start_by_uvicorn_that_fails_says_why_without_a_traceback(server):
+    with by_uvicorn(urlunsplit(urlsplit(server)._replace(path="/no_such_database"))) as failing:
+        told, _ = failing.communicate(timeout=30)
+        assert failing.returncode == 3
+    assert 'database \\"no_such_database\\" does not exist. Create it' in told
+    assert "Traceback" not in told
+
+
+async def test_a_start_by_uvicorn_that_waits_ends_when_it_is_told_to(bare_database):
+    await asyncio.to_thread(farm.migrations.migrate, bare_database)
+    await asyncio.to_thread(farm.migrations.migrate, bare_database, rollback=True)
+    other = await asyncpg.connect(bare_database)
+    try:
+        await other.execute("begin; lock table botfarm_migrating in exclusive mode")
+        with by_uvicorn(bare_database) as waiting:
+            assert waiting.stdout
+            lines = iter(waiting.stdout.readline, "")
+            await asyncio.to_thread(lambda: next(line for line in lines if "The migration waits" in line))
+            waiting.terminate()
+            await asyncio.to_thread(waiting.wait, 10)
+            assert "Traceback" not in waiting.stdout.read()
+    finally:
+        await other.close()
 
 
 # A server that takes no writes any more, and keeps its connections.
