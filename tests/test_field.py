@@ -76,7 +76,7 @@ async def role(server: str) -> AsyncIterator[str]:
 def refused(url: str, *words: str, **env: str) -> str:
     """What a start says that is refused: one line to three, status 3; and `migrate` the same with 1."""
     told = set()
-    for status, command_words in ((3, ("serve", "--port", "1")), (1, ("migrate",))):
+    for status, command_words in ((3, ("serve", "--port", str(free_port()))), (1, ("migrate",))):
         run = command(*command_words, env={"DATABASE_URL": url} | env)
         assert run.returncode == status, run.stderr
         assert "Traceback" not in run.stderr
