@@ -914,7 +914,7 @@ async def test_what_was_read_of_clients_counts_for_less_than_a_minute(empty_data
 
             async def away(self, sql, *values, **options):
                 if "clients_gone" in sql:
-                    raise OSError("away")
+                    raise ConnectionError("away")
                 return await failing(self, sql, *values, **options)
 
             monkeypatch.setattr(farm.database.Connections, "fetch", away)
