@@ -1,4 +1,4 @@
-"""What people meet in the field: databases, processes, files and connections as they really are."""
+"""What people meet in the field: databases as they really are."""
 
 from __future__ import annotations
 
@@ -47,8 +47,6 @@ from grid import Grid, Wire, answers, ask, eventually, postgres, replicas
 import farm.database
 import farm.migrations
 import farm.settings
-
-# ---- The database as it is -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -648,12 +646,3 @@ async def test_a_part_of_the_schema_that_goes_is_a_503_that_says_so(empty_databa
                 assert answer.headers["retry-after"]
                 assert gone in answer.json()["detail"]
                 assert "The database lacks" in answer.json()["detail"]
-
-
-# ---- Processes -----------------------------------------------------------------------------------------------
-
-# ---- Files ---------------------------------------------------------------------------------------------------
-
-# ---- Connections ---------------------------------------------------------------------------------------------
-
-# ---- Small things --------------------------------------------------------------------------------------------
