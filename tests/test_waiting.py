@@ -388,9 +388,9 @@ async def test_a_release_at_another_replica_wakes_a_waiter(api, other, service, 
 async def test_no_waiter_starves_behind_another_replica_that_is_busier(api, other, project, long, request):
     """The bound of docs/waiting.md: nobody elsewhere who came three seconds later is served before it.
 
-    The short form has brisk desks, and a bound of two seconds.
+    The short form has brisk desks.
     """
-    seconds, bound, crowd = (8, 3, 40) if long else (4, 2, 20)
+    seconds, bound, crowd = (8, 3, 40) if long else (5, 3, 20)
     if not long:
         request.getfixturevalue("brisk")
     await make_users(api, project, 2)
