@@ -80,7 +80,7 @@ from farm.clients import (
     read_form,
 )
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
-from farm.imports import CsvFile, NdjsonFile, exported
+from farm.imports import CsvFile, NdjsonFile, exported, labels_of, wants_csv
 from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
@@ -107,6 +107,7 @@ READING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:read"}}
 WRITING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:write"}}
 LOCKING: dict[str, Any] = {"tags": ["locks"], "opt": {"scope": "locks"}}
 UPLOADING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:write", "upload": True}}
+LISTING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:read", "media": (NDJSON, CSV)}}
 FORCING: dict[str, Any] = {"tags": ["locks"], "opt": {"scope": "admin"}}
 ANYBODY: dict[str, Any] = {"tags": ["service"]}
 # What acquires take beside their body; read by `idempotency_key`.
@@ -294,7 +295,7 @@ async def import_users(request: Call) -> words.Imported:
     user keeps its lock, and its password when its line has none.
     """
     farm, settings = request.farm, request.farm.settings
-    media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()
+    media = words.media_of(request.header(b"content-type") or "")
     if media not in (NDJSON, CSV):
         raise problems.UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
     if (encoding := request.header(b"content-encoding") or "identity") != "identity":
@@ -307,15 +308,21 @@ async def import_users(request: Call) -> words.Imported:
     return imported
 
 
-@get("/users/export", **READING, media_type=NDJSON, dependencies=FILTERED)
+@get("/users/export", **LISTING, dependencies=FILTERED)
 async def export_users(request: Call, filters: NamedDependency[words.UserFilter]) -> Stream:
-    """All users that fit, one a line, without secrets."""
+    """All users that fit, one a line, without secrets.
+
+    NDJSON, or CSV with `Accept: text/csv`. An import takes both as they are.
+    """
     request.check(filters)
     pool, projects = request.farm.pool, request.caller.projects
     first = await pool.fetch(SQL["list_users"], *filters.columns((*words.FIRST_PLACE, 500), projects))
+    accept = ",".join(request.headers.getall("accept", []))
+    labels = await labels_of(pool, filters, projects, first) if wants_csv(accept) else None
     request.farm.events.log("users-exported", request.cause)
     rows = [] if request.method == HttpMethod.HEAD else first
-    return Stream(exported(pool, filters, projects, rows), media_type=NDJSON)
+    lines = exported(pool, filters, projects, rows, labels)
+    return Stream(lines, media_type=NDJSON if labels is None else CSV, headers={"Vary": "Accept"})
 
 
 # ---- Locks -------------------------------------------------------------------------------------------------
