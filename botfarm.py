@@ -155,11 +155,11 @@ async def create_user(request: Call, data: JSONBody[words.NewUser]) -> Response[
     secret = await farm.passwords.store(id, data.password)
     labels = msgspec.json.encode(data.labels).decode()
     made = (id, data.login, secret, data.project_id, data.env, data.domain, labels)
-    if await farm.pool.fetchrow(SQL["create_user"], *made) is None:
+    if (row := await farm.pool.fetchrow(SQL["create_user"], *made)) is None:
         raise problems.LoginTaken.of(data.login)
     farm.events.user("created", id, request.cause)
     farm.desk.freed()
-    return reply(await find_user(farm, id), 201, {"Location": f"/users/{id}"})
+    return reply(User.of(row), 201, {"Location": f"/users/{id}"})
 
 
 @get("/users", **READING, dependencies=FILTERED)
@@ -384,8 +384,9 @@ async def acquire_user(request: Call, id: Id, data: JSONBody[words.AcquireUser] 
     """Acquire a lock on this very user."""
     ask = ask_of(request, (words.Wish(id),), data)
     if ask.wait:
-        user = await find_user(request.farm, id)
-        ask.home = words.Wish(None, user.project_id, user.env, user.domain)
+        row = await request.farm.pool.fetchrow(SQL["get_user"], id)
+        ask.home = words.Wish.of_pool(row) if row else None
+        ask.wait = ask.wait if row else 0  # for nobody; but a key may have been bound to one who was deleted since
     granted = await request.farm.locks.acquire(request, ask)
     return grant(request, granted)
 
@@ -459,13 +460,22 @@ async def release_holder(
     return words.Released(len(rows))
 
 
-@delete("/users/{id:uuid}/lock", **FORCING, raises=[problems.UserNotFound])
+@delete("/users/{id:uuid}/lock", **FORCING, raises=[problems.UserNotFound, problems.UserLocked])
 async def force_release(request: Call, id: Id) -> None:
-    """End the lock of a user by force, whoever holds it. Also when nobody does."""
+    """End the lock of a user by force, whoever holds it. Also when nobody does.
+
+    `user-locked` says that others take or change it in this very moment, again and again: try once more.
+    """
     farm = request.farm
-    row = await farm.hot.fetchrow(SQL["force_release"], id)
-    if row is None:
-        raise problems.UserNotFound.of(id)
+    for pause in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, None):
+        row = await farm.hot.fetchrow(SQL["force_release"], id)
+        if row is None:
+            raise problems.UserNotFound.of(id)
+        if row["is_reached"]:
+            break
+        if pause is None:
+            raise problems.UserLocked.contended(id)
+        await asyncio.sleep(pause)
     if row["lock_id"]:
         farm.events.ended("forced", row, request.cause)
     farm.desk.freed()

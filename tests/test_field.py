@@ -7,13 +7,17 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 import tempfile
+import time
 import uuid
 from pathlib import Path
 
+import asyncpg
 import httpx
 import hypothesis
+import jwt
 import pytest
 import ready
 from conftest import acquire, command, environment, examples, make_users, serving, settings, slug
@@ -25,6 +29,7 @@ import farm.settings
 import farm.waiting
 from farm.commands import main
 from farm.imports import exported, labels_of
+from farm.locks import why_not_this
 from farm.words import FIRST_PLACE, UserFilter
 
 PROJECT = "11111111-1111-4111-8111-111111111111"
@@ -431,3 +436,185 @@ def test_a_form_for_a_token_in_another_charset_is_refused_in_the_form_of_tokens(
 # ---- Connections ---------------------------------------------------------------------------------------------
 
 # ---- Small things --------------------------------------------------------------------------------------------
+
+
+async def test_a_user_is_told_by_the_statement_that_made_it(api, project, database):
+    """Somebody else deletes each at once, and changes others: what comes back is what was made."""
+    other = await asyncpg.connect(database)
+    done = asyncio.Event()
+
+    async def delete():
+        while not done.is_set():
+            where = f"project_id = '{project}'"
+            await other.execute(f"delete from locks where user_id in (select id from users where {where})")
+            await other.execute(f"delete from users where {where}")
+
+    deleting = asyncio.create_task(delete())
+    body = {"password": "p", "project_id": project, "env": "prod", "labels": {"a": "b"}}
+    for round in range(10):
+        made = [api.post("/users", json=body | {"login": f"u{n}-{round}"}) for n in range(20)]
+        for answer in await asyncio.gather(*made):
+            assert answer.status_code == 201, answer.text
+            user = answer.json()
+            assert (user["state"], user["lock"], user["locktime"], user["quarantine"]) == ("free", None, None, None)
+    done.set()
+    await deleting
+    await other.close()
+    user = (await make_users(api, project))[0]
+    assert (await api.get(f"/users/{user['id']}")).json() == user
+
+
+def test_a_token_that_is_refused_for_its_time_says_so(empty_database):
+    signing = "s1:" + "C" * 43 + "="
+    key, now = farm.settings.parse_keys(signing)["s1"], int(time.time())
+    claims = {"iss": "botfarm", "aud": "botfarm", "sub": str(uuid.uuid4()), "jti": "x", "scope": "locks"}
+    times = {
+        "has expired": {"iat": now - 700, "exp": now - 60},
+        "is not valid yet": {"iat": now + 60, "exp": now + 600},
+        "is not valid yet: ": {"iat": now, "exp": now + 600, "nbf": now + 60},
+        "is not valid here": {"iat": now, "exp": now + 600, "aud": "other"},
+    }
+    configured = settings(empty_database, auth="on", signing_keys=farm.settings.Secret(signing))
+    with serving(configured) as secured:
+        for said, changes in times.items():
+            token = jwt.encode(claims | changes, key, "HS256", headers={"kid": "s1"})
+            answer = httpx.get(f"{secured.url}/users", headers={"Authorization": f"Bearer {token}"})
+            assert slug(answer) == "unauthenticated"
+            assert said in answer.json()["detail"]
+            assert said in answer.headers["www-authenticate"]
+
+
+def assert_contended(answer):
+    """The answer of a call whose user others take in this very moment."""
+    assert slug(answer) == "user-locked"
+    assert answer.headers["retry-after"] == "1"
+    assert (answer.json()["holder"], answer.json()["expires_at"]) == (None, None)
+    assert "try again" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("before", ["never locked", "free again", "locked"])
+async def test_a_user_that_others_take_in_this_very_moment_is_locked_and_worth_another_try(
+    api, project, database, before
+):
+    (user,) = await make_users(api, project)
+    path = f"/users/{user['id']}/lock"
+    if before != "never locked":
+        lock = (await api.put(path, json={"holder": "somebody"})).json()
+    if before == "free again":
+        await api.delete(f"/locks/{lock['id']}")
+    other = await asyncpg.connect(database)
+    async with other.transaction():
+        await other.execute(f"select from locks where user_id = '{user['id']}' for update")
+        refused = [await api.put(path), await api.put(path, json={"wait": 1}), await api.delete(path)]
+    await other.close()
+    if before == "locked":
+        assert {slug(answer) for answer in refused} == {"user-locked"}
+        assert refused[0].json()["holder"] == "somebody"
+    else:
+        assert_contended(refused[0])
+        assert_contended(refused[1])
+    assert_contended(refused[2])
+    assert (await api.delete(path)).status_code == 204
+    assert (await api.put(path)).status_code == 201
+
+
+GATE = "select pg_advisory_xact_lock(10012)"  # where a statement waits when it has its snapshot
+
+
+async def test_a_user_that_was_released_in_this_very_moment_does_not_rest(api, project, database):
+    """Its states are those of the beginning of the statement that counts, and the release came after that."""
+    (user,) = await make_users(api, project)
+    lock = (await api.put(f"/users/{user['id']}/lock")).json()
+    gate, other = await asyncpg.connect(database), await asyncpg.connect(database)
+    sql = farm.database.SQL["count_matching"].replace("$1::uuid[]", f"array['{user['id']}']::uuid[]")
+    sql = re.sub(r"\$[2-5]::(\w+)\[\]", r"array[null]::\1[]", sql)
+    async with gate.transaction():
+        await gate.execute(GATE)
+        # Sent together, so that the count has the clock of the gate and a snapshot from after it.
+        counting = asyncio.create_task(other.execute(f"{GATE}; create temporary table counted as {sql}"))
+        await asyncio.sleep(0.2)
+        assert (await api.delete(f"/locks/{lock['id']}")).status_code == 204
+    await counting
+    (row,) = await other.fetch("select * from counted")
+    assert (row["state"], row["is_rested"]) == ("resting", True)
+    answer = why_not_this(uuid.UUID(user["id"]), row)
+    assert (answer.slug, answer.headers["Retry-After"]) == ("user-locked", "1")
+    await gate.close()
+    await other.close()
+
+
+async def test_a_force_ends_the_lock_of_whoever_took_it_while_the_statement_ran(api, project, database, service):
+    """Its snapshot has the lock before: that was released, and taken by another, until the row is reached."""
+    (user,) = await make_users(api, project)
+    path = f"/users/{user['id']}/lock"
+    first = (await api.put(path, json={"holder": "first"})).json()
+    gate, other = await asyncpg.connect(database), await asyncpg.connect(database)
+    sql = farm.database.SQL["force_release"].replace("with", f"with gate as materialized ({GATE}),", 1)
+    sql = sql.replace("where user_id = $1::uuid", "where user_id = $1::uuid and exists (select from gate)", 1)
+    async with gate.transaction():
+        await gate.execute(GATE)
+        forcing = asyncio.create_task(other.fetchrow(sql, uuid.UUID(user["id"])))
+        await asyncio.sleep(0.2)
+        assert not forcing.done()
+        assert (await api.delete(f"/locks/{first['id']}")).status_code == 204
+        second = (await api.put(path, json={"holder": "second"})).json()
+    row = await forcing
+    assert (row["is_reached"], str(row["lock_id"]), row["holder"]) == (True, second["id"], "second")
+    assert (await api.get(f"/users/{user['id']}")).json()["state"] == "free"
+    history = (await api.get(f"/users/{user['id']}/history")).json()["items"]
+    assert [(entry["holder"], entry["ended_by"]) for entry in history] == [("second", "forced"), ("first", "released")]
+    await gate.close()
+    await other.close()
+
+
+@pytest.mark.parametrize("way", ["any", "by id", "set", "deleted"])
+async def test_a_repeat_of_a_key_whose_lock_has_ended_is_told_at_once_though_it_would_wait(
+    api, project, way, monkeypatch
+):
+    """Also where the user is held by another now, or gone: a new call would wait, this one for the desk's next look."""
+    monkeypatch.setattr(farm.waiting, "POLL", 5)
+    (user,) = await make_users(api, project)
+    key = {"Idempotency-Key": str(uuid.uuid4())}
+    by_id = ("PUT", f"/users/{user['id']}/lock", {"wait": 20})
+    method, path, body = {
+        "any": ("POST", "/locks", {"project_id": project, "wait": 20}), "by id": by_id, "deleted": by_id,
+        "set": ("POST", "/locks/sets", {"users": [{"project_id": project}], "wait": 20}),
+    }[way]  # fmt: skip
+    granted = await api.request(method, path, json=body, headers=key)
+    lock = granted.json()["locks"][0] if way == "set" else granted.json()
+    repeated = await api.request(method, path, json=body, headers=key)
+    assert repeated.json() == granted.json()
+    await api.delete(f"/locks/{lock['id']}")
+    if way == "deleted":
+        assert (await api.delete(f"/users/{user['id']}")).status_code == 204
+    else:
+        assert (await acquire(api, project)).status_code == 201
+    for _ in range(3):
+        began = time.monotonic()
+        answer = await api.request(method, path, json=body, headers=key)
+        assert time.monotonic() - began < 1
+        assert slug(answer) == "lock-ended"
+    if way == "deleted":
+        assert slug(await api.request(method, path, json=body)) == "user-not-found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "fields"),
+    [
+        ("POST", "/users", {"login": "", "password": "", "env": "x", "domain": "y", "project_id": 1, "labels": 1},
+         ["login", "project_id", "labels", "password", "env", "domain"]),
+        ("PATCH", "/users/{id}", {"login": "", "domain": "y", "labels": 1}, ["login", "labels", "domain"]),
+        ("POST", "/locks", {"project_id": "z", "env": "x", "domain": "y", "ttl": 0, "wait": 10**6, "shoe": 1},
+         ["shoe", "project_id", "ttl", "env", "domain", "wait"]),
+        ("PUT", "/users/{id}/lock", {"ttl": 10**6, "wait": -1, "holder": "\n"}, ["wait", "holder", "ttl"]),
+        ("POST", "/locks/sets", {"ttl": 0, "users": [{"env": "x", "domain": "y", "project_id": PROJECT}, {"env": 5}]},
+         ["ttl", "users[0].env", "users[0].domain", "users[1].project_id", "users[1].env"]),
+        ("POST", "/locks/sets", {"holder": 5, "users": [{"env": "x", "project_id": PROJECT, "count": 1}]},
+         ["holder", "users[0].env"]),
+    ],
+)  # fmt: skip
+async def test_a_body_with_several_bad_values_names_them_all(api, project, method, path, body, fields):
+    (user,) = await make_users(api, project)
+    answer = await api.request(method, path.replace("{id}", user["id"]), json=body)
+    assert slug(answer) == "invalid"
+    assert sorted(error["field"] for error in answer.json()["errors"]) == sorted(fields)
