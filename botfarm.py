@@ -86,7 +86,7 @@ from farm.clients import (
 )
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
 from farm.embedded import EmbeddedError
-from farm.imports import CsvFile, NdjsonFile, exported
+from farm.imports import CsvFile, NdjsonFile, exported, labels_of, wants_csv
 from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
@@ -113,6 +113,7 @@ READING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:read"}}
 WRITING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:write"}}
 LOCKING: dict[str, Any] = {"tags": ["locks"], "opt": {"scope": "locks"}}
 UPLOADING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:write", "upload": True}}
+LISTING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:read", "media": (NDJSON, CSV)}}
 FORCING: dict[str, Any] = {"tags": ["locks"], "opt": {"scope": "admin"}}
 ANYBODY: dict[str, Any] = {"tags": ["service"]}
 # What acquires take beside their body; read by `idempotency_key`.
@@ -160,11 +161,11 @@ async def create_user(request: Call, data: JSONBody[words.NewUser]) -> Response[
     secret = await farm.passwords.store(id, data.password)
     labels = msgspec.json.encode(data.labels).decode()
     made = (id, data.login, secret, data.project_id, data.env, data.domain, labels)
-    if await farm.pool.fetchrow(SQL["create_user"], *made) is None:
+    if (row := await farm.pool.fetchrow(SQL["create_user"], *made)) is None:
         raise problems.LoginTaken.of(data.login)
     farm.events.user("created", id, request.cause)
     farm.desk.freed()
-    return reply(await find_user(farm, id), 201, {"Location": f"/users/{id}"})
+    return reply(User.of(row), 201, {"Location": f"/users/{id}"})
 
 
 @get("/users", **READING, dependencies=FILTERED)
@@ -300,7 +301,7 @@ async def import_users(request: Call) -> words.Imported:
     user keeps its lock, and its password when its line has none.
     """
     farm, settings = request.farm, request.farm.settings
-    media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()
+    media = words.media_of(request.header(b"content-type") or "")
     if media not in (NDJSON, CSV):
         raise problems.UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
     if (encoding := request.header(b"content-encoding") or "identity") != "identity":
@@ -313,15 +314,21 @@ async def import_users(request: Call) -> words.Imported:
     return imported
 
 
-@get("/users/export", **READING, media_type=NDJSON, dependencies=FILTERED)
+@get("/users/export", **LISTING, dependencies=FILTERED)
 async def export_users(request: Call, filters: NamedDependency[words.UserFilter]) -> Stream:
-    """All users that fit, one a line, without secrets."""
+    """All users that fit, one a line, without secrets.
+
+    NDJSON, or CSV with `Accept: text/csv`. An import takes both as they are.
+    """
     request.check(filters)
     pool, projects = request.farm.pool, request.caller.projects
     first = await pool.fetch(SQL["list_users"], *filters.columns((*words.FIRST_PLACE, 500), projects))
+    accept = ",".join(request.headers.getall("accept", []))
+    labels = await labels_of(pool, filters, projects, first) if wants_csv(accept) else None
     request.farm.events.log("users-exported", request.cause)
     rows = [] if request.method == HttpMethod.HEAD else first
-    return Stream(exported(pool, filters, projects, rows), media_type=NDJSON)
+    lines = exported(pool, filters, projects, rows, labels)
+    return Stream(lines, media_type=NDJSON if labels is None else CSV, headers={"Vary": "Accept"})
 
 
 # ---- Locks -------------------------------------------------------------------------------------------------
@@ -383,8 +390,9 @@ async def acquire_user(request: Call, id: Id, data: JSONBody[words.AcquireUser] 
     """Acquire a lock on this very user."""
     ask = ask_of(request, (words.Wish(id),), data)
     if ask.wait:
-        user = await find_user(request.farm, id)
-        ask.home = words.Wish(None, user.project_id, user.env, user.domain)
+        row = await request.farm.pool.fetchrow(SQL["get_user"], id)
+        ask.home = words.Wish.of_pool(row) if row else None
+        ask.wait = ask.wait if row else 0  # for nobody; but a key may have been bound to one who was deleted since
     granted = await request.farm.locks.acquire(request, ask)
     return grant(request, granted)
 
@@ -458,13 +466,22 @@ async def release_holder(
     return words.Released(len(rows))
 
 
-@delete("/users/{id:uuid}/lock", **FORCING, raises=[problems.UserNotFound])
+@delete("/users/{id:uuid}/lock", **FORCING, raises=[problems.UserNotFound, problems.UserLocked])
 async def force_release(request: Call, id: Id) -> None:
-    """End the lock of a user by force, whoever holds it. Also when nobody does."""
+    """End the lock of a user by force, whoever holds it. Also when nobody does.
+
+    `user-locked` says that others take or change it in this very moment, again and again: try once more.
+    """
     farm = request.farm
-    row = await farm.hot.fetchrow(SQL["force_release"], id)
-    if row is None:
-        raise problems.UserNotFound.of(id)
+    for pause in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, None):
+        row = await farm.hot.fetchrow(SQL["force_release"], id)
+        if row is None:
+            raise problems.UserNotFound.of(id)
+        if row["is_reached"]:
+            break
+        if pause is None:
+            raise problems.UserLocked.contended(id)
+        await asyncio.sleep(pause)
     if row["lock_id"]:
         farm.events.ended("forced", row, request.cause)
     farm.desk.freed()

@@ -43,6 +43,7 @@ from farm.words import (
     Body,
     check_words,
     decode_body,
+    media_of,
     told,
 )
 
@@ -172,12 +173,12 @@ class Call(Request[Any, Any, State]):
         media = self.header(b"content-type")
         if media is None:  # as JSON, but not from a page in a browser, which could send that to any address unasked
             media = JSON if self.header(b"origin") is None else "none"
-        if media != JSON and (media := media.partition(";")[0].strip().lower()) != JSON:
+        if media != JSON and (media := media_of(media)) != JSON:
             raise problems.UnsupportedMediaType(
                 f"The content type is {media!r}, but this call takes {JSON} (curl: --json)."
             )
         try:
-            value = decode_body(body, kind)
+            value = decode_body(body, kind, self.farm.settings)
         except problems.MalformedBody:
             if encoding := self.header(b"content-encoding"):
                 raise problems.UnsupportedMediaType.encoded(encoding) from None

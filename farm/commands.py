@@ -16,7 +16,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO, TypeVar, get_args
 
 import click
 import msgspec
@@ -268,16 +268,24 @@ def import_command(file: str, media: str | None, url: str) -> int:
     """
     import httpx
 
-    media = media or (CSV if file.endswith(".csv") else NDJSON)
-    headers = {"Content-Type": media} | _token_headers(url)
-    with click.open_file(file, "rb") as source:
+    media = media or (CSV if file.lower().endswith(".csv") else NDJSON)
+    name = file if os.path.exists(file) else os.path.expanduser(file)  # a shell leaves the ~ of '~/my users.csv'
+    with _standard(sys.stdin, "rb") if file == "-" else open(name, "rb") as source:
+        headers = {"Content-Type": media} | _token_headers(url)
         parts = iter(lambda: source.read(PART), b"")
-        with _progress(parts, None if file == "-" else os.path.getsize(file) // PART + 1) as content:
+        with _progress(parts, None if file == "-" else os.path.getsize(name) // PART + 1) as content:
             answer = httpx.post(f"{url}/users/import", content=content, headers=headers, timeout=3600)
     if answer.status_code != 200:
         return _refused(answer)
     print(answer.text)
     return 0
+
+
+def _standard(stream: TextIO | None, mode: Literal["rb", "wb"]) -> BinaryIO:
+    """Standard input or output as bytes, in a file of its own: what it can't write is not tried again at the exit."""
+    if stream is None:
+        raise click.ClickException(f"Standard {'input' if mode == 'rb' else 'output'} is closed.")
+    return open(stream.fileno(), mode, closefd=False)
 
 
 def _progress(parts: Iterable[Any], length: int | None = None) -> AbstractContextManager[Iterable[Any]]:
@@ -313,18 +321,23 @@ def _refused(answer: httpx.Response) -> int:
 
 
 @commands.command("export")
+@click.option("--type", "media", type=click.Choice([NDJSON, CSV]), default=NDJSON, help="as what")
 @of_service
-def export_command(url: str) -> int:
-    """Print all users of a service as NDJSON."""
+def export_command(media: str, url: str) -> int:
+    """Print all users of a service, as NDJSON or CSV."""
     import httpx
 
-    with httpx.stream("GET", f"{url}/users/export", headers=_token_headers(url), timeout=3600) as answer:
+    headers = {"Accept": media} | _token_headers(url)
+    with httpx.stream("GET", f"{url}/users/export", headers=headers, timeout=3600) as answer:
         if answer.status_code != 200:
             answer.read()
             return _refused(answer)
-        with _progress(answer.iter_lines()) as lines:
-            for line in lines:
-                print(line)
+        try:
+            with _standard(sys.stdout, "wb") as output, _progress(answer.iter_bytes()) as parts:
+                for part in parts:
+                    output.write(part)
+        except BrokenPipeError:
+            raise click.ClickException("Standard output was closed before the end of the export.") from None
     return 0
 
 

@@ -71,22 +71,17 @@ def _too_few_free(asked: str, counts: asyncpg.Record, waiting: int) -> problems.
     return problems.PoolExhausted(detail, **members, waiting=waiting)
 
 
-def _why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> problems.Problem:
+def why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> problems.Problem:
     state = counts["state"]
     if state is None:
         return problems.UserNotFound.of(id)
     if state == "quarantined":
         detail = f"The user {id} is quarantined: {counts['quarantine']}."
         return problems.UserUnavailable(detail, state=state, reason=counts["quarantine"])
-    if state == "resting":
+    if state == "resting" and not counts["is_rested"]:
         detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
         return problems.UserUnavailable(detail, state=state, available_at=counts["ready_at"])
-    if state == "free":
-        detail = f"Other calls want or change the user {id} in this moment; try again."
-        return problems.UserUnavailable(
-            detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"]
-        )
-    return problems.UserLocked.of(id, counts)
+    return problems.UserLocked.of(id, counts) if state == "locked" else problems.UserLocked.contended(id)
 
 
 class Locks:
@@ -148,6 +143,8 @@ class Locks:
 
     async def _acquire(self, request: Request, ask: Ask) -> list[Lock] | problems.Problem:
         """Claim users; where there are none, find out why, and try again if some are free after all."""
+        if ask.wait and (repeated := await self._repeated(ask)):  # else it would wait for a turn to be told
+            return repeated
         if not ask.wait and ask.wishes in self._exhausted and not (refusal := await self.refusal(ask.wishes)).free:
             return await self._repeated(ask) or refusal.problem
         attempts = 0
@@ -384,7 +381,8 @@ class Locks:
             rows = await self.pool.fetch(SQL["count_matching"], *columns(singles, Wish))
             for row in rows:
                 wish = singles[row["filter"] - 1]
-                refusals[(wish,)] = Refusal(row["matching"], row["free"], self._why_not(wish, row))
+                free = row["free"] or int(wish.user_id is not None and row["state"] == "resting" and row["is_rested"])
+                refusals[(wish,)] = Refusal(row["matching"], free, self._why_not(wish, row))
                 self._remember((wish,), refusals[(wish,)], time.monotonic() - began)
         for wishes in dict.fromkeys(asked):
             if wishes not in refusals:
@@ -416,7 +414,7 @@ class Locks:
 
     def _why_not(self, wish: Wish, counts: asyncpg.Record) -> problems.Problem:
         if wish.user_id:
-            return _why_not_this(wish.user_id, counts)
+            return why_not_this(wish.user_id, counts)
         if not counts["matching"]:
             return problems.NoMatchingUser(f"No user at all matches {wish}: create one, or ask for less.")
         return _too_few_free(str(wish), counts, self.desk.waiting(wish))

@@ -187,7 +187,7 @@ class LoginTaken(Problem, status=409, slug="login-taken"):
 
 
 class UserLocked(Problem, status=409, slug="user-locked"):
-    """The user is held by another."""
+    """The user is held by another, or others take it in this very moment (then with `Retry-After`)."""
 
     @classmethod
     def of(cls, id: uuid.UUID, lock: Any) -> UserLocked:
@@ -195,6 +195,11 @@ class UserLocked(Problem, status=409, slug="user-locked"):
         holder, end = lock["holder"], lock["expires_at"]
         detail = f"The user {id} is held by {shown(holder)} until {end:%Y-%m-%dT%H:%M:%S.%fZ}."
         return cls(detail, holder=holder, expires_at=end)
+
+    @classmethod
+    def contended(cls, id: uuid.UUID) -> UserLocked:
+        detail = f"Other calls take or change the user {id} in this moment; try again."
+        return cls(detail, headers={"Retry-After": "1"}, holder=None, expires_at=None)
 
 
 class UserUnavailable(Problem, status=409, slug="user-unavailable"):

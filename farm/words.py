@@ -14,13 +14,16 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from email.message import Message
+from itertools import islice
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import asyncpg
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from farm.problems import FieldError, Invalid, MalformedBody, shown
+from farm.problems import FieldError, Invalid, MalformedBody, UnsupportedMediaType, shown
 from farm.settings import WORD, Settings, in_words
 
 JSON = "application/json"
@@ -109,6 +112,14 @@ class ImportedUser(UserFields, frozen=True):
     """A line of an import: a known user keeps its password when there is none."""
 
     password: Password | None = None
+
+
+TELLING = ("id", "created_at", "state", "locktime", "lock", "quarantine")
+
+
+def only_tells(field: str) -> bool:
+    """Whether an export may have a field that an import passes over."""
+    return field in TELLING or field.startswith("has_")
 
 
 class UserChanges(Body, frozen=True):
@@ -385,8 +396,8 @@ def forbidden(settings: Settings, body: Any) -> Iterator[FieldError]:
         seconds = getattr(body, field, None)
         if isinstance(seconds, int) and seconds > longest:
             yield FieldError(field, f"{seconds} is over the longest {field} of {longest} seconds")
-    if isinstance(body, AcquireSet):
-        yield from _forbidden_in_set(settings, body.users)
+    if users := getattr(body, "users", None):
+        yield from _forbidden_in_set(settings, users)
 
 
 def _forbidden_in_set(settings: Settings, parts: list[SetPart]) -> Iterator[FieldError]:
@@ -407,6 +418,7 @@ def check_words(settings: Settings, body: Any) -> None:
 
 # What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
 UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
+UTF8 = ("utf-8", "utf8", "us-ascii")  # as Content-Type names it
 
 
 def told(text: str, place: str, value: Any) -> str:
@@ -425,48 +437,45 @@ def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError
     return FieldError(place, message)
 
 
-def _value_at(raw: Any, place: str) -> Any:
-    """What stands at a place such as users[0].env."""
-    for part in re.findall(r"[^.\[\]]+", place):
-        raw = raw[int(part) if isinstance(raw, list) else part]
-    return raw
+UNKNOWN, MISSING = "unknown field", "required, but missing"
 
 
-UNKNOWN = "unknown field"
+def _fault(error: msgspec.ValidationError, name: str, value: Any) -> FieldError:
+    """What is wrong with a field, or with a body, whose name is empty."""
+    text, _, where = str(error).partition(" - at ")
+    if name == "labels" and isinstance(value, dict):
+        return _label_error(name, value, text)
+    if found := re.search(r"\$\[(\d+)\]", where):
+        name, value = f"{name}[{found[1]}]", value[int(found[1])]
+    return FieldError(name or None, told(text, name, value))
 
 
-def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
-    """The field that a failed validation is about, and what is wrong with it."""
-    text, _, where = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
-    path = re.search(r"`\$\.?(.*)`", where)
-    place = path[1].removesuffix("[...]") if path else ""
-    if found := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", text):
-        message = UNKNOWN if found[1] == "contains unknown" else "required, but missing"
-        return FieldError(f"{place}.{found[2]}".removeprefix("."), message)
-    try:
-        value = _value_at(raw, place)
-    except (LookupError, ValueError, TypeError):  # not a place, but a name that was sent and reads like one
-        return FieldError(None, text)
-    if place.endswith("labels") and isinstance(value, dict):
-        return _label_error(place, value, text)
-    return FieldError(place or None, told(text, place, value))
+def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[FieldError]:
+    """Every unknown field, and of each other field the first fault, be it by its type or by the settings."""
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    yield from (FieldError(name, UNKNOWN) for name in raw if name not in fields)
+    good = SimpleNamespace()
+    for name, field in fields.items():
+        if name not in raw:
+            yield from [FieldError(name, MISSING)] * field.required
+            continue
+        try:
+            setattr(good, name, msgspec.convert(raw[name], field.type))
+        except msgspec.ValidationError as error:
+            inner = list(_faults_in_set(raw[name], settings)) if name == "users" else []
+            yield from inner or [_fault(error, name, raw[name])]
+    yield from forbidden(settings, good)
 
 
-def _unknown_fields(raw: Any, kind: type, place: str = "") -> Iterator[FieldError]:
-    if not isinstance(raw, dict):
-        return
-    for name, value in raw.items():
-        if name not in kind.__struct_fields__:  # pyright: ignore[reportAttributeAccessIssue]
-            yield FieldError(f"{place}{name}", UNKNOWN)
-        elif kind is AcquireSet and name == "users" and isinstance(value, list):
-            for number, part in enumerate(value):
-                yield from _unknown_fields(part, SetPart, f"users[{number}].")
+def _faults_in_set(parts: Any, settings: Settings) -> Iterator[FieldError]:
+    for number, part in enumerate(parts if isinstance(parts, list) else ()):
+        for fault in _faults(part, SetPart, settings) if isinstance(part, dict) else ():
+            yield FieldError(f"users[{number}].{fault.field}", fault.message)
 
 
-def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[FieldError]:
-    """All unknown fields, and the first fault, with the value that was sent (but for passwords)."""
-    unknown, fault = list(_unknown_fields(raw, kind))[:20], _fault(error, raw)
-    return unknown if unknown and fault.message == UNKNOWN else [*unknown, fault]
+def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, settings: Settings) -> list[FieldError]:
+    """What is wrong with a body, with the values that were sent (but for passwords)."""
+    return list(islice(_faults(raw, kind, settings), 100)) if isinstance(raw, dict) else [_fault(error, "", raw)]
 
 
 def _number(text: str) -> float:
@@ -480,20 +489,32 @@ def _number(text: str) -> float:
 UNTYPED = msgspec.json.Decoder(float_hook=_number)
 
 
-def _convert(raw: Any, kind: type[T]) -> T:
+def _convert(raw: Any, kind: type[T], settings: Settings) -> T:
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise Invalid(field_errors(error, raw, kind)) from None
+        raise Invalid(field_errors(error, raw, kind, settings)) from None
 
 
-def decode_body(body: bytes, kind: type[T]) -> T:
+def decode_body(body: bytes, kind: type[T], settings: Settings) -> T:
     """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
     try:
         try:
             return msgspec.json.decode(body, type=kind)
         except msgspec.ValidationError:  # once more: for what was sent, and maybe it was just a 60.0
-            return _convert(UNTYPED.decode(body), kind)
+            return _convert(UNTYPED.decode(body), kind, settings)
     except UNREADABLE as error:
         why = str(error) or "nested too deep"
         raise MalformedBody(f"The body is not JSON in UTF-8 that can be read: {why}.") from None
+
+
+def media_of(content_type: str) -> str:
+    """The media type that a Content-Type names. UnsupportedMediaType where it declares another charset than UTF-8."""
+    media, _, parameters = content_type.partition(";")
+    header = Message()
+    header["Content-Type"] = content_type
+    for name, value in header.get_params([]) if parameters else ():
+        charset = value if isinstance(value, str) else value[-1]  # a tuple: RFC 2231
+        if name.lower() == "charset" and charset.lower() not in UTF8:
+            raise UnsupportedMediaType(f"The charset is {shown(charset)}, but bodies are read in UTF-8: send it so.")
+    return media.strip().lower()

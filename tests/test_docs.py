@@ -138,7 +138,7 @@ def test_every_command_is_run_by_a_test_or_by_ci():
 
 @every_page
 def test_no_command_hides_in_a_block_of_another_kind(name):
-    """Blocks are commands, which are run, JSON, which is read, or SQL, which tests/test_field.py runs."""
+    """Blocks are commands, which are run, JSON, which is read, or SQL, which tests/test_field_database.py runs."""
     fences = re.findall(r"^```.*$", PAGES[name], re.M)
     assert set(fences[::2]) <= {"```sh", "```json", *(["```sql"] if name == "docs/operating.md" else [])}
     assert set(fences[1::2]) <= {"```"}
