@@ -85,7 +85,7 @@ from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
 from farm.passwords import Passwords, check_keys, keyring_of, load_keys
-from farm.server import on_stop
+from farm.server import end_with_parent, on_stop
 from farm.settings import Secret, Settings, jittered, log
 from farm.telemetry import JOURNAL, Events, log_as_lines
 from farm.waiting import Ask, listen
@@ -633,6 +633,7 @@ def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
 async def running(app: Litestar) -> AsyncIterator[None]:
     """Everything that lives as long as the service."""
     settings: Settings = app.state.settings
+    end_with_parent()
     async with contextlib.AsyncExitStack() as stack:
         database = stack.enter_context(prepared(settings))
         seconds, pooler = Connections.STATEMENT, settings.pooler

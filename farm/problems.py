@@ -97,7 +97,6 @@ class BodyTooLarge(Problem, status=413, slug="body-too-large"):
 
     @classmethod
     def over(cls, limit: int, named: str) -> BodyTooLarge:
-        """Without an end of the connection, which would reset it under a caller that still sends."""
         return cls(f"The body is over {named}, {limit} bytes.")
 
 
