@@ -534,7 +534,7 @@ async def metrics(request: Call) -> bytes:
 
     Without the counts of users and of waiting calls where the database does not answer.
     """
-    return await request.farm.exporter.text()
+    return await request.farm.exporter.text(None)
 
 
 async def prune(farm: Farm) -> None:

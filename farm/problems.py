@@ -240,3 +240,7 @@ class ShuttingDown(Problem, status=503, slug="shutting-down", retry_after=1):
 
 class DatabaseUnavailable(Problem, status=503, slug="database-unavailable", retry_after=1):
     """The database does not answer; try again in a moment."""
+
+
+class Overloaded(Problem, status=503, slug="overloaded", retry_after=1):
+    """So many calls wait here already that this one would take too long; try again in a moment."""

@@ -31,7 +31,7 @@ from uvicorn.supervisors import Multiprocess
 
 from farm.check import address
 from farm.database import open_pool
-from farm.locks import ANSWERS, GONE
+from farm.locks import ANSWERS, GONE, WAITS
 from farm.migrations import prepared
 from farm.passwords import check_keys, keyring_of, load_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
@@ -52,7 +52,7 @@ class _Way:
 
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
-        self.begun = 0  # bytes of the reply that are written already, see `Protocol._probe`
+        self.begun = 0  # bytes of the reply that are written already, see `Protocol._ask`
 
     def is_closing(self) -> bool:
         return self.protocol.transport.is_closing()
@@ -77,7 +77,7 @@ class Protocol(HttpToolsProtocol):
     SLOW = 40 * 1024
     HEAD = 64 * 1024  # bytes of a head, of trailers, or of what else is no body
     BEGINNING = b"HTTP/1.1 "  # of every reply
-    PROBE = 0.02  # seconds from the end of what a caller sends to the first probe; each next one is four times as far
+    PROBE = 0.02  # seconds from the end of what a caller sends to a look whether it is there; the next ones are rarer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -88,7 +88,7 @@ class Protocol(HttpToolsProtocol):
         self._way: Any = _Way(self)
         self._keeps = True  # whether more requests may follow the one that is read
         self._drops = self._is_half = False  # what comes goes nowhere; nothing comes any more
-        self._probing: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._look()
 
     def _look(self) -> None:
@@ -173,23 +173,17 @@ class Protocol(HttpToolsProtocol):
 
     def _follow(self, cycle: RequestResponseCycle) -> None:
         """Look whether the caller is there while it is answered."""
-        if self._probing:
-            self._probing.cancel()
         self._way.begun, cycle.transport = 0, self._way
-        self._probing = self.loop.call_later(self.PROBE, self._probe, cycle, self.PROBE)
+        self._asking = self.loop.create_task(self._ask(cycle))
 
-    def _probe(self, cycle: RequestResponseCycle, after: float) -> None:
-        if self._is_reset():
-            self.transport.abort()
-        elif not cycle.response_started and self._way.begun < len(self.BEGINNING) - 1:
-            self._begin()
-            self._probing = self.loop.call_later(0.01, self._probe_again, cycle, after)
-
-    def _probe_again(self, cycle: RequestResponseCycle, after: float) -> None:
-        if self._is_reset():
-            self.transport.abort()
-        else:
-            self._probing = self.loop.call_later(3 * after, self._probe, cycle, 4 * after)
+    async def _ask(self, cycle: RequestResponseCycle) -> None:
+        """At once where the call waits; most others are answered before a look would help."""
+        pause = 0 if WAITS in cycle.scope["state"] else self.PROBE  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        while not cycle.response_started and self._way.begun < len(self.BEGINNING) - 1:
+            await asyncio.sleep(pause)
+            if cycle.response_started or not await self.answers():
+                break
+            pause = max(4 * pause, self.PROBE)
 
     def _begin(self) -> None:
         begun = self._way.begun
@@ -247,8 +241,8 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """uvicorn tells the last call that it has read, and the one that is answered may be one before that."""
         self._timer.cancel()
-        if self._probing:
-            self._probing.cancel()
+        if self._asking:
+            self._asking.cancel()
         if running := self._running:
             running.scope.setdefault("state", {})[GONE] = True
             running.disconnected = running.disconnected or not running.response_complete
@@ -302,13 +296,15 @@ def banner(settings: Settings) -> str:
     user = f'{{"login": "bot-1", "password": "secret", "project_id": "{project}", "env": "stage"}}'
     wish = f'{{"project_id": "{project}", "env": "stage", "holder": "me"}}'
     return f"""BotFarm serves at {service}  (API: {service}/docs)
-create:  {json_post} {service}/users -d '{user}'
-acquire: {json_post} {service}/locks -d '{wish}'
+create:  {json_post} '{service}/users' -d '{user}'
+acquire: {json_post} '{service}/locks' -d '{wish}'
 release: curl -X DELETE{token} '{service}/locks?holder=me'"""
 
 
 def _greet() -> None:
-    print(banner(Settings.load()), flush=True)
+    """Whoever reads it, or not: the service serves on."""
+    with contextlib.suppress(OSError):
+        print(banner(Settings.load()), flush=True)
 
 
 class _Server(uvicorn.Server):
@@ -372,7 +368,10 @@ def _run(config: uvicorn.Config) -> bool:
         server = _Server(config)
         server.run()
         return server.started
-    workers = _Workers(config, [config.bind_socket()])
+    try:
+        workers = _Workers(config, [config.bind_socket()])
+    except SystemExit:  # uvicorn has told why
+        return False
     with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
         os.environ[SHARED] = folder
         workers.run()
