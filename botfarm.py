@@ -91,7 +91,7 @@ from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
 from farm.passwords import Passwords, check_keys, keyring_of, load_keys
-from farm.server import on_stop
+from farm.server import end_with_parent, on_stop
 from farm.settings import Secret, Settings, jittered, log
 from farm.telemetry import JOURNAL, Events, log_as_lines
 from farm.waiting import Ask, listen
@@ -564,7 +564,7 @@ async def metrics(request: Call) -> bytes:
 
     Without the counts of users and of waiting calls where the database does not answer.
     """
-    return await request.farm.exporter.text()
+    return await request.farm.exporter.text(None)
 
 
 async def prune(farm: Farm) -> None:
@@ -685,6 +685,7 @@ def starting() -> Iterator[None]:
 async def running(app: Litestar) -> AsyncIterator[None]:
     """Everything that lives as long as the service."""
     settings: Settings = app.state.settings
+    end_with_parent()
     async with contextlib.AsyncExitStack() as stack:
         with starting():
             if settings.listen_url:

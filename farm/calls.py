@@ -118,6 +118,8 @@ class Call(Request[Any, Any, State]):
     async def _read_body(self, limit: int) -> bytes:
         named = self.route_handler.opt.get("limit", "BOTFARM_MAX_BODY")
         self.check_length(limit, named)
+        if data_of(self.route_handler) and self.has_body():
+            self.check_media()
         try:
             event = await self._part()
             if not event.get("more_body", False) and len(event["body"]) <= limit:
@@ -169,7 +171,8 @@ class Call(Request[Any, Any, State]):
         """
         return self.decode(await self.body(), data_of(self.route_handler))
 
-    def decode(self, body: bytes, kind: type[Struct]) -> Any:
+    def check_media(self) -> None:
+        """Refuse what is announced as no JSON before any of it is sent."""
         media = self.header(b"content-type")
         if media is None:  # as JSON, but not from a page in a browser, which could send that to any address unasked
             media = JSON if self.header(b"origin") is None else "none"
@@ -177,6 +180,8 @@ class Call(Request[Any, Any, State]):
             raise problems.UnsupportedMediaType(
                 f"The content type is {media!r}, but this call takes {JSON} (curl: --json)."
             )
+
+    def decode(self, body: bytes, kind: type[Struct]) -> Any:
         try:
             value = decode_body(body, kind, self.farm.settings)
         except problems.MalformedBody:
@@ -194,8 +199,10 @@ class Call(Request[Any, Any, State]):
 
 
 @lru_cache
-def data_of(handler: HTTPRouteHandler) -> type[Struct]:
-    return handler.parsed_fn_signature.parameters["data"].annotation
+def data_of(handler: HTTPRouteHandler) -> Any:
+    """The struct of its body; None where it takes no JSON."""
+    field = handler.parsed_fn_signature.parameters.get("data")
+    return field.annotation if field else None
 
 
 def query_name(field: Any) -> str:
@@ -229,6 +236,7 @@ async def enter(request: Call) -> None:
     if scope["query_string"]:
         check_query(scope["query_string"], query_of(handler), scope["path_params"])
     if scope["method"] == "DELETE" and request.has_body():  # what was meant as a filter there must not widen it
+        request.check_media()
         request.decode(await request.body() or b"{}", NoBody)
 
 

@@ -32,7 +32,9 @@ from farm.telemetry import NOWHERE, Cause, Events
 from farm.waiting import Ask, Desk, Rarity, Unanswered, find_keyed, match
 from farm.words import Lock, Wish, Wishes
 
-GONE = "botfarm-gone"  # in the state of a request: its caller has closed the connection, see farm/server.py
+# In the state of a request. By farm/server.py: its caller has closed the connection; or, where it sends nothing any
+# more, who can tell whether it is there. And for farm/server.py: the call waits.
+GONE, ANSWERS, WAITS = "botfarm-gone", "botfarm-answers", "botfarm-waits"
 STRAGGLERS = timedelta(milliseconds=20)  # a release may commit that much later than a claim has passed its place
 COSTLY = 10_000  # users from which counts are worth keeping for a moment
 KEPT = 10_000  # wishes of which something is remembered
@@ -175,6 +177,8 @@ class Locks:
         uvicorn tells of a closed connection only when asked:
         https://asgi.readthedocs.io/en/latest/specs/www.html#disconnect
         """
+        if ask.wait:
+            request.scope["state"][WAITS] = True
         gone = asyncio.ensure_future(request.receive())
         hopeless = asyncio.ensure_future(self._end_if_hopeless(ask))
         left = max(ask.wait - ask.seconds(), 0) if ask.wait else None
@@ -207,7 +211,7 @@ class Locks:
         if self.gate and not self.gate.still(ask.client):  # it was removed while it waited
             await self._give_back(rows, ask.cause)
             raise problems.Unauthenticated("The client of the token is gone")
-        if ask.key is None and request.scope["state"].get(GONE):
+        if ask.key is None and await self._is_gone(request):
             await self._give_back(rows, ask.cause)
             return problems.LockEnded("The caller went away before the reply.")
         try:
@@ -216,6 +220,13 @@ class Locks:
             if ask.key is None:
                 await self._give_back(rows, ask.cause)
             raise
+
+    async def _is_gone(self, request: Request) -> bool:
+        """Whether the caller can't have a reply any more."""
+        state = request.scope["state"]
+        if ANSWERS in state and not await state[ANSWERS]():
+            return True
+        return GONE in state
 
     def _with_passwords(self, rows: list[asyncpg.Record]) -> list[Lock]:
         """The locks as only the reply that grants them tells them. KeyFault where a password does not open."""

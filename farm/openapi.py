@@ -117,7 +117,7 @@ def problems_of(handler: HTTPRouteHandler, path: str, secured: bool) -> list[typ
     """What a call can refuse: what it declares, and what its form brings along."""
     kinds = [*cast("list[type[Problem]]", handler.raises or [])]
     kinds += [problems.Invalid, problems.HeadTooLarge, problems.InternalError]
-    kinds += [problems.DatabaseUnavailable] if "scope" in handler.opt else []
+    kinds += [problems.DatabaseUnavailable, problems.Overloaded] if "scope" in handler.opt else []
     kinds += [problems.NotFound] if "{" in path else []
     kinds += [problems.Unauthenticated, problems.Forbidden] if secured else []
     if "data" in handler.parsed_fn_signature.parameters or "DELETE" in handler.http_methods:

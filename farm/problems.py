@@ -97,7 +97,6 @@ class BodyTooLarge(Problem, status=413, slug="body-too-large"):
 
     @classmethod
     def over(cls, limit: int, named: str) -> BodyTooLarge:
-        """Without an end of the connection, which would reset it under a caller that still sends."""
         return cls(f"The body is over {named}, {limit} bytes.")
 
 
@@ -246,3 +245,7 @@ class ShuttingDown(Problem, status=503, slug="shutting-down", retry_after=1):
 
 class DatabaseUnavailable(Problem, status=503, slug="database-unavailable", retry_after=1):
     """The database does not answer; try again in a moment."""
+
+
+class Overloaded(Problem, status=503, slug="overloaded", retry_after=1):
+    """So many calls wait here already that this one would take too long; try again in a moment."""

@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from farm.addresses import SchemaError, connect
 from farm.database import DATABASE_FAULTS, NO_CONNECTION, SQL, Busy, Connections, columns, new_id
-from farm.problems import ShuttingDown
+from farm.problems import Overloaded, ShuttingDown
 from farm.settings import jittered, log
 from farm.telemetry import NOWHERE, Cause, Events
 from farm.words import Wish, Wishes
@@ -38,6 +38,7 @@ HEAD_START = 0.5  # seconds by which one who waits here may overtake one who wai
 PATIENCE = 3.0  # seconds after which a waiting set goes before those who came later
 LOOK = 500  # distinct wishes that one look serves
 GROUPS = 200  # calls that one statement serves: it compares each with each
+CROWD = 20_000  # calls that may wait; each holds 24 KB and a connection
 BREADTH = 200  # free users that one look lists for a wish; at least as many as a set may have
 
 
@@ -304,8 +305,9 @@ class Desk:
     def join(self, ask: Ask) -> None:
         """Take a place in the queue; `ask.answer` will be its rows, none for one that has no time to wait."""
         ask.answer = asyncio.get_running_loop().create_future()
-        if self._closed:
-            ask.answer.set_exception(ShuttingDown())
+        if self._closed or len(self.queue) >= CROWD:
+            crowd = f"{CROWD} calls wait for users here already; try again in a moment."
+            ask.answer.set_exception(ShuttingDown() if self._closed else Overloaded(crowd))
             return
         if ask.wait and not self._pools:
             self._tell("waiting")

@@ -1,4 +1,4 @@
-"""What people meet in the field: files, processes and connections as they really are."""
+"""What people meet in the field: files, bodies and calls as they really are."""
 
 from __future__ import annotations
 
