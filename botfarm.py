@@ -17,6 +17,7 @@ each of which imports only those below it:
     farm/calls.py        what each call passes on its way in and out
     farm/imports.py      NDJSON and CSV in, NDJSON out
     farm/locks.py        the statements of locks, shared by the calls that arrive together; refusals and why
+    farm/overview.py     what pages show at a glance
     farm/waiting.py      who gets whom when calls wait
     farm/clients.py      who may call: clients, tokens, scopes, projects
     farm/telemetry.py    what happened: the log, which is the audit trail, and the metrics
@@ -130,8 +131,9 @@ def user_filter(
     holder: Annotated[str | None, QueryParameter(max_length=200, pattern=words.PLAIN)] = None,
     login: Annotated[str | None, QueryParameter(max_length=254, pattern=words.PLAIN)] = None,
     label: FromQuery[list[words.LabelPair] | None] = None,
+    login_prefix: Annotated[str | None, QueryParameter(min_length=1, max_length=254, pattern=words.PLAIN)] = None,
 ) -> words.UserFilter:
-    return words.UserFilter(project_id, env, domain, having, holder, login, label or [])
+    return words.UserFilter(project_id, env, domain, having, holder, login, label or [], login_prefix)
 
 
 FILTERED = {"filters": Provide(user_filter, sync_to_thread=False)}
@@ -281,6 +283,21 @@ async def list_pools(request: Call, project_id: FromQuery[uuid.UUID | None] = No
     rows = await request.farm.pool.fetch(SQL["list_pools"], project_id, request.caller.projects)
     waiting = request.farm.desk.waiting
     return words.PoolList([words.Pool(**row, waiting=waiting(words.Wish.of_pool(row))) for row in rows])
+
+
+@get("/overview", **READING)
+async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = None) -> Response[words.Overview]:
+    """What a page shows at a glance: pools, the 200 locks that end first, the 50 latest ends.
+
+    A second old at the most. A page that sends its `ETag` as `If-None-Match` is answered by 304 while nothing changes.
+    """
+    caller = request.caller
+    caller.check_project(project_id)
+    view = await request.farm.glances.view(caller.projects, project_id)
+    headers = {"ETag": view.etag, "Cache-Control": "private, no-cache"}
+    if view.is_known(request.header(b"if-none-match")):
+        return Response(cast("Any", None), status_code=304, headers=headers)
+    return Response(cast("Any", view.body), media_type=words.JSON, headers=headers)
 
 
 @post(
@@ -623,8 +640,9 @@ def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
     """All calls, flat: Litestar's OPTIONS would not know all methods of a path that is spread over routers."""
     calls = [
         create_user, list_users, import_users, export_users, get_user, update_user, delete_user, verify_password,
-        quarantine_user, end_quarantine, list_history, list_pools, acquire_lock, acquire_user, acquire_set, get_lock,
-        extend_lock, release_lock, release_holder, force_release, livez, readyz, metrics,
+        quarantine_user, end_quarantine, list_history, list_pools, get_overview, acquire_lock,
+        acquire_user, acquire_set, get_lock, extend_lock, release_lock, release_holder, force_release, livez, readyz,
+        metrics,
     ]  # fmt: skip
     return calls + ([issue_token] if settings.auth == "on" else [])
 

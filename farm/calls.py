@@ -33,6 +33,7 @@ from farm.clients import (
 from farm.database import DATABASE_FAULTS, SQL, Connections
 from farm.imports import Imports
 from farm.locks import Locks
+from farm.overview import Glances
 from farm.passwords import KeyFault, Passwords
 from farm.problems import Problem
 from farm.settings import Settings, log
@@ -68,6 +69,7 @@ class Farm:
         self.gate = gate
         self.locks = Locks(settings, hot, pool, passwords, events, gate)
         self.desk = self.locks.desk
+        self.glances = Glances(pool, self.desk)
         self.exporter = Exporter(events, pool, self.snapshot)
         self.imports = Imports(settings, hot, pool, passwords)
 

@@ -175,6 +175,7 @@ class UserFilter(Struct):
     holder: str | None
     login: str | None
     label: list[str]
+    login_prefix: str | None
 
     def columns(self, page: Sequence[Any], projects: tuple[uuid.UUID, ...] | None) -> list[Any]:
         """As list_users.sql takes them, for one page, and a caller who is limited to projects (null: all)."""
@@ -185,7 +186,9 @@ class UserFilter(Struct):
         project_id = self.project_id
         if projects and len(projects) == 1:  # which an index leads to
             project_id, projects = projects[0], None
-        return [project_id, self.env, self.domain, self.state, self.holder, self.login, labels, *page, projects]
+        prefix = None if self.login_prefix is None else re.sub(r"([\\%_])", r"\\\1", self.login_prefix) + "%"
+        asked = [project_id, self.env, self.domain, self.state, self.holder, self.login, labels]
+        return [*asked, *page, projects, prefix]
 
 
 # ---- What callers get --------------------------------------------------------------------------------------
@@ -265,6 +268,52 @@ class Pool(Struct):
 
 class PoolList(Struct):
     items: list[Pool]
+
+
+class GlancedPool(Pool):
+    """`next_free_at` is null where some are free, and where none will come by itself."""
+
+    longest_wait_since: datetime | None
+    next_free_at: datetime | None
+
+
+class GlancedLock(Struct):
+    user_id: uuid.UUID
+    login: str
+    project_id: uuid.UUID
+    env: str
+    domain: str
+    holder: str
+    acquired_at: datetime
+    expires_at: datetime
+
+    @classmethod
+    def of(cls, pool: Pool, user_id: uuid.UUID, login: str, *rest: Any) -> GlancedLock:
+        return cls(user_id, login, pool.project_id, pool.env, pool.domain, *rest)
+
+
+class GlancedLocks(Struct):
+    """How many there are, and those of them that end first."""
+
+    total: int
+    items: list[GlancedLock]
+
+
+class GlancedEnd(Struct):
+    """The login is null where the user is deleted."""
+
+    user_id: uuid.UUID
+    login: str | None
+    holder: str
+    acquired_at: datetime
+    ended_at: datetime
+    ended_by: Literal["released", "expired", "forced"]
+
+
+class Overview(Struct):
+    pools: list[GlancedPool]
+    locks: GlancedLocks
+    ended: list[GlancedEnd]
 
 
 class LockedUser(Struct, omit_defaults=True):
