@@ -594,8 +594,9 @@ def options_of(settings: Settings) -> HTTPRouteHandler:
 
 # ---- Pages -------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm</title>
-<h1>BotFarm</h1><p>A pool of test users. <a href="/docs">API documentation</a></p></html>"""
+# The dashboard: plain HTML, CSS and JavaScript, as a browser reads them.
+FACE = importlib.resources.files("farm")
+HTML, CSS, JS = ((FACE / f"dashboard.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
 
 DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm API</title>
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css"><div id="ui"></div>
@@ -603,21 +604,34 @@ DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm AP
 
 START = 'SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})'
 
-# What the pages may load and where they may stand: their own files, and in no frame. Swagger UI styles by attributes.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
+# What the pages may load and where they may stand: their own files, and in no frame.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE_HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+# Swagger UI styles by attributes.
+DOCS_HEADERS = PAGE_HEADERS | {
+    "Content-Security-Policy": POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 }
 
 
-@get("/", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False)
+@get("/", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False, opt={"page": True})
 async def index() -> str:
-    return PAGE
+    return HTML
 
 
-@get("/docs", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False)
+@get("/dashboard.css", media_type="text/css", response_headers=PAGE_HEADERS, include_in_schema=False)
+async def dashboard_css() -> str:
+    return CSS
+
+
+@get("/dashboard.js", media_type="text/javascript", response_headers=PAGE_HEADERS, include_in_schema=False)
+async def dashboard_js() -> str:
+    return JS
+
+
+@get("/docs", media_type="text/html", response_headers=DOCS_HEADERS, include_in_schema=False)
 async def docs() -> str:
     """Swagger UI, from our own origin. (Litestar's page for it has its script inside, which the policy forbids.)"""
     return DOCS
@@ -719,7 +733,7 @@ def cors_of(settings: Settings) -> CORSConfig | None:
 def create_app(settings: Settings) -> Litestar:
     """The service as an ASGI application."""
     assets = str(importlib.resources.files("swagger_ui") / "static")
-    pages = [index, docs, docs_start, docs_openapi]
+    pages = [index, dashboard_css, dashboard_js, docs, docs_start, docs_openapi]
     return Litestar(
         route_handlers=[
             options_of(settings),  # first: Litestar adds its own where there is none yet

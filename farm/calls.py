@@ -226,7 +226,7 @@ async def enter(request: Call) -> None:
         scope["state"][CALLER] = caller = await gate.admit(request.header(b"authorization"), needed)
         if caller.projects is not None:
             await keep_inside(request.farm, caller, scope)
-    if scope["query_string"]:
+    if scope["query_string"] and not handler.opt.get("page"):  # a page's address holds what its script reads
         check_query(scope["query_string"], query_of(handler), scope["path_params"])
     if scope["method"] == "DELETE" and request.has_body():  # what was meant as a filter there must not widen it
         request.decode(await request.body() or b"{}", NoBody)

@@ -215,6 +215,7 @@ class User(Struct):
     locktime: datetime | None
     lock: UserLock | None
     quarantine: str | None
+    available_at: datetime | None  # the end of its rest; null unless it rests
 
     @classmethod
     def of(cls, row: asyncpg.Record) -> User:
@@ -233,6 +234,7 @@ class User(Struct):
             locktime=row["acquired_at"] if locked else None,
             lock=lock,
             quarantine=row["quarantine"],
+            available_at=row["ready_at"] if row["state"] == "resting" else None,
         )
 
 

@@ -61,6 +61,11 @@ async def test_it_tells_pools_locks_and_ends(service, api, project):
             | {name: ended[name] for name in ("holder", "acquired_at", "ended_at", "ended_by")}
         ],
     }
+    await api.post(f"/users/{held['user']['id']}/quarantine", json={"reason": "broken"})  # does not come free then
+    (_, told) = (await overview(service, api, project_id=project))["pools"]
+    assert moment(told["next_free_at"]) == moment(ended["ended_at"]) + timedelta(seconds=60)
+    resting = (await api.get(f"/users/{given_back['user']['id']}")).json()
+    assert (resting["state"], resting["available_at"]) == ("resting", told["next_free_at"])
 
 
 async def test_its_counts_are_those_of_the_pools(service, api, project):
@@ -106,6 +111,11 @@ async def test_it_lists_the_200_locks_that_end_first_and_the_50_latest_ends(serv
     told = (await overview(service, api, project_id=project))["locks"]
     assert told["total"] == 201
     assert [lock["user_id"] for lock in told["items"]] == [lock["user"]["id"] for lock in reversed(locks[1:])]
+    elsewhere = str(uuid.uuid4())
+    await make_users(api, elsewhere)
+    await acquire(api, elsewhere, ttl=1001)
+    whole = await overview(service, api)
+    assert len(whole["locks"]["items"]) == 200 < whole["locks"]["total"]
     for lock in locks[:60]:
         await api.delete(f"/locks/{lock['id']}")
     ended = (await overview(service, api, project_id=project))["ended"]
@@ -271,3 +281,5 @@ async def test_an_index_leads_to_logins_whatever_the_collation(empty_database):
     plan = "explain select from users where login like 'bot-1%'"
     rows = await execute(empty_database, "set enable_seqscan = off", plan)
     assert "users_by_login" in "".join(row[0] for row in rows)
+    (row,) = await execute(empty_database, "select pg_get_indexdef('users_by_login'::regclass)")
+    assert "text_pattern_ops" in row[0]

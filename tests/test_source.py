@@ -170,6 +170,17 @@ def test_an_import_that_runs_upward_would_be_found(line):
     assert not runs_upward("waiting", "import asyncio\nfrom farm import VERSION\nfrom farm.words import Wish")
 
 
+def test_the_dashboard_keeps_to_its_bounds():
+    """900 lines in all, of 120 characters; nothing that its policy forbids, and no text that becomes markup."""
+    files = {path.name: path.read_text() for path in ROOT.glob("farm/dashboard.*")}
+    assert files.keys() == {"dashboard.html", "dashboard.css", "dashboard.js"}
+    lines = [line for text in files.values() for line in text.splitlines()]
+    assert len(lines) <= 900
+    assert max(map(len, lines)) <= 120
+    unsafe = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write\b|\beval\b|new Function|\bstyle=|\bon\w+=|https?://(?!www\.w3)"
+    assert [line for line in lines if re.search(unsafe, line)] == []
+
+
 def functions_of(source: str) -> list[int]:
     """How many lines each function has."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
