@@ -294,10 +294,13 @@ async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = 
     caller = request.caller
     caller.check_project(project_id)
     view = await request.farm.glances.view(caller.projects, project_id)
-    headers = {"ETag": view.etag, "Cache-Control": "private, no-cache"}
+    headers = {"ETag": view.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
     if view.is_known(request.header(b"if-none-match")):
         return Response(cast("Any", None), status_code=304, headers=headers)
-    return Response(cast("Any", view.body), media_type=words.JSON, headers=headers)
+    if "gzip" not in (request.header(b"accept-encoding") or ""):
+        return Response(cast("Any", view.body), media_type=words.JSON, headers=headers)
+    headers["Content-Encoding"] = "gzip"
+    return Response(cast("Any", view.packed), media_type=words.JSON, headers=headers)
 
 
 @post(

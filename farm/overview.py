@@ -7,6 +7,7 @@ once, however many ask.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import time
 import uuid
@@ -26,15 +27,22 @@ Projects = frozenset[uuid.UUID] | None  # what a caller is limited to; null: all
 
 
 class View(Struct):
-    """A reply to many, and its name."""
+    """A reply to many, its name, and packed: 500 pages would else be sent 30 MB a second of a farm of 300 pools."""
 
     etag: str
     body: bytes
+    packed: bytes
+
+    @classmethod
+    def of(cls, overview: Overview) -> View:
+        body = msgspec.json.encode(overview)
+        name = hashlib.blake2b(body, digest_size=16).hexdigest()
+        return cls(f'W/"{name}"', body, gzip.compress(body, 1, mtime=0))
 
     def is_known(self, sent: str | None) -> bool:
         """Whether who sent this If-None-Match has it (RFC 9110 section 13.1.2)."""
         known = [name.strip().removeprefix("W/") for name in (sent or "").split(",")]
-        return self.etag in known or known == ["*"]
+        return self.etag.removeprefix("W/") in known or known == ["*"]
 
 
 class Look:
@@ -57,8 +65,7 @@ class Look:
             items = [GlancedLock.of(pool, *lock) for pool, lock in held[: self.LOCKS]]
             ended = [end for project, end in self._ended if project_id in (None, project)]
             locks = GlancedLocks(sum(pool.locked for pool in pools), items)
-            body = msgspec.json.encode(Overview(pools, locks, ended[: self.ENDS]))
-            self._views[key] = View(f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"', body)
+            self._views[key] = View.of(Overview(pools, locks, ended[: self.ENDS]))
         return self._views[key]
 
 

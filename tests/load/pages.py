@@ -21,7 +21,9 @@ async def page(port: int, number: int, count: int, end: float, answers: Counter[
     clock, etag = asyncio.get_running_loop().time, b'"none"'
     await asyncio.sleep(EVERY * number / count)
     while (began := clock()) < end:
-        writer.write(b"GET /overview HTTP/1.1\r\nHost: bench\r\nIf-None-Match: " + etag + b"\r\n\r\n")
+        writer.write(
+            b"GET /overview HTTP/1.1\r\nHost: bench\r\nAccept-Encoding: gzip\r\nIf-None-Match: " + etag + b"\r\n\r\n"
+        )
         head = await reader.readuntil(b"\r\n\r\n")
         if length := re.search(rb"content-length: (\d+)", head, re.I):
             await reader.readexactly(int(length[1]))
