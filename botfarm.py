@@ -17,6 +17,7 @@ each of which imports only those below it:
     farm/calls.py        what each call passes on its way in and out
     farm/imports.py      NDJSON and CSV in, NDJSON out
     farm/locks.py        the statements of locks, shared by the calls that arrive together; refusals and why
+    farm/overview.py     what pages show at a glance
     farm/waiting.py      who gets whom when calls wait
     farm/clients.py      who may call: clients, tokens, scopes, projects
     farm/telemetry.py    what happened: the log, which is the audit trail, and the metrics
@@ -137,8 +138,9 @@ def user_filter(
     holder: Annotated[str | None, QueryParameter(max_length=200, pattern=words.PLAIN)] = None,
     login: Annotated[str | None, QueryParameter(max_length=254, pattern=words.PLAIN)] = None,
     label: FromQuery[list[words.LabelPair] | None] = None,
+    login_prefix: Annotated[str | None, QueryParameter(min_length=1, max_length=254, pattern=words.PLAIN)] = None,
 ) -> words.UserFilter:
-    return words.UserFilter(project_id, env, domain, having, holder, login, label or [])
+    return words.UserFilter(project_id, env, domain, having, holder, login, label or [], login_prefix)
 
 
 FILTERED = {"filters": Provide(user_filter, sync_to_thread=False)}
@@ -288,6 +290,24 @@ async def list_pools(request: Call, project_id: FromQuery[uuid.UUID | None] = No
     rows = await request.farm.pool.fetch(SQL["list_pools"], project_id, request.caller.projects)
     waiting = request.farm.desk.waiting
     return words.PoolList([words.Pool(**row, waiting=waiting(words.Wish.of_pool(row))) for row in rows])
+
+
+@get("/overview", **READING)
+async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = None) -> Response[words.Overview]:
+    """What a page shows at a glance: pools, the 200 locks that end first, the 50 latest ends.
+
+    A second old at the most. A page that sends its `ETag` as `If-None-Match` is answered by 304 while nothing changes.
+    """
+    caller = request.caller
+    caller.check_project(project_id)
+    view = await request.farm.glances.view(caller.projects, project_id)
+    headers = {"ETag": view.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
+    if view.is_known(request.header(b"if-none-match")):
+        return Response(cast("Any", None), status_code=304, headers=headers)
+    if "gzip" not in (request.header(b"accept-encoding") or ""):
+        return Response(cast("Any", view.body), media_type=words.JSON, headers=headers)
+    headers["Content-Encoding"] = "gzip"
+    return Response(cast("Any", view.packed), media_type=words.JSON, headers=headers)
 
 
 @post(
@@ -607,8 +627,9 @@ def options_of(settings: Settings) -> HTTPRouteHandler:
 
 # ---- Pages -------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm</title>
-<h1>BotFarm</h1><p>A pool of test users. <a href="/docs">API documentation</a></p></html>"""
+# The dashboard: plain HTML, CSS and JavaScript, as a browser reads them.
+FACE = importlib.resources.files("farm")
+HTML, CSS, JS = ((FACE / f"dashboard.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
 
 DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm API</title>
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css"><div id="ui"></div>
@@ -616,21 +637,34 @@ DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm AP
 
 START = 'SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})'
 
-# What the pages may load and where they may stand: their own files, and in no frame. Swagger UI styles by attributes.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
+# What the pages may load and where they may stand: their own files, and in no frame.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE_HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+# Swagger UI styles by attributes.
+DOCS_HEADERS = PAGE_HEADERS | {
+    "Content-Security-Policy": POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 }
 
 
-@get("/", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False)
+@get("/", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False, opt={"page": True})
 async def index() -> str:
-    return PAGE
+    return HTML
 
 
-@get("/docs", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False)
+@get("/dashboard.css", media_type="text/css", response_headers=PAGE_HEADERS, include_in_schema=False)
+async def dashboard_css() -> str:
+    return CSS
+
+
+@get("/dashboard.js", media_type="text/javascript", response_headers=PAGE_HEADERS, include_in_schema=False)
+async def dashboard_js() -> str:
+    return JS
+
+
+@get("/docs", media_type="text/html", response_headers=DOCS_HEADERS, include_in_schema=False)
 async def docs() -> str:
     """Swagger UI, from our own origin. (Litestar's page for it has its script inside, which the policy forbids.)"""
     return DOCS
@@ -653,8 +687,9 @@ def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
     """All calls, flat: Litestar's OPTIONS would not know all methods of a path that is spread over routers."""
     calls = [
         create_user, list_users, import_users, export_users, get_user, update_user, delete_user, verify_password,
-        quarantine_user, end_quarantine, list_history, list_pools, acquire_lock, acquire_user, acquire_set, get_lock,
-        extend_lock, release_lock, release_holder, force_release, livez, readyz, metrics,
+        quarantine_user, end_quarantine, list_history, list_pools, get_overview, acquire_lock,
+        acquire_user, acquire_set, get_lock, extend_lock, release_lock, release_holder, force_release, livez, readyz,
+        metrics,
     ]  # fmt: skip
     return calls + ([issue_token] if settings.auth == "on" else [])
 
@@ -758,7 +793,7 @@ def cors_of(settings: Settings) -> CORSConfig | None:
 def create_app(settings: Settings) -> Litestar:
     """The service as an ASGI application."""
     assets = str(importlib.resources.files("swagger_ui") / "static")
-    pages = [index, docs, docs_start, docs_openapi]
+    pages = [index, dashboard_css, dashboard_js, docs, docs_start, docs_openapi]
     return Litestar(
         route_handlers=[
             options_of(settings),  # first: Litestar adds its own where there is none yet

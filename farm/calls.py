@@ -34,6 +34,7 @@ from farm.clients import (
 from farm.database import DATABASE_FAULTS, SCHEMA_FAULTS, SQL, Connections
 from farm.imports import Imports
 from farm.locks import Locks
+from farm.overview import Glances
 from farm.passwords import KeyFault, Passwords
 from farm.problems import Problem
 from farm.settings import Settings, log
@@ -70,6 +71,7 @@ class Farm:
         self.gate = gate
         self.locks = Locks(settings, hot, pool, passwords, events, gate)
         self.desk = self.locks.desk
+        self.glances = Glances(pool, self.desk)
         self.exporter = Exporter(events, pool, self.snapshot)
         self.imports = Imports(settings, hot, pool, passwords)
 
@@ -233,7 +235,7 @@ async def enter(request: Call) -> None:
         scope["state"][CALLER] = caller = await gate.admit(request.header(b"authorization"), needed)
         if caller.projects is not None:
             await keep_inside(request.farm, caller, scope)
-    if scope["query_string"]:
+    if scope["query_string"] and not handler.opt.get("page"):  # a page's address holds what its script reads
         check_query(scope["query_string"], query_of(handler), scope["path_params"])
     if scope["method"] == "DELETE" and request.has_body():  # what was meant as a filter there must not widen it
         request.check_media()

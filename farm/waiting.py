@@ -298,6 +298,16 @@ class Desk:
         """How many calls wait here for users of this pool."""
         return sum(count for pools, count in self._pools.items() if any(pool.meets(other) for other in pools))
 
+    def longest_waits(self) -> dict[frozenset[Wish], float]:
+        """Pools, and when who waits longest for users of any of them came, by the monotonic clock."""
+        came: dict[frozenset[Wish], float] = {}
+        for ask in self.queue:
+            if len(came) == len(self._pools):
+                break
+            if ask.wait:
+                came.setdefault(ask.pools(), ask.arrived)
+        return came
+
     def crowd(self) -> list[tuple[list[Wish], int]]:
         """Who waits here: pools, and how many calls wait for users of any of them."""
         return [(list(pools), count) for pools, count in self._pools.items()]

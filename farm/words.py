@@ -114,7 +114,7 @@ class ImportedUser(UserFields, frozen=True):
     password: Password | None = None
 
 
-TELLING = ("id", "created_at", "state", "locktime", "lock", "quarantine")
+TELLING = ("id", "created_at", "state", "locktime", "lock", "quarantine", "available_at")
 
 
 def only_tells(field: str) -> bool:
@@ -186,6 +186,7 @@ class UserFilter(Struct):
     holder: str | None
     login: str | None
     label: list[str]
+    login_prefix: str | None
 
     def columns(self, page: Sequence[Any], projects: tuple[uuid.UUID, ...] | None) -> list[Any]:
         """As list_users.sql takes them, for one page, and a caller who is limited to projects (null: all)."""
@@ -196,7 +197,9 @@ class UserFilter(Struct):
         project_id = self.project_id
         if projects and len(projects) == 1:  # which an index leads to
             project_id, projects = projects[0], None
-        return [project_id, self.env, self.domain, self.state, self.holder, self.login, labels, *page, projects]
+        prefix = None if self.login_prefix is None else re.sub(r"([\\%_])", r"\\\1", self.login_prefix) + "%"
+        asked = [project_id, self.env, self.domain, self.state, self.holder, self.login, labels]
+        return [*asked, *page, projects, prefix]
 
 
 # ---- What callers get --------------------------------------------------------------------------------------
@@ -223,6 +226,7 @@ class User(Struct):
     locktime: datetime | None
     lock: UserLock | None
     quarantine: str | None
+    available_at: datetime | UnsetType = UNSET  # the end of its rest, of one that rests
 
     @classmethod
     def of(cls, row: asyncpg.Record) -> User:
@@ -241,6 +245,7 @@ class User(Struct):
             locktime=row["acquired_at"] if locked else None,
             lock=lock,
             quarantine=row["quarantine"],
+            available_at=row["ready_at"] if row["state"] == "resting" else UNSET,
         )
 
 
@@ -276,6 +281,52 @@ class Pool(Struct):
 
 class PoolList(Struct):
     items: list[Pool]
+
+
+class GlancedPool(Pool):
+    """`next_free_at` is null where some are free, and where none will come by itself."""
+
+    longest_wait_since: datetime | None
+    next_free_at: datetime | None
+
+
+class GlancedLock(Struct):
+    user_id: uuid.UUID
+    login: str
+    project_id: uuid.UUID
+    env: str
+    domain: str
+    holder: str
+    acquired_at: datetime
+    expires_at: datetime
+
+    @classmethod
+    def of(cls, pool: Pool, user_id: uuid.UUID, login: str, *rest: Any) -> GlancedLock:
+        return cls(user_id, login, pool.project_id, pool.env, pool.domain, *rest)
+
+
+class GlancedLocks(Struct):
+    """How many there are, and those of them that end first."""
+
+    total: int
+    items: list[GlancedLock]
+
+
+class GlancedEnd(Struct):
+    """The login is null where the user is deleted."""
+
+    user_id: uuid.UUID
+    login: str | None
+    holder: str
+    acquired_at: datetime
+    ended_at: datetime
+    ended_by: Literal["released", "expired", "forced"]
+
+
+class Overview(Struct):
+    pools: list[GlancedPool]
+    locks: GlancedLocks
+    ended: list[GlancedEnd]
 
 
 class LockedUser(Struct, omit_defaults=True):

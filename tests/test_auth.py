@@ -433,7 +433,7 @@ def test_no_header_and_no_form_is_more_than_refused(secured, blocking, kind, sen
 
 # ---- Scopes -----------------------------------------------------------------------------------------------
 
-READ = {"list_users", "get_user", "list_history", "list_pools", "export_users"}
+READ = {"list_users", "get_user", "list_history", "list_pools", "get_overview", "export_users"}
 WRITE = READ | {
     "create_user", "update_user", "delete_user", "verify_password", "quarantine_user", "end_quarantine",
     "import_users",
@@ -695,7 +695,7 @@ async def test_a_client_that_is_limited_to_projects_sees_nothing_else(secured, s
         items = (await api.get("/users", params={"cursor": outside})).json()["items"]
         assert {user["project_id"] for user in items} <= projects
 
-        for path in ("/users", "/users/export", "/pools"):
+        for path in ("/users", "/users/export", "/pools", "/overview"):
             assert slug(await api.get(f"{path}?project_id={foreign}")) == "forbidden"
             assert (await api.get(f"{path}?project_id={own}")).status_code == 200
 

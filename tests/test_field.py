@@ -118,7 +118,9 @@ async def test_an_export_is_refused_by_line_where_its_users_are_not_known(api, p
 
 async def test_fields_that_only_tell_are_passed_over_and_all_others_are_not(api, project):
     user = {"login": "a", "password": "p", "project_id": project, "env": "prod"}
-    telling = dict.fromkeys(("id", "created_at", "state", "locktime", "lock", "quarantine", "has_totp", "has_x"), 5)
+    telling = dict.fromkeys(
+        ("id", "created_at", "state", "locktime", "lock", "quarantine", "available_at", "has_totp"), 5
+    )
     assert (await send(api, json.dumps(user | telling), NDJSON)).json()["created"] == 1
     named = ",".join([*user, *telling])
     assert (await send(api, f"{named}\n{','.join(user.values())}{',5' * 8}\n")).json()["unchanged"] == 1
