@@ -2,7 +2,8 @@
 
 A *look* is what get_overview.sql finds for callers who may see the same projects. Those who come while it is taken wait
 for it, and it counts for a second. A *view* is what they get of it: everything, or one project; it is made and encoded
-once, however many ask.
+once, however many ask. A look is *split* where it has the first locks and the latest ends of each project, and not only
+of all. With 5,000 locks that takes twice as long, so with over MANY it is done only where projects are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import asyncpg
 import msgspec
-from cachetools import TLRUCache
+from cachetools import TLRUCache, TTLCache
 from msgspec import Struct
 
 from farm.database import SQL, Coalescer, Connections
@@ -50,7 +51,9 @@ class Look:
 
     LOCKS, ENDS = 200, 50
 
-    def __init__(self, pools: dict[int, GlancedPool], row: asyncpg.Record) -> None:
+    def __init__(self, pools: dict[int, GlancedPool], row: asyncpg.Record, is_split: bool, seconds: float) -> None:
+        self.is_split = is_split
+        self.seconds = seconds  # that it took
         self._pools = [pool for pool in pools.values() if pool.total]
         self._locks = [(pools[pool_id], lock) for pool_id, *lock in row["locks"]]
         self._ended = [(project_id, GlancedEnd(*end)) for project_id, *end in row["ended"]]
@@ -58,6 +61,8 @@ class Look:
 
     def view(self, project_id: uuid.UUID | None) -> View:
         """Of everything, or of one project. All that have no pool share one, so nobody fills the memory with views."""
+        if found := self._views.get(project_id):
+            return found
         pools = [pool for pool in self._pools if project_id in (None, pool.project_id)]
         key = project_id if pools else uuid.UUID(int=0)
         if key not in self._views:
@@ -81,33 +86,43 @@ class Glances:
     """Answers GET /overview."""
 
     COUNTED = 100_000  # users that one look counts; a million takes ten of them, each of 15 ms for it
-    KEPT = 60  # seconds after which totals that nobody looked at are forgotten
+    MANY = 1000  # locks
+    KEPT = 60  # seconds after which it is forgotten what was looked at: totals, and that projects were
 
     def __init__(self, pool: Connections, desk: Desk) -> None:
         self._pool = pool
         self._desk = desk
         self._totals: dict[int, Total] = {}
         self._looked_at = 0.0
+        self._locked = 0  # users, in the last look
         self._since = datetime.now(UTC) - timedelta(seconds=time.monotonic())  # what the desk's clock began at
         # Where a look takes long it counts for four times as long, so that no page keeps the database busy.
-        self._looks: TLRUCache[Projects, tuple[Look, float]] = TLRUCache(
-            1000, ttu=lambda _, taken, now: now + max(1, 4 * taken[1]), timer=time.monotonic
+        self._looks: TLRUCache[Projects, Look] = TLRUCache(
+            1000, ttu=lambda _, look, now: now + max(1, 4 * look.seconds), timer=time.monotonic
         )
+        self._split: TTLCache[Projects, bool] = TTLCache(1000, self.KEPT)  # of whom views of projects are asked for
         self._look = Coalescer(self._take, 10_000)
 
     async def view(self, projects: tuple[uuid.UUID, ...] | None, project_id: uuid.UUID | None) -> View:
         """What a caller who is limited to these projects sees, of all or of one of them."""
         key = None if projects is None else frozenset(projects)
-        taken = self._looks.get(key)
-        return (taken[0] if taken else await self._look(key)).view(project_id)
+        if project_id is not None:
+            self._split[key] = True
+        return (self._taken(key) or await self._look(key)).view(project_id)
+
+    def _taken(self, projects: Projects) -> Look | None:
+        """The last look, where it still counts and has what is asked for."""
+        look = self._looks.get(projects)
+        return look if look and look.is_split >= (projects in self._split) else None
 
     async def _take(self, asked: list[Projects]) -> list[Look]:
-        taken = {}
+        looks = {}
         for projects in set(asked):
-            began = time.monotonic()
-            taken[projects] = self._looks.get(projects) or (await self._read(projects), time.monotonic() - began)
-            self._looks.setdefault(projects, taken[projects])
-        return [taken[projects][0] for projects in asked]
+            look = self._taken(projects)
+            if look is None:
+                look = self._looks[projects] = await self._read(projects)
+            looks[projects] = look
+        return [looks[projects] for projects in asked]
 
     async def _read(self, projects: Projects) -> Look:
         now = time.monotonic()
@@ -115,7 +130,8 @@ class Glances:
             self._totals.clear()
         self._looked_at = now
         limit = None if projects is None else list(projects)
-        row = await self._pool.fetchrow(SQL["get_overview"], limit, self._still_known(projects))
+        is_split = self._locked <= self.MANY or projects in self._split
+        row = await self._pool.fetchrow(SQL["get_overview"], limit, self._still_known(projects), is_split)
         assert row
         for pool in row["pools"]:
             pool_id, project_id, _, _, total, *_ = pool
@@ -123,7 +139,8 @@ class Glances:
                 self._totals[pool_id] = Total(project_id, total, now)
         waits = self._desk.longest_waits()
         pools = {pool[0]: self._glanced(pool, waits) for pool in row["pools"]}
-        return Look(pools, row)
+        self._locked = sum(pool.locked for pool in pools.values())
+        return Look(pools, row, is_split, time.monotonic() - now)
 
     def _still_known(self, projects: Projects) -> list[int]:
         """The pools that are not counted this time: all but those whose turn it is."""

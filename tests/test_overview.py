@@ -172,6 +172,31 @@ async def test_the_database_is_looked_at_once_a_second_however_many_ask(empty_da
             assert asyncio.get_running_loop().time() - begin > 0.9
 
 
+async def test_among_many_locks_those_of_a_project_are_looked_for_when_somebody_asks(
+    empty_database, monkeypatch, looks
+):
+    monkeypatch.setattr(farm.overview.Glances, "MANY", 2)
+    with serving(settings(empty_database)) as running:
+        async with client(running.url) as api:
+            first, last = str(uuid.uuid4()), str(uuid.uuid4())
+            await make_users(api, first, 200)
+            await make_users(api, last, 1)
+            for project, count in ((first, 200), (last, 1)):
+                for _ in range(count):
+                    await acquire(api, project, ttl=300 if project == first else 600)
+            await overview(running, api)
+            looks.clear()
+            whole = await overview(running, api)
+            assert {lock["project_id"] for lock in whole["locks"]["items"]} == {first}
+            told = (await api.get("/overview", params={"project_id": last})).json()
+            assert ([lock["project_id"] for lock in told["locks"]["items"]], told["locks"]["total"]) == ([last], 1)
+            assert (await api.get("/overview")).json() == whole
+            assert len(looks) == 2
+            await overview(running, api)
+            assert (await api.get("/overview", params={"project_id": last})).json() == told
+            assert len(looks) == 3
+
+
 async def test_what_has_not_changed_is_not_sent_again(service, api, project):
     await make_users(api, project)
     query = {"project_id": project}
