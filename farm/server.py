@@ -368,10 +368,7 @@ def _run(config: uvicorn.Config) -> bool:
         server = _Server(config)
         server.run()
         return server.started
-    try:
-        workers = _Workers(config, [config.bind_socket()])
-    except SystemExit:  # uvicorn has told why
-        return False
+    workers = _Workers(config, [config.bind_socket()])
     with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
         os.environ[SHARED] = folder
         workers.run()

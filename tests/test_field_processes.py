@@ -146,15 +146,14 @@ needs_ipv6 = pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason
 
 
 @needs_ipv6
-@pytest.mark.parametrize("host", ["::1", "[::1]", "::", "0:0:0:0:0:0:0:0"])
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(("host", "workers"), [("::1", "1"), ("[::1]", "2"), ("::", "1"), ("0:0:0:0:0:0:0:0", "2")])
 def test_addresses_of_ipv6_are_written_and_read_right(host, workers, empty_database):
     port = str(free_port())
     env = {"DATABASE_URL": empty_database, "BOTFARM_HOST": host, "BOTFARM_PORT": port, "http_proxy": "http://[::1]:9"}
     with process("--workers", workers, env=env) as running:
         until(lambda: command("check", env=env).returncode == 0, 30)
         url = f"http://[::1]:{port}"
-        for written in (url, f"{url}/", f"[::1]:{port}", f" {url}"):
+        for written in (f"{url}/", f"[::1]:{port}"):
             assert command("check", "--url", written, env=env).returncode == 0
             assert command("export", "--url", written, env=env).returncode == 0
         running.terminate()
@@ -402,8 +401,9 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("reader", "workers"), [*((reader, "1") for reader in READERS.values()), (READERS["nobody at all"], "2")]
+)
 def test_a_start_does_not_depend_on_who_reads_its_output(reader, workers, empty_database, tmp_path):
     port = free_port()
     env = {"DATABASE_URL": empty_database, "BOTFARM_PORT": str(port), "BOTFARM_WORKERS": workers}
