@@ -175,7 +175,7 @@ async def test_a_label_that_comes_up_during_an_export_as_csv_is_not_lost_without
     lines = [{"login": f"u{n}", "password": "p", "project_id": project, "env": "prod"} for n in range(501)]
     assert (await send(api, "\n".join(map(json.dumps, lines)), NDJSON)).json()["created"] == 501
     last = (await api.get("/users", params={"project_id": project, "login": "u500"})).json()["items"][0]
-    filters = UserFilter(uuid.UUID(project), *[None] * 5, [])
+    filters = UserFilter(uuid.UUID(project), *[None] * 5, [], None)
     async with farm.database.open_pool(database, 1, "auto", 10) as pool:
         rows = await pool.fetch(farm.database.SQL["list_users"], *filters.columns((*FIRST_PLACE, 500), None))
         parts = exported(pool, filters, None, rows, await labels_of(pool, filters, None, rows))
