@@ -217,7 +217,8 @@ async def test_what_has_not_changed_is_not_sent_again(service, api, project):
 async def test_a_look_that_fails_fails_for_all_who_wait_for_it_and_is_taken_anew(empty_database, monkeypatch):
     with serving(settings(empty_database)) as running:
         async with client(running.url) as api:
-            monkeypatch.setitem(SQL, "get_overview", "select pg_terminate_backend(pg_backend_pid())")
+            fatal = "select pg_terminate_backend(pg_backend_pid()), $1::uuid[], $2::int[], $3::bool"
+            monkeypatch.setitem(SQL, "get_overview", fatal)
             answers = await asyncio.gather(*(api.get("/overview") for _ in range(20)))
             assert {slug(answer) for answer in answers} == {"database-unavailable"}
             monkeypatch.undo()
