@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TTL, WAIT = 60, 300  # seconds
 CALL = 10.0  # seconds for the reply to a call that does not wait
-PATIENCE = 30.0  # seconds for which an acquire goes on to ask a service that is away
+PATIENCE = 30.0  # seconds for which an acquire asks a service that is away; fewer where it does not wait
 T = TypeVar("T")
 
 # The clock that runs on while the machine sleeps, as a lock's time does.
@@ -167,7 +167,7 @@ class Farm:
         while True:
             sent, asked, locks = clock(), asked.anew(), []
             try:
-                reply = persist(partial(asked.send, self.wire, end), min(PATIENCE, asked.wait + CALL))
+                reply = persist(partial(asked.send, self.wire, end), min(PATIENCE, asked.wait + 3))
                 locks = [Lock(self, granted, sent, asked) for granted in reply.get("locks", [reply])]
                 if clock() > sent + locks[0].ttl / 3:
                     for lock in locks:

@@ -136,7 +136,7 @@ class Borrowed:
         try:
             yield
         except BotfarmError as fault:
-            pytest.fail(f"botfarm: {fault}", pytrace=False)
+            raise pytest.fail.Exception(f"botfarm: {fault}", pytrace=False) from None
 
     def give_back(self, item: pytest.Item) -> None:
         locks, self._mine = self._mine, []

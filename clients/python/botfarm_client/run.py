@@ -60,8 +60,7 @@ class Run:
     def wait(self) -> int:
         """Its exit status, or 128 and the number of the signal that ended it, as a shell has it."""
         status = self._wait()
-        if self.cut:
-            self._clear()
+        self._clear()
         return status
 
     def _wait(self) -> int:
@@ -109,9 +108,9 @@ class Run:
 
         What one leaves behind that ended by itself stays, as behind any command: a build's daemon, say.
         """
-        if not (self.stopped or self.lost):
+        if not self._due:  # it had its KILL
             return
-        end = time.monotonic() + REST if not self.lost or not self._due else self._due[-1][0]
+        end = self._due[-1][0] if self.lost else time.monotonic() + REST
         while self._send(0) and time.monotonic() < end:
             time.sleep(0.02)
         self._send(signal.SIGKILL)
