@@ -166,20 +166,20 @@ class Borrowed:
     def _alarmed(self, number: int, frame: Any) -> None:
         __tracebackhide__ = True
         if self._watched:
-            self._fail_for(self._used_by(self._watched))
+            self._fail_for(self._used_by(self._watched), here=True)
 
     def _used_by(self, item: pytest.Item) -> list[Lock]:
         shared = self.worker_bot if "worker_bot" in getattr(item, "fixturenames", ()) else None
         return [*self._mine, *([shared] if shared else [])]
 
-    def _fail_for(self, locks: list[Lock]) -> None:
-        """Once for each run of a test."""
+    def _fail_for(self, locks: list[Lock], here: bool = False) -> None:
+        """Once for each run of a test. `here`: the traceback shows where it was cut short."""
         __tracebackhide__ = True
         lost = [lock for lock in locks if lock.lost]
         if lost and not self._failed:
             self._watched, self._failed = None, True
             self._told.update(lock.id for lock in lost)
-            pytest.fail("botfarm: " + "; ".join(str(lock.lost) for lock in lost))
+            pytest.fail("botfarm: " + "; ".join(str(lock.lost) for lock in lost), pytrace=here)
 
     @contextlib.contextmanager
     def _watching(self, item: pytest.Item) -> Iterator[None]:
