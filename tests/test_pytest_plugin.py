@@ -112,7 +112,7 @@ def test_the_fixtures_give_users_and_the_reports_name_them(service, project, run
     for name in ("b1", "b2", "b3", "b4"):
         create(service.url, project, login=name, password="pw", labels={"shop": "1", "role": "buyer"})
     create(service.url, project, login="other", labels={"shop": "2", "role": "buyer"})
-    status, told = run(SHOP, "--junitxml=report.xml", *way)
+    status, told = run(SHOP, "--junitxml=report.xml", *way, *(["--dist", "loadfile"] if way else []))
     assert status == 1, told
     assert "1 failed, 3 passed, 2 errors" in told
     assert re.search(r"^_+ test_fails as (admin|b\d) _+$", told, re.M)

@@ -90,10 +90,11 @@ def parser() -> Parser:
     for name, does in (("renew", "let a lock end its ttl from now"), ("release", "give a user back"),
                        ("status", "print a lock as JSON, without password")):  # fmt: skip
         added = commands.add_parser(name, parents=[service], help=does)
-        added.add_argument("lock", metavar="LOCK", help="the id of the lock")
+        added.add_argument("lock", metavar="LOCK", help="the id of the lock", nargs="?" if name == "release" else None)
         if name == "renew":
             added.add_argument("--ttl", type=seconds, help="seconds; else as before")
         if name == "release":
+            added.add_argument("--holder", help="instead of a lock: give back all that this holder has")
             added.add_argument("--cooldown", type=seconds, default=0, help="how long the user rests")
             added.add_argument("--quarantine", metavar="REASON", help="take the user out")
     return top
@@ -119,6 +120,11 @@ def main() -> NoReturn:
 
 def by_hand(top: Parser, farm: Farm, asked: argparse.Namespace) -> int:
     if asked.command == "release":
+        if bool(asked.lock) == bool(asked.holder):
+            top.error("name one lock, or --holder and no lock")
+        if asked.holder:
+            say(f"{farm.release_holder(asked.holder)} given back")
+            return 0
         farm.release(asked.lock, cooldown=asked.cooldown, quarantine=asked.quarantine)
         return 0
     if asked.command == "acquire":
