@@ -216,7 +216,8 @@ def way(service):
         yield opened
 
 
-AWAY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
+BUSY = b'{"type": "urn:botfarm:database-unavailable", "detail": "The database does not answer.", "status": 503}'
+AWAY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: %d\r\n\r\n%s" % (len(BUSY), BUSY)
 STRANGE = b"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nnot found"
 
 

@@ -208,7 +208,9 @@ def test_a_command_that_a_signal_ends_is_told_as_a_shell_does(service, project, 
 
 def test_a_command_that_stays_is_sent_term_and_then_kill_with_its_group(service, project, long):
     create(service.url, project)
-    script = "trap 'echo no' INT TERM; (trap '' INT TERM; sleep 60) & echo $$; while :; do sleep 0.05; done"
+    script = (
+        "trap 'echo no' INT TERM; (trap '' INT TERM; exec sleep 60) & sleep 0.3; echo $$; while :; do sleep 0.1; done"
+    )
     with running(service.url, *filters(project), script, hasty=not long) as run:
         started = time.monotonic()
         run.send_signal(signal.SIGINT)
@@ -220,7 +222,7 @@ def test_a_command_that_stays_is_sent_term_and_then_kill_with_its_group(service,
 
 def test_what_a_stopped_command_leaves_behind_ends_before_its_user_is_free(service, project):
     create(service.url, project)
-    script = "(trap '' TERM; exec sleep 60) & trap 'exit 3' TERM; echo $$; wait"
+    script = "(trap '' TERM; exec sleep 60) & trap 'exit 3' TERM; sleep 0.3; echo $$; wait"
     with running(service.url, *filters(project), script) as run:
         started = time.monotonic()
         run.send_signal(signal.SIGTERM)
@@ -257,7 +259,7 @@ def test_a_kill_frees_the_user_within_its_ttl(service, project):
 
 def test_a_command_whose_lock_is_lost_is_ended(service, project):
     (user,) = create(service.url, project)
-    script = "(trap '' TERM; sleep 60) & trap 'echo told; exit 0' TERM; echo $$; wait"
+    script = "(trap '' TERM; exec sleep 60) & trap 'echo told; exit 0' TERM; sleep 0.3; echo $$; wait"
     with running(service.url, *filters(project, "--ttl", "1"), script, hasty=True) as run:
         force(service.url, user)
         assert run.wait(5) == 124

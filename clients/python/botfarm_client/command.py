@@ -159,12 +159,16 @@ def execute(top: Parser, farm: Farm, asked: argparse.Namespace, words: list[str]
     for number in HANDED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
+    locks: list[Lock] = []
     try:
         locks = acquire(top, farm, asked)
+        run, kept = Run(), False
     except NoneFree as fault:
         say(str(fault))
         return asked.none_free
-    run, kept = Run(), False
+    except Stopped:
+        give_back(locks, None)
+        raise
     try:
         run.start(words, environment(locks, asked))
         for lock in locks:

@@ -104,11 +104,14 @@ class Borrowed:
         with self._plainly():
             wish = self.wish(*wishes)
             lock = self.farm.acquire(**wish, heartbeat=False)
-            if item and lock.user_id in self._before.get(item.nodeid, ()):
-                with contextlib.suppress(NoneFree):
-                    other = self.farm.acquire(**{**wish, "wait": 0}, heartbeat=False)
-                    lock.release()
-                    lock = other
+            worn: list[Lock] = []
+            with contextlib.suppress(NoneFree):
+                while item and lock.user_id in self._before.get(item.nodeid, ()):
+                    worn.append(lock)
+                    lock = self.farm.acquire(**{**wish, "wait": 0}, heartbeat=False)
+            for other in worn:
+                if other is not lock:
+                    other.release()
         return self._keep(item, lock)
 
     def take_set(self, item: pytest.Item, base: dict[str, Any], wishes: Sequence[dict[str, Any]]) -> list[Lock]:
