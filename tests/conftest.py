@@ -28,7 +28,8 @@ import ready
 import uvicorn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+PACKAGE = ROOT / "clients" / "python"
+sys.path[:0] = [str(ROOT), str(PACKAGE)]
 
 import botfarm  # noqa: E402
 import farm.migrations  # noqa: E402

@@ -6,6 +6,8 @@ test_logs.py and test_hostile.py.
 
 from __future__ import annotations
 
+import ast
+import configparser
 import json
 import os
 import re
@@ -17,7 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import botfarm_client.command
+import botfarm_client.pytest_plugin
 import pytest
+import yaml
 from conftest import KEY, ROOT, acquire, command, free_port, fresh_database, make_users, process, serving, wait_ready
 from conftest import settings as configured
 
@@ -92,6 +97,13 @@ RUN_BY = {
     ("docs/calls.md", "`GET /users/export`", 0): ("tests/test_docs.py", CURL),
     ("docs/calls.md", "`POST /locks/sets`", 0): ("tests/test_docs.py", CURL),
     ("docs/calls.md", "Retries", 0): ("tests/test_docs.py", CURL),
+    ("docs/clients.md", "Two minutes to a green test", 0): (
+        "tests/test_docs.py",
+        CLIENTS := "def test_the_lines_about_clients",
+    ),
+    ("docs/clients.md", "Any command: `botfarm exec`", 0): ("tests/test_docs.py", CLIENTS),
+    ("docs/clients.md", "Any command: `botfarm exec`", 1): ("tests/test_docs.py", CLIENTS),
+    ("docs/clients.md", "In CI", 0): ("tests/test_docs.py", CLIENTS),
     ("docs/waiting.md", "Waiting and sets", 0): ("tests/test_docs.py", CURL),
     ("docs/waiting.md", "Sets", 0): ("tests/test_docs.py", CURL),
     ("docs/security.md", "Authentication", 0): (
@@ -138,10 +150,20 @@ def test_every_command_is_run_by_a_test_or_by_ci():
 
 @every_page
 def test_no_command_hides_in_a_block_of_another_kind(name):
-    """Blocks are commands, which are run, JSON, which is read, or SQL, which tests/test_field_database.py runs."""
+    """Blocks are commands, which are run, JSON and files, which are read, or SQL, which test_field_database.py runs."""
     fences = re.findall(r"^```.*$", PAGES[name], re.M)
-    assert set(fences[::2]) <= {"```sh", "```json", *(["```sql"] if name == "docs/operating.md" else [])}
+    more = {"docs/operating.md": {"```sql"}, "docs/clients.md": {"```ini", "```python", "```yaml", "```groovy"}}
+    assert set(fences[::2]) <= {"```sh", "```json"} | more.get(name, set())
     assert set(fences[1::2]) <= {"```"}
+
+
+def test_the_files_that_clients_are_shown_can_be_read():
+    """The YAML by its makers' schemas, too: in `.ci/run`."""
+    read = {"python": ast.parse, "yaml": yaml.safe_load, "ini": configparser.ConfigParser().read_string}
+    found = re.findall(r"^```(python|yaml|ini)\n(.*?)^```$", PAGES["docs/clients.md"], re.M | re.S)
+    assert {kind for kind, _ in found} == read.keys()
+    for kind, text in found:
+        read[kind](text)
 
 
 def shell(script: str, **options: Any) -> str:
@@ -165,6 +187,40 @@ def test_the_curl_lines_work(empty_database, name):
     assert '{"released":1}' in outputs[0]
     assert all(outputs), "each block prints what it got"
     assert "urn:botfarm:" not in "".join(outputs), "nothing is refused"
+
+
+@needs_curl
+def test_the_lines_about_clients_work(empty_database, tmp_path):
+    """From `pip install`, here without an index, to a green test; then the others."""
+    (tmp_path / "clients").symlink_to(ROOT / "clients")
+    there = {"PIP_TARGET": str(tmp_path / "there"), "PYTHONPATH": str(tmp_path / "there"), "HOME": str(tmp_path)}
+    there |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    there["PATH"] = f"{tmp_path / 'there/bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    lines = "\n".join(blocks("docs/clients.md").values())
+    with serving(configured(empty_database)) as alone:
+        script = lines.replace("http://127.0.0.1:8000", alone.url)
+        told = shell(script, cwd=tmp_path, env=there, timeout=120)
+    assert "1 passed" in told
+    assert "\ngrace is ours\n" in told
+    assert "\ntests run as grace\n" in told
+
+
+def test_the_tables_about_clients_have_all_that_there_is():
+    """Options of `botfarm exec`, its exit statuses, the plugin's settings and fixtures."""
+    page = PAGES["docs/clients.md"]
+    told = {word for cells in table(page, "option | meaning") for word in re.findall(r"`(-{1,2}[\w-]+)`", cells[0])}
+    (run,) = (action.choices["exec"] for action in botfarm_client.command.parser()._actions if action.choices)
+    assert told == {action.option_strings[-1] for action in run._actions} - {"--help"}
+    statuses = {int(number) for cells in table(page, "exit status | when") for number in re.findall(r"\d+", cells[0])}
+    kinds = botfarm_client.BotfarmError.__subclasses__()
+    assert statuses == {kind.exit_status for kind in kinds} | {126, 127}
+    settings = [[cell.strip("`") for cell in cells] for cells in table(page, "ini key | option")]
+    assert [(ini, option) for ini, option, *_ in settings] == [
+        (f"botfarm_{name}", f"--botfarm-{name}") for name in botfarm_client.pytest_plugin.SETTINGS
+    ]
+    fixtures = {cells[0].strip("`") for cells in table(page, "fixture | what it gives")}
+    assert all(hasattr(botfarm_client.pytest_plugin, name) for name in fixtures)
+    assert len(fixtures) == 4
 
 
 def test_the_lines_that_move_an_embedded_database_to_a_server_work(server):

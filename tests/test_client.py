@@ -1,0 +1,357 @@
+"""clients/python: what it needs, and `Farm` and `Lock` against the real service, with the network that there is."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from datetime import datetime, timedelta
+
+import botfarm_client.farm
+import pytest
+from botfarm_client import Farm, LockLost, Misconfigured, NoMatch, NoneFree, NotAllowed, Refused, Unreachable
+from conftest import PACKAGE, command, fresh_database, serving, settings, until
+from gate import around, create, ends, force, gate, held, users
+
+import farm.settings
+
+SOURCES = sorted((PACKAGE / "botfarm_client").glob("*.py"))
+
+
+def python(script, url="", **env):
+    """What a script that uses the package prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=around(url, **env), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- The package -------------------------------------------------------------------------------------------
+
+
+def test_the_package_keeps_to_the_grammar_of_python_3_8():
+    """And to its library: `.ci/run` asks vermin."""
+    for path in SOURCES:
+        ast.parse(path.read_text(), feature_version=(3, 8))
+
+
+def test_its_parts_keep_to_the_bounds_of_the_house():
+    lines = {path.name: path.read_text().count("\n") for path in SOURCES}
+    assert max(lines.values()) <= 400, lines
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    assert max((node.end_lineno or 0) - node.lineno + 1 for node in functions) <= 40
+
+
+def test_importing_it_takes_less_than_50_ms_and_loads_nothing_of_http():
+    script = "import sys, time; t = time.perf_counter(); import botfarm_client; t = time.perf_counter() - t\n"
+    script += "print(t, *sys.modules)"
+    runs = [python(script).split() for _ in range(5)]
+    assert min(float(run[0]) for run in runs) < 0.05
+    assert not {"http.client", "ssl", "urllib.request", "json", "asyncio", "subprocess", "socket"} & set(runs[0])
+
+
+def test_its_wheel_installs_offline_brings_nothing_and_is_found(tmp_path, service, project):
+    """By pytest, of its own accord; and its command runs."""
+    create(service.url, project)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    build = ["wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(PACKAGE)]
+    subprocess.run([*pip, *build], check=True, timeout=120)
+    (wheel,) = tmp_path.glob("botfarm_client-*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        held_by_it = {name for name in packed.namelist() if ".dist-info/" not in name}
+        (metadata,) = (packed.read(name).decode() for name in packed.namelist() if name.endswith("/METADATA"))
+    assert held_by_it == {f"botfarm_client/{path.name}" for path in SOURCES}
+    assert "Requires-Dist" not in metadata
+    assert "Requires-Python: >=3.8" in metadata
+    subprocess.run([*pip, "install", "--no-index", "--target", str(tmp_path / "there"), str(wheel)], check=True)
+    env = around(service.url, PYTHONPATH=str(tmp_path / "there"))
+    (tmp_path / "test_it.py").write_text("def test_it(bot):\n    assert bot.password == 'pw-0'\n")
+    words = ["--botfarm-project", project, "-p", "no:cacheprovider", str(tmp_path / "test_it.py")]
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", *words], env=env, cwd=tmp_path, timeout=60)
+    assert run.returncode == 0
+    told = subprocess.run(
+        [tmp_path / "there/bin/botfarm", "--help"], env=env, capture_output=True, text=True, check=True
+    )
+    assert "{exec,acquire,renew,release,status}" in told.stdout or "exec" in told.stdout
+
+
+# ---- Borrowing ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def borrow(service):
+    return Farm(service.url, holder="test")
+
+
+def test_a_user_is_borrowed_for_a_block_and_given_back(service, project, borrow):
+    (user,) = create(service.url, project, labels={"role": "admin"})
+    with borrow.user(project, env="stage", labels={"role": "admin"}) as bot:
+        assert (bot.login, bot.password, bot.user_id, bot.fence) == ("bot-0", "pw-0", user["id"], 1)
+        assert bot.labels == {"role": "admin"}
+        assert users(service.url, project)["bot-0"]["lock"]["holder"] == "test"
+        assert "pw-0" not in repr(bot) + str(vars(bot).keys())
+    assert ends(service.url, user) == ["released"]
+
+
+def test_a_block_that_fails_gives_its_user_back_too(service, project, borrow):
+    create(service.url, project)
+    with pytest.raises(ZeroDivisionError), borrow.user(project):
+        raise ZeroDivisionError
+    assert held(service.url, project) == []
+
+
+def test_one_user_and_a_set_are_asked_for_by_name_and_number(service, project, borrow):
+    (user, *_) = create(service.url, project, count=3)
+    with borrow.user(user_id=user["id"]) as bot:
+        assert bot.login == "bot-0"
+    locks = borrow.acquire_set([{"project_id": project, "count": 2}, {"project_id": project, "env": "stage"}])
+    assert sorted(lock.login for lock in locks) == ["bot-0", "bot-1", "bot-2"]
+    assert borrow.release_holder("test", project) == 3
+
+
+def test_what_is_refused_has_a_class_of_its_own(service, project, borrow):
+    (user,) = create(service.url, project)
+    with pytest.raises(NoMatch, match="No user at all matches"):
+        borrow.acquire(project, labels={"role": "nobody"})
+    with pytest.raises(Refused, match="env"):
+        borrow.acquire(project, env="moon")
+    with pytest.raises(Misconfigured, match="user_id names one user"):
+        borrow.acquire(project, user_id=user["id"])
+    with borrow.user(project) as bot:
+        with pytest.raises(NoneFree, match="1 locked"):
+            borrow.acquire(project, wait=0)
+        with pytest.raises(NoneFree):
+            borrow.acquire(user_id=user["id"], wait=0)
+    with pytest.raises(LockLost, match="has ended"):
+        borrow.renew(bot.id)
+    with pytest.raises(Misconfigured, match="is no URL"):
+        Farm("ftp://botfarm").acquire(project)
+
+
+def test_a_lock_is_renewed_before_its_end_for_as_long_as_it_is_used(service, project, borrow):
+    create(service.url, project)
+    with borrow.user(project, ttl=1) as bot:
+        first = users(service.url, project)["bot-0"]["lock"]
+        until(lambda: users(service.url, project)["bot-0"]["lock"]["expires_at"] > first["expires_at"], 5)
+        time.sleep(1)  # more than all of its time
+        bot.check()
+        assert users(service.url, project)["bot-0"]["lock"]["fence"] == first["fence"]
+
+
+def test_a_lock_that_was_waited_for_longer_than_it_lasts_has_its_time_before_it(service, project, borrow):
+    """Its time runs from the grant, and the client can't know when that was."""
+    create(service.url, project)
+    before = borrow.acquire(project, ttl=1, heartbeat=False)
+    lock = borrow.acquire(project, ttl=1, wait=20, heartbeat=False)
+    told = borrow.status(lock.id)
+    assert before.fence < lock.fence
+    assert datetime.fromisoformat(told["expires_at"]) - datetime.fromisoformat(told["acquired_at"]) > timedelta(
+        seconds=1
+    )
+    lock.check()
+    assert lock.release()
+
+
+def test_a_lock_that_is_ended_from_outside_is_lost_and_says_by_what(service, project, borrow):
+    (user,) = create(service.url, project)
+    told = []
+    lock = borrow.acquire(project, ttl=1, heartbeat=False)
+    lock.keep(told.append)
+    force(service.url, user)
+    until(lambda: told, 5)
+    with pytest.raises(LockLost, match=r"the lock on bot-0 was lost: .*forced"):
+        _ = lock.password
+    assert lock.lost.ended_by == "forced"
+    assert lock.release() is False
+    with pytest.raises(LockLost), borrow.user(project, ttl=60):
+        force(service.url, user)
+
+
+def test_a_machine_that_slept_past_the_end_of_a_lock_knows_it_at_once(service, project, borrow, monkeypatch):
+    """By the clock that runs on meanwhile; Linux has one of that name."""
+    create(service.url, project)
+    assert abs(botfarm_client.farm.clock() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1
+    lock = borrow.acquire(project, ttl=60)
+    later = botfarm_client.farm.clock() + 61
+    monkeypatch.setattr(botfarm_client.farm, "clock", lambda: later)
+    with pytest.raises(LockLost, match="not renewed within its 60 s"):
+        lock.check()
+    monkeypatch.undo()
+    assert borrow.release_holder("test", project) == 1
+
+
+FORKED = """
+import os, time
+from botfarm_client import Farm
+farm = Farm()
+lock = farm.acquire(os.environ["PROJECT"], ttl=1)
+pid = os.fork()
+if not pid:
+    time.sleep(1.5)  # nothing renews it here, and it is not lost all the same
+    lock.check()
+    os._exit(0 if lock.release() else 1)
+assert os.waitpid(pid, 0)[1] == 0
+lock.check()
+print(farm.status(lock.id)["fence"], lock.release())
+"""
+
+
+def test_a_forked_process_neither_loses_nor_gives_back_its_parents_lock(service, project):
+    create(service.url, project)
+    assert python(FORKED, service.url, PROJECT=project) == "1 True\n"
+
+
+# ---- The network -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def way(service):
+    with gate(service.url) as opened:
+        yield opened
+
+
+BUSY = b'{"type": "urn:botfarm:database-unavailable", "detail": "The database does not answer.", "status": 503}'
+AWAY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: %d\r\n\r\n%s" % (len(BUSY), BUSY)
+STRANGE = b"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nnot found"
+
+
+@pytest.mark.parametrize("says", [b"", AWAY, STRANGE], ids=["reset", "503", "404 of a proxy"])
+def test_a_service_that_is_away_for_less_than_a_ttl_costs_no_lock(service, project, way, says):
+    (user,) = create(service.url, project)
+    lock = Farm(way.url).acquire(project, ttl=3)
+    way.says, tries = says, len(way.sent)
+    until(lambda: len(way.sent) >= tries + 2, 5)
+    way.says = None
+    before = users(service.url, project)["bot-0"]["lock"]["expires_at"]
+    until(lambda: users(service.url, project)["bot-0"]["lock"]["expires_at"] > before, 5)
+    assert lock.release()
+    assert ends(service.url, user) == ["released"]
+
+
+def test_a_service_that_is_away_for_longer_than_a_ttl_costs_the_lock(service, project, way):
+    create(service.url, project)
+    lock = Farm(way.url).acquire(project, ttl=1, heartbeat=False)
+    told = []
+    lock.keep(lambda lost: told.append(time.monotonic()))
+    started, way.says = time.monotonic(), b""
+    until(lambda: told, 10)
+    assert told[0] - started < 2.5
+    with pytest.raises(LockLost, match=r"not renewed within its 1 s: BotFarm at .* can't be reached"):
+        lock.check()
+
+
+def test_a_reply_that_is_lost_costs_no_user(service, project, way):
+    (user,) = create(service.url, project)
+    way.loses = 1
+    with Farm(way.url).user(project) as bot:
+        assert bot.password == "pw-0"
+        way.loses = 1  # that of the release
+    assert ends(service.url, user) == ["released"]
+    assert [request.split(b" ")[0] for request in way.sent] == [b"POST", b"POST", b"DELETE", b"DELETE"]
+
+
+def test_a_lock_that_ended_before_its_reply_came_is_asked_for_anew(service, project, way):
+    (user,) = create(service.url, project)
+    way.late = [1.3]
+    lock = Farm(way.url).acquire(project, ttl=1, wait=5)
+    lock.check()
+    assert lock.release()
+    assert ends(service.url, user) == ["expired", "released"]
+
+
+def test_who_asks_goes_on_while_the_service_is_away(service, project, way):
+    create(service.url, project)
+    way.says = AWAY
+
+    def open_later():
+        until(lambda: len(way.sent) >= 2, 10)
+        way.says = None
+
+    threading.Thread(target=open_later).start()
+    with Farm(way.url).user(project, wait=5) as bot:
+        assert bot.login == "bot-0"
+    way.says = b""
+    started = time.monotonic()
+    with pytest.raises(Unreachable, match="can't be reached"):
+        botfarm_client.farm.persist(lambda: Farm(way.url).wire.call("GET", "/livez"), 1)
+    assert 1 <= time.monotonic() - started < 3
+
+
+def test_a_proxy_of_the_environment_is_used(service, way):
+    way.says = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    script = "from botfarm_client import Farm; print(Farm('http://botfarm.example').status('x'))"
+    assert python(script, http_proxy=way.url) == "{}\n"
+    assert way.sent[0].startswith(b"GET http://botfarm.example/locks/x HTTP/1.1\r\n")
+
+
+def test_a_service_that_sends_callers_on_is_told_of_and_not_followed(way):
+    way.says = b"HTTP/1.1 301 Moved\r\nLocation: https://elsewhere.example\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(Misconfigured, match=r"https://elsewhere\.example"):
+        Farm(way.url).status("x")
+    assert len(way.sent) == 1
+
+
+# ---- Who calls ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guarded(server):
+    """The URL of a service with authentication, its database's, and a client of it."""
+    secured = {"auth": "on", "signing_keys": farm.settings.Secret("s1:" + "B" * 43 + "=")}
+    with fresh_database(server) as url, serving(settings(url, **secured)) as running:
+        made = command("client", "add", "ci", "--scope", "users:write locks", env={"DATABASE_URL": url})
+        yield running.url, json.loads(made.stdout)
+
+
+def test_a_client_is_known_by_its_secret(guarded, project):
+    url, who = guarded
+    known = {name: who[name] for name in ("client_id", "client_secret")}
+    with gate(url) as way:
+        farm_there = Farm(way.url, id_token="not used beside a secret", **known)
+        body = {"login": "ada", "password": "pw", "project_id": project, "env": "stage"}
+        farm_there.wire.call("POST", "/users", body)
+        with farm_there.user(project) as bot:
+            assert bot.password == "pw"
+        calls = [request.split(b" HTTP")[0] for request in way.sent]
+        assert calls[:3] == [b"POST /users", b"POST /token", b"POST /users"]
+        assert calls.count(b"POST /token") == 1
+        assert b"not+used" not in b"".join(way.sent)
+        farm_there.wire._token = ("a token that has ended", time.monotonic() + 60)
+        with farm_there.user(project) as bot:
+            assert bot.password == "pw"
+    assert b"POST /token" in [request.split(b" HTTP")[0] for request in way.sent[len(calls) :]]
+
+
+def test_who_is_not_known_is_told_what_to_set(guarded, project):
+    url, who = guarded
+    with pytest.raises(NotAllowed, match="set BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET"):
+        Farm(url).acquire(project)
+    with pytest.raises(NotAllowed, match="invalid_client") as caught:
+        Farm(url, client_id=who["client_id"], client_secret="guessed").acquire(project)
+    assert "guessed" not in str(caught.value)
+    with pytest.raises(Misconfigured, match="set BOTFARM_CLIENT_ID, too"):
+        Farm(url, client_secret="guessed").acquire(project)
+
+
+def test_an_id_token_is_exchanged(guarded, project):
+    url, _ = guarded
+    with gate(url) as way, pytest.raises(NotAllowed, match="gives no token"):
+        Farm(way.url, id_token="of.an.issuer").acquire(project)  # this service trusts none
+    form = way.sent[1].partition(b"\r\n\r\n")[2]
+    assert b"grant_type=urn%3Aietf%3Aparams%3Aoauth%3Agrant-type%3Atoken-exchange" in form
+    assert b"subject_token=of.an.issuer&subject_token_type=urn%3Aietf%3Aparams%3Aoauth%3Atoken-type%3Ajwt" in form
+
+
+def test_a_service_without_authentication_is_sent_no_secret(service, project, way):
+    create(service.url, project)
+    for known in ({"client_id": "ci", "client_secret": "much secret"}, {"id_token": "much secret"}):
+        with Farm(way.url, **known).user(project):
+            pass
+    assert b"secret" not in b"".join(way.sent)
+    assert b"/token" not in b"".join(way.sent)

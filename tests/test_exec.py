@@ -1,0 +1,395 @@
+"""`botfarm exec` and the commands beside it, as processes against the real service."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+from conftest import free_port, process, until, wait_ready
+from gate import around, create, ends, force, gate, held, seconds_until_free, users
+
+BOTFARM = [sys.executable, "-m", "botfarm_client.command"]
+# The same with its times a fourteenth: half a second to TERM, a third of one to KILL.
+HASTY = "import botfarm_client.run as r, botfarm_client.command as c; r.TERM_AFTER, r.KILL_AFTER = 0.5, 0.35; c.main()"
+
+
+def botfarm(url, *words, **env):
+    """`botfarm …` to its end."""
+    return subprocess.run([*BOTFARM, *words], env=around(url, **env), capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def running(url, *words, hasty=False):
+    """`botfarm exec … -- sh -c SCRIPT` in the midst of it, once the script has said that it is ready, its pid first."""
+    start = [sys.executable, "-c", HASTY] if hasty else BOTFARM
+    with tempfile.TemporaryFile("w+") as told:
+        started = subprocess.Popen(
+            [*start, "exec", *words],
+            env=around(url),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            text=True,
+        )
+        try:
+            started.child = int(started.stdout.readline())
+            yield started
+        finally:
+            started.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.child, signal.SIGKILL)
+            started.communicate()
+
+
+def filters(project, *more):
+    return ["--project", project, *more, "--", "sh", "-c"]
+
+
+# ---- What the command gets ---------------------------------------------------------------------------------
+
+
+def test_a_command_gets_a_user_and_gives_it_back(service, project):
+    (user,) = create(service.url, project, labels={"role": "admin", "x.y": "1"}, login="ada", password="pä$ 'w")
+    secrets = {
+        "BOTFARM_CLIENT_SECRET": "s1",
+        "BOTFARM_ID_TOKEN": "s2",
+        "BOTFARM_TOKEN": "s3",
+        "BOTFARM_LABEL_OLD": "s4",
+    }
+    done = botfarm(service.url, "exec", *filters(project, "--holder", "me"), "env", BOTFARM_CLIENT_ID="ci", **secrets)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("BOTFARM_"))
+    assert uuid.UUID(told.pop("BOTFARM_LOCK_ID"))
+    assert told == {
+        "BOTFARM_URL": service.url,
+        "BOTFARM_CLIENT_ID": "ci",
+        "BOTFARM_USER_LOGIN": "ada",
+        "BOTFARM_USER_PASSWORD": "pä$ 'w",
+        "BOTFARM_USER_ID": user["id"],
+        "BOTFARM_LOCK_FENCE": "1",
+        "BOTFARM_LABEL_ROLE": "admin",
+        "BOTFARM_LABEL_X_Y": "1",
+    }
+    assert ends(service.url, user) == ["released"]
+
+
+def test_several_users_are_numbered(service, project):
+    create(service.url, project, count=3)
+    show = "echo $BOTFARM_USER_1_LOGIN/$BOTFARM_USER_1_PASSWORD $BOTFARM_USER_2_LOGIN$BOTFARM_USER_LOGIN"
+    done = botfarm(service.url, "exec", *filters(project, "--count", "2"), show)
+    assert re.fullmatch(r"bot-(\d)/pw-\1 bot-(?!\1)\d\n", done.stdout)
+    wishes = json.dumps([{"project_id": project, "count": 2}])
+    done = botfarm(service.url, "exec", "--set", wishes, "--", "sh", "-c", show)
+    assert re.fullmatch(r"bot-(\d)/pw-\1 bot-(?!\1)\d\n", done.stdout)
+    assert botfarm(service.url, "exec", "--wait", "0", "--count", "4", *filters(project), "true").returncode == 65
+    assert held(service.url, project) == []
+
+
+def test_the_lock_goes_to_a_file_instead_of_the_password_to_the_environment(service, project, tmp_path):
+    create(service.url, project)
+    path = tmp_path / "lock.json"
+    script = f"stat -c %a {path}; cat {path}; env | grep -c pw-0"
+    done = botfarm(service.url, "exec", *filters(project, "--file", str(path)), script)
+    mode, lock, passwords = re.fullmatch(r"(\d+)\n({.*})(\d)\n", done.stdout).groups()
+    assert (mode, passwords) == ("600", "0")
+    assert json.loads(lock)["user"]["password"] == "pw-0"
+    assert list(tmp_path.iterdir()) == []  # neither it nor what it was made of
+    done = botfarm(service.url, "exec", *filters(project, "--file", str(tmp_path / "no" / "lock")), "echo ran")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert held(service.url, project) == []
+
+
+def test_a_command_that_is_run_has_its_own_group_and_our_session_and_files(service, project, tmp_path):
+    create(service.url, project)
+    script = "import os; print(os.getpgid(0) == os.getpid(), os.getsid(0)); os.write(int(os.environ['FD']), b'kept')"
+    with open(tmp_path / "inherited", "wb") as file:
+        words = [*BOTFARM, "exec", "--project", project, "--", sys.executable, "-c", script]
+        env = around(service.url, FD=str(file.fileno()))
+        done = subprocess.run(words, env=env, stdout=subprocess.PIPE, text=True, pass_fds=[file.fileno()], check=True)
+    assert done.stdout == f"True {os.getsid(0)}\n"
+    assert (tmp_path / "inherited").read_bytes() == b"kept"
+
+
+# ---- How it ends -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (["--project", "{project}", "--", "sh", "-c", "exit 7"], 7, ""),
+        (["--project", "{project}", "--", "sh", "-c", "kill -9 $$"], 137, ""),
+        (["--project", "{project}", "--", "no-such-command"], 127, "no-such-command: No such file"),
+        (["--project", "{project}", "--", "/"], 126, "/: Permission denied"),
+        (["--project", "{project}"], 64, "write it behind --"),
+        (["--", "true"], 64, "name the project"),
+        (["--project", "{project}", "--user", "{project}", "--", "true"], 64, "name the project"),
+        (["--project", "{project}", "--label", "role", "--", "true"], 64, "write KEY=VALUE"),
+        (["--project", "{project}", "--colour", "red", "--", "true"], 64, "unrecognized arguments: --colour red"),
+        (["--project", "{project}", "--env", "moon", "--", "true"], 64, "moon"),
+        (["--set", "[]", "--", "true"], 64, "no list of wishes"),
+        (["--project", "{project}", "--label", "role=nobody", "--", "true"], 65, "No user at all matches"),
+        (["--user", "{project}", "--", "true"], 65, "user"),
+        (["--project", "{project}", "--url", "botfarm", "--", "true"], 78, "is no URL of BotFarm"),
+    ],
+)
+def test_the_exit_status_tells_what_happened(service, project, words, status, told):
+    create(service.url, project)
+    done = botfarm(service.url, "exec", *(word.format(project=project) for word in words))
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert held(service.url, project) == []
+
+
+def test_none_free_in_time_has_a_status_that_can_be_chosen(service, project):
+    create(service.url, project)
+    with running(service.url, *filters(project), "echo $$; sleep 60"):
+        asked = filters(project, "--wait", "0")
+        assert botfarm(service.url, "exec", *asked, "true").returncode == 75
+        assert botfarm(service.url, "exec", "-E", "3", *asked, "true").returncode == 3
+
+
+def test_a_service_that_is_not_there_is_told_of_after_a_while(project):
+    url = f"http://127.0.0.1:{free_port()}"
+    done = botfarm(url, "exec", *filters(project, "--wait", "0"), "true")
+    assert done.returncode == 69
+    assert f"BotFarm at {url} can't be reached: " in done.stderr
+
+
+def test_without_a_url_it_says_how_to_set_one(project):
+    done = botfarm("", "exec", "--project", project, "--", "true")
+    assert (done.returncode, done.stderr) == (78, "botfarm: no BotFarm is named: set BOTFARM_URL to its URL\n")
+
+
+def test_who_waits_gets_the_user_of_who_ends(service, project):
+    (user,) = create(service.url, project)
+    with running(service.url, *filters(project), "echo $$; sleep 0.5") as first:
+        assert botfarm(service.url, "exec", *filters(project, "--ttl", "1"), "sleep 1.2").returncode == 0
+        assert first.wait(10) == 0
+    assert ends(service.url, user) == ["released", "released"]
+
+
+# ---- Signals -----------------------------------------------------------------------------------------------
+
+COUNTS = "trap 'echo caught {0}; heard=1' {0}; echo $$; until [ $heard ]; do sleep 0.05; done; sleep 0.3; exit 5"
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT"])
+def test_a_signal_is_handed_on_unchanged_and_once(service, project, name):
+    (user,) = create(service.url, project)
+    with running(service.url, *filters(project), COUNTS.format(name)) as run:
+        run.send_signal(getattr(signal, f"SIG{name}"))
+        assert run.stdout.read() == f"caught {name}\n"
+        assert run.wait(10) == 5
+    assert ends(service.url, user) == ["released"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_a_signal_ends_is_told_as_a_shell_does(service, project, number):
+    (user,) = create(service.url, project)
+    with running(service.url, *filters(project), "echo $$; exec sleep 60") as run:
+        run.send_signal(number)
+        assert run.wait(3) == 128 + number
+    assert ends(service.url, user) == ["released"]
+
+
+def test_a_command_that_stays_is_sent_term_and_then_kill_with_its_group(service, project, long):
+    create(service.url, project)
+    script = (
+        "trap 'echo no' INT TERM; (trap '' INT TERM; exec sleep 60) & sleep 0.3; echo $$; while :; do sleep 0.1; done"
+    )
+    with running(service.url, *filters(project), script, hasty=not long) as run:
+        started = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == 137
+        assert (12 if long else 0.85) <= time.monotonic() - started < (13 if long else 2.5)
+        assert run.stdout.read() == "no\nno\n"  # at its end, so nothing of the group has the pipe open
+        assert held(service.url, project) == []
+
+
+def test_what_a_stopped_command_leaves_behind_ends_before_its_user_is_free(service, project):
+    create(service.url, project)
+    script = "(trap '' TERM; exec sleep 60) & trap 'exit 3' TERM; sleep 0.3; echo $$; wait"
+    with running(service.url, *filters(project), script) as run:
+        started = time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(5) == 3
+        assert run.stdout.read() == ""
+        assert time.monotonic() - started < 3
+        assert held(service.url, project) == []
+
+
+def test_who_is_stopped_while_it_waits_takes_no_user(service, project):
+    (user,) = create(service.url, project)
+    with running(service.url, *filters(project), "echo $$; sleep 60") as first:
+        words = [*BOTFARM, "exec", "--project", project, "--", "true"]
+        waiting = subprocess.Popen(words, env=around(service.url), stderr=subprocess.PIPE, text=True)
+        pools = f"{service.url}/pools?project_id={project}"
+        until(lambda: httpx.get(pools).json()["items"][0]["waiting"] == 1, 10)
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.communicate(timeout=5) == (None, "")
+        assert waiting.returncode == 143
+        first.send_signal(signal.SIGTERM)
+        first.wait(5)
+    assert ends(service.url, user) == ["released"]
+
+
+def test_a_kill_frees_the_user_within_its_ttl(service, project):
+    create(service.url, project)
+    with running(service.url, *filters(project, "--ttl", "2"), "echo $$; sleep 60") as run:
+        run.kill()
+        assert seconds_until_free(service.url, project, 5) <= 2.2
+
+
+# ---- A lock that is lost -----------------------------------------------------------------------------------
+
+
+def test_a_command_whose_lock_is_lost_is_ended(service, project):
+    (user,) = create(service.url, project)
+    script = "(trap '' TERM; exec sleep 60) & trap 'echo told; exit 0' TERM; sleep 0.3; echo $$; wait"
+    with running(service.url, *filters(project, "--ttl", "1"), script, hasty=True) as run:
+        force(service.url, user)
+        assert run.wait(5) == 124
+        assert run.stdout.read() == "told\n"
+
+
+def test_a_lock_that_turns_out_to_have_ended_makes_no_green_run(service, project):
+    (user,) = create(service.url, project)
+    with running(service.url, *filters(project), "echo $$; sleep 0.5") as run:
+        force(service.url, user)
+        assert run.wait(5) == 124
+
+
+def test_a_network_that_is_away_for_a_while_ends_no_command(service, project, long):
+    """For 20 s of the 60 that a lock has; in the short form for 1.2 of four."""
+    create(service.url, project)
+    ttl, away = (60, 20) if long else (4, 1.2)
+    with gate(service.url) as way:
+        script = f"echo $$; sleep {ttl / 3 + away + 1}"
+        with running(way.url, *filters(project, "--ttl", str(ttl)), script) as run:
+            until(lambda: len(way.sent) > 1, ttl)  # it is about to be renewed again
+            way.silent = True
+            time.sleep(away)
+            way.silent = False
+            assert run.wait(60) == 0
+    assert held(service.url, project) == []
+
+
+def test_a_restart_of_the_service_ends_no_command(empty_database, project):
+    port = str(free_port())
+    url, env = f"http://127.0.0.1:{port}", {"DATABASE_URL": empty_database}
+    with ExitStack() as before, ExitStack() as after:
+        before.enter_context(process("--port", port, env=env))
+        wait_ready(url)
+        (user,) = create(url, project)
+        run = after.enter_context(running(url, *filters(project, "--ttl", "10"), "echo $$; read line"))
+        before.close()
+        time.sleep(3.5)  # it would have been renewed; the other one has time to start, on a busy machine
+        after.enter_context(process("--port", port, env=env))
+        wait_ready(url)
+        before = users(url, project)["bot-0"]["lock"]["expires_at"]
+        until(lambda: users(url, project)["bot-0"]["lock"]["expires_at"] > before, 5)
+        run.communicate("\n", timeout=20)
+        assert run.returncode == 0
+        assert ends(url, user) == ["released"]
+
+
+# ---- A person looks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; CI installs it")
+def test_the_user_of_a_command_that_failed_is_kept_for_a_person(service, project):
+    (user,) = create(service.url, project)
+    done = botfarm(service.url, "exec", *filters(project, "--keep-on-failure", "30m"), "exit 3")
+    assert done.returncode == 3
+    until_when = users(service.url, project)["bot-0"]["lock"]["expires_at"]
+    assert f"bot-0 is kept until {until_when}" in done.stderr
+    assert datetime.fromisoformat(until_when) > datetime.now(UTC) + timedelta(minutes=29)
+    get, end = re.findall(r"^curl .*", done.stderr, re.M)
+    assert json.loads(subprocess.check_output(get, shell=True))["user"]["password"] == "pw-0"
+    subprocess.check_output(end, shell=True)
+    assert ends(service.url, user) == ["released"]
+
+
+def test_no_user_is_kept_of_a_command_that_succeeds_or_is_stopped(service, project):
+    create(service.url, project)
+    keeping = filters(project, "--keep-on-failure", "30m")
+    assert botfarm(service.url, "exec", *keeping, "true").stderr == ""
+    with running(service.url, *keeping, "echo $$; exec sleep 60") as run:
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(5) == 143
+    assert held(service.url, project) == []
+
+
+# ---- The terminal ------------------------------------------------------------------------------------------
+
+# A shell's part: a terminal, the command in its foreground, and what is typed.
+SHELL = r"""
+import os, pty, signal, sys, time
+pid, fd = pty.fork()
+if not pid:
+    os.execv(sys.executable, [sys.executable, "-m", "botfarm_client.command", *sys.argv[2:]])
+text = b""
+def read(word):
+    global text
+    while word not in text:
+        text += os.read(fd, 1000)
+read(b"ready")
+front = [os.tcgetpgrp(fd) == pid]
+if sys.argv[1] == "stop":
+    os.write(fd, b"\x1a")
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+    front.append(os.tcgetpgrp(fd) == pid)
+    os.kill(pid, signal.SIGCONT)
+    os.write(fd, b"go on\n")
+    read(b"got go on")
+else:
+    os.write(fd, b"\x03")
+print(*front, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize(("what", "result"), [("interrupt", "False 130"), ("stop", "False True 0")])
+def test_a_command_has_the_terminal_while_it_runs(service, project, what, result):
+    """Ctrl-C reaches it alone; at Ctrl-Z the terminal goes back, and comes again when it goes on."""
+    create(service.url, project)
+    words = [what, "exec", *filters(project), "echo ready; read line; echo got $line"]
+    told = subprocess.run(
+        [sys.executable, "-c", SHELL, *words], env=around(service.url), capture_output=True, text=True, timeout=30
+    )
+    assert told.stdout.strip() == result, told.stderr
+    assert held(service.url, project) == []
+
+
+# ---- By hand -----------------------------------------------------------------------------------------------
+
+
+def test_a_lock_is_acquired_renewed_looked_at_and_given_back_by_hand(service, project):
+    (user,) = create(service.url, project)
+    lock = json.loads(botfarm(service.url, "acquire", "--user", user["id"], "--ttl", "2m", "--holder", "me").stdout)
+    assert (lock["user"]["password"], lock["ttl"], lock["holder"]) == ("pw-0", 120, "me")
+    assert json.loads(botfarm(service.url, "renew", lock["id"], "--ttl", "180").stdout)["ttl"] == 180
+    assert json.loads(botfarm(service.url, "status", lock["id"]).stdout)["user"] == {
+        name: value for name, value in lock["user"].items() if name != "password"
+    }
+    done = botfarm(service.url, "release", "--quarantine", "is broken", lock["id"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert users(service.url, project)["bot-0"]["quarantine"] == "is broken"
+    for name in ("renew", "status", "release"):
+        done = botfarm(service.url, name, lock["id"])
+        assert (done.returncode, done.stdout) == (124, "")
+        assert "has ended" in done.stderr
+    assert botfarm(service.url, "status").returncode == 64

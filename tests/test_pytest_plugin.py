@@ -1,0 +1,351 @@
+"""The pytest plugin: what its fixtures give, and when a user is free again, with and without xdist."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from xml.etree import ElementTree
+
+import httpx
+import pytest
+from conftest import until
+from gate import around, create, ends, gate, held, seconds_until_free, users
+
+XDIST = ["-p", "xdist.plugin", "-n", "2"]
+each_way = pytest.mark.parametrize("way", [[], XDIST], ids=["plain", "xdist"])
+SLEEPS = """
+import os, time
+
+def test_sleeps(bot):
+    open("ready.new", "w").write(str(os.getpid()))
+    os.rename("ready.new", "ready")
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def suite(service, project, tmp_path):
+    """Starts pytest in a folder of its own."""
+
+    def start(source, *words, url=service.url, ttl=2, **env):
+        (tmp_path / "pytest.ini").write_text(f"[pytest]\nbotfarm_project = {project}\nbotfarm_wait = 5\n")
+        (tmp_path / "test_it.py").write_text(source)
+        inherited = {name: value for name, value in around(url, **env).items() if not name.startswith("PYTEST_")}
+        env = inherited | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        options = ["-p", "botfarm_client.pytest_plugin", "-p", "no:cacheprovider", f"--botfarm-ttl={ttl}"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+        return subprocess.Popen([sys.executable, "-m", "pytest", *options, *words], env=env, cwd=tmp_path, **pipes)
+
+    return start
+
+
+@pytest.fixture
+def run(suite):
+    """Runs pytest to its end: its exit status and what it tells."""
+
+    def to_the_end(*words, **options):
+        started = suite(*words, **options)
+        try:
+            told, _ = started.communicate(timeout=60)
+        finally:
+            started.kill()
+        return started.returncode, told
+
+    return to_the_end
+
+
+@contextmanager
+def asleep(suite, tmp_path, *words, source=SLEEPS, **options):
+    """pytest in the midst of a test that has a user, and the process that it runs in."""
+    started = suite(source, *words, **options)
+    try:
+        until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 30)
+        assert started.poll() is None, started.stdout.read()
+        started.worker = int((tmp_path / "ready").read_text())
+        yield started
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+
+
+# ---- Fixtures ----------------------------------------------------------------------------------------------
+
+SHOP = """
+import pytest
+
+@pytest.fixture(scope="session")
+def bot_filter():
+    return {"env": "stage", "labels": {"shop": "1"}}
+
+@pytest.mark.bot(labels={"role": "admin"})
+def test_a_marker_says_what_the_user_has_to_be(bot):
+    assert (bot.login, bot.password, bot.labels) == ("admin", "pw", {"shop": "1", "role": "admin"})
+
+def test_a_set_comes_together(bots):
+    seller, *buyers = bots.set({"labels": {"role": "admin"}}, {"labels": {"role": "buyer"}, "count": 2})
+    assert seller.login == "admin"
+    assert {buyer.labels["role"] for buyer in buyers} == {"buyer"}
+    assert len({lock.user_id for lock in (seller, *buyers)}) == 3
+
+def test_more_are_made_as_wanted(bot, bots):
+    assert bots(labels={"role": "buyer"}).user_id != bot.user_id
+
+def test_fails(worker_bot):
+    assert worker_bot.password == "wrong"
+
+@pytest.mark.bot(labels={"role": "nobody"})
+def test_nobody(bot):
+    pass
+
+@pytest.mark.bot(colour="red")
+def test_unknown(bot):
+    pass
+"""
+
+
+@each_way
+def test_the_fixtures_give_users_and_the_reports_name_them(service, project, run, tmp_path, way):
+    create(service.url, project, login="admin", password="pw", labels={"shop": "1", "role": "admin"})
+    for name in ("b1", "b2", "b3", "b4"):
+        create(service.url, project, login=name, password="pw", labels={"shop": "1", "role": "buyer"})
+    create(service.url, project, login="other", labels={"shop": "2", "role": "buyer"})
+    status, told = run(SHOP, "--junitxml=report.xml", *way, *(["--dist", "loadfile"] if way else []))
+    assert status == 1, told
+    assert "1 failed, 3 passed, 2 errors" in told
+    assert re.search(r"^_+ test_fails as (admin|b\d) _+$", told, re.M)
+    assert "botfarm: No user at all matches" in told
+    assert "botfarm: a bot has no colour: it can be asked for by project_id, env," in told
+    assert "botfarm_client/" not in told  # no traceback shows our own lines
+    report = ElementTree.parse(tmp_path / "report.xml").getroot()
+    logins = {case.get("name"): [tag.get("value") for tag in case.iter("property")] for case in report.iter("testcase")}
+    assert logins["test_a_marker_says_what_the_user_has_to_be"] == ["admin"]
+    assert logins["test_a_set_comes_together"][0] == "admin"
+    assert [len(logins[name]) for name in ("test_a_set_comes_together", "test_fails", "test_nobody")] == [3, 1, 0]
+    assert held(service.url, project) == []
+
+
+def holders(url, project):
+    history = []
+    for user in users(url, project).values():
+        page = httpx.get(f"{url}/users/{user['id']}/history").json()
+        history += [item["holder"] for item in page["items"]]
+    return set(history)
+
+
+@each_way
+def test_all_of_a_run_has_one_holder(service, project, run, way):
+    create(service.url, project, count=2)
+    source = "def test_a(bot): pass\ndef test_b(bot): pass\n"
+    assert run(source, *way)[0] == 0
+    (holder,) = holders(service.url, project)
+    assert re.fullmatch(r"pytest/[0-9a-f]{32}", holder)
+    assert run(source, *way, BOTFARM_HOLDER="ci-4711")[0] == 0
+    assert holders(service.url, project) == {holder, "ci-4711"}
+
+
+def test_a_test_that_runs_again_gets_another_user(service, project, run, tmp_path):
+    """As pytest-rerunfailures does it. The other one comes free later than the first, which would be picked again."""
+    _, other = create(service.url, project, count=2)
+    httpx.put(f"{service.url}/users/{other['id']}/lock").raise_for_status()
+    (tmp_path / "conftest.py").write_text("""
+import os, urllib.request
+from _pytest.runner import runtestprotocol
+
+def pytest_runtest_protocol(item, nextitem):
+    for _ in range(2):
+        item._initrequest()
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        urllib.request.urlopen(urllib.request.Request(os.environ["OTHER"], method="DELETE"))
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    return True
+""")
+    source = "logins = []\ndef test_it(bot):\n    logins.append(bot.login)\n    assert not logins, logins\n"
+    status, told = run(source, OTHER=f"{service.url}/users/{other['id']}/lock")
+    assert status == 1
+    assert "AssertionError: ['bot-0', 'bot-1']" in told
+    assert re.search(r"^_+ test_it as bot-1 _+$", told, re.M)  # the last one alone
+    assert held(service.url, project) == []
+
+
+def test_a_suite_that_borrows_nothing_calls_nobody(service, run):
+    with gate(service.url) as way:
+        assert run("def test_it(): pass\n", url=way.url)[0] == 0
+        assert way.sent == []
+    assert run("def test_it(): pass\n", url="")[0] == 0
+    status, told = run("def test_it(bot): pass\n", url="")
+    assert status == 1
+    assert "botfarm: no BotFarm is named: set BOTFARM_URL, --botfarm-url, or the ini key botfarm_url" in told
+
+
+# ---- However it ends ---------------------------------------------------------------------------------------
+
+
+@each_way
+@pytest.mark.parametrize("words", [[], ["-x"]], ids=["to the end", "-x"])
+def test_a_test_that_fails_gives_its_user_back(service, project, run, way, words):
+    (user,) = create(service.url, project)
+    assert run("def test_it(bot): assert 0\n", *way, *words, ttl=60)[0] in (1, 2)
+    assert held(service.url, project) == []
+    assert ends(service.url, user) == ["released"]
+
+
+def to_group(run):
+    os.killpg(run.pid, signal.SIGINT)
+
+
+def to_controller(number):
+    return lambda run: os.kill(run.pid, number)
+
+
+def kill_worker(run):
+    os.kill(run.worker, signal.SIGKILL)
+
+
+END = {
+    "SIGINT to the group": to_group,
+    "SIGINT to the controller": to_controller(signal.SIGINT),
+    "SIGTERM to the controller": to_controller(signal.SIGTERM),
+    "kill -9 of the worker": kill_worker,
+}
+
+
+@pytest.mark.parametrize("end", END)
+def test_a_plain_run_that_is_ended_frees_its_user(service, project, suite, tmp_path, end):
+    """By its own hand where it has one left, else by the ttl."""
+    create(service.url, project)
+    with asleep(suite, tmp_path, ttl=2 if "kill" in end else 60) as run:
+        END[end](run)
+        assert seconds_until_free(service.url, project, 10) < (2.2 if "kill" in end else 3)
+        run.wait(5)
+
+
+@pytest.mark.parametrize("end", END)
+def test_a_run_of_xdist_that_is_ended_frees_its_user(service, project, suite, tmp_path, end, long):
+    if not long and end != "kill -9 of the worker":
+        pytest.skip("xdist takes its time to end workers: with --long")
+    create(service.url, project)
+    with asleep(suite, tmp_path, *XDIST, ttl=60) as run:
+        END[end](run)
+        assert seconds_until_free(service.url, project, 20) < 15
+        run.wait(20)
+
+
+def test_a_controller_of_xdist_that_is_killed_frees_its_user_with_its_workers(service, project, suite, tmp_path):
+    """They notice, and end 5 s later; what they have ends with them, at the latest by its ttl."""
+    create(service.url, project)
+    with asleep(suite, tmp_path, *XDIST) as run:
+        run.kill()
+        assert seconds_until_free(service.url, project, 20) < 10
+
+
+# ---- A lock that is lost -----------------------------------------------------------------------------------
+
+LOST = """
+import os, signal, time, urllib.request
+
+def force(user_id):
+    url = os.environ["BOTFARM_URL"] + f"/users/{user_id}/lock"
+    urllib.request.urlopen(urllib.request.Request(url, method="DELETE"))
+
+def test_is_cut_short(bot):
+    force(bot.user_id)
+    started = time.monotonic()
+    try:
+        time.sleep(30)
+    finally:
+        open("seconds", "w").write(str(time.monotonic() - started))
+
+def test_is_cut_short_in_a_call_too(bot):
+    import socket
+    force(bot.user_id)
+    a, b = socket.socketpair()
+    a.recv(1)
+
+def test_goes_on_unhurt(bot):
+    time.sleep(1)
+
+def test_with_a_handler_of_its_own_fails_at_its_end(bot):
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    force(bot.user_id)
+    time.sleep(1.2)
+    signal.signal(signal.SIGUSR2, before)
+
+def test_with_a_handler_of_its_own_fails_where_it_asks(bot):
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    force(bot.user_id)
+    time.sleep(1.2)
+    signal.signal(signal.SIGUSR2, before)
+    bot.login
+    open("not reached", "w")
+
+def test_with_a_worker_bot(worker_bot):
+    force(worker_bot.user_id)
+    time.sleep(30)
+
+def test_with_the_same_worker_bot(worker_bot):
+    open("not reached", "w")
+
+def test_without(): pass
+"""
+
+
+@each_way
+def test_a_lost_lock_fails_the_test_at_once(service, project, run, tmp_path, way):
+    create(service.url, project, count=2)
+    words = [*way, "--dist", "loadfile"] if way else []
+    status, told = run(LOST, *words, ttl=1)
+    assert status == 1
+    assert "5 failed, 2 passed, 1 error in" in told, told  # the error: a worker_bot that is lost is of no use any more
+    assert told.count("botfarm: the lock on bot-") >= 5
+    assert "_fail_for" not in told
+    assert "forced at" in told
+    assert float((tmp_path / "seconds").read_text()) < 1.2
+    assert not (tmp_path / "not reached").exists()
+    assert held(service.url, project) == []
+
+
+@each_way
+def test_a_network_that_is_away_for_a_while_fails_no_test(service, project, suite, tmp_path, way, long):
+    """For 20 s of the 60 that a lock has; in the short form for 1.2 of four."""
+    create(service.url, project)
+    ttl, away = (60, 20) if long else (4, 1.2)
+    with gate(service.url) as opened:
+        source = SLEEPS.replace("60", str(ttl / 3 + away + 1))
+        with asleep(suite, tmp_path, *way, source=source, url=opened.url, ttl=ttl) as run:
+            sent = len(opened.sent)
+            until(lambda: len(opened.sent) > sent, ttl)
+            opened.silent = True
+            time.sleep(away)
+            opened.silent = False
+            assert run.wait(60) == 0, run.stdout.read()
+    assert held(service.url, project) == []
+
+
+FORKS = """
+import os, signal, time
+
+def test_forks(bot):
+    told, tells = os.pipe()
+    pid = os.fork()
+    while not pid:
+        os.write(tells, b"!")  # it runs: Python drops signals that come while it forks
+        time.sleep(0.05)
+    os.read(told, 1)
+    os.kill(pid, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
+    bot.check()
+"""
+
+
+def test_a_process_that_a_test_forks_ends_by_sigterm_as_ever(service, project, run):
+    (user,) = create(service.url, project)
+    status, told = run(FORKS)
+    assert status == 0, told
+    assert ends(service.url, user) == ["released"]
