@@ -105,6 +105,22 @@ def running(folder: Path, *command: str, env: dict[str, str]) -> Iterator[subpro
             process.wait()
 
 
+def stop(pool: Pool, process: subprocess.Popen[str], output: Path, number: int, whom: str, seconds: float) -> None:
+    """Send a signal to what holds a user: its worker, the worker's parent or all. The user is free so soon."""
+    until(lambda: "holds bot-0" in output.read_text(), 60)
+    until(pool.renewed, 4)
+    worker = int(re.search(r"worker (\d+) holds", output.read_text())[1])
+    if whom == "group":
+        os.killpg(process.pid, number)
+    else:
+        os.kill(worker if whom == "worker" else parent(worker), number)
+    until(lambda: not pool.held(), seconds)
+
+
+def parent(pid: int) -> int:
+    return int(re.search(r"^PPid:\s(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.M)[1])
+
+
 # JavaScript
 
 
@@ -206,16 +222,61 @@ def test_a_user_is_free_again_when_playwright_is_stopped(playwright, pool, tmp_p
     pool.add(1)
     folder = shutil.copytree(playwright, tmp_path / "project", symlinks=True)
     with running(folder, *of_playwright("hold"), env=pool.env(TEST_TTL="3")) as process:
-        until(lambda: "holds bot-0" in (folder / "output").read_text(), 60)
-        until(pool.renewed, 4)
-        worker = int(re.search(r"worker (\d+) holds", (folder / "output").read_text())[1])
-        stop = {"group": lambda: os.killpg(process.pid, number), "worker": lambda: os.kill(worker, number)}
-        stop.get(whom, lambda: os.kill(parent(worker), number))()
-        begun = time.monotonic()
-        until(lambda: not pool.held(), seconds)
-        print(f"free after {time.monotonic() - begun:.1f} s")
+        stop(pool, process, folder / "output", number, whom, seconds)
     assert pool.ends()[0] == ended
 
 
-def parent(pid: int) -> int:
-    return int(re.search(r"^PPid:\s(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.M)[1])
+# JUnit 5
+
+
+@pytest.fixture(scope="session")
+def junit5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = lay("junit5", tmp_path_factory.mktemp("junit5") / "project")
+    shutil.copytree(CLIENTS / "junit5", folder / "botfarm", ignore=shutil.ignore_patterns("test", "target"))
+    run(folder, *of_maven("test-compile"))
+    return folder
+
+
+def of_maven(*arguments: str) -> list[str]:
+    return ["mvn", "-B", "-ntp", "-f", "reactor.xml", "-Dsurefire.failIfNoSpecifiedTests=false", *arguments]
+
+
+def of_junit(pool: Pool, tests: str) -> list[str]:
+    return of_maven(
+        "test", f"-Dtest={tests}", f"-Dbotfarm.project={pool.project}", "-Dbotfarm.ttl=3", "-Dbotfarm.wait=9"
+    )
+
+
+def test_junit_lends_parameters_a_user(junit5: Path, pool: Pool):
+    pool.add(1, labels={"role": "seller"})
+    pool.add(1, login="bot-1", password="pw-1")
+    pool.add(1, login="bot-2", password="pw-2", labels={"role": "admin", "name": 'Zoë "Z"\\'})
+    told = run(junit5, *of_junit(pool, "GreetingTest,ScopesTest"), status=1, env=pool.env(BOTFARM_HOLDER="job 7"))
+    assert "Tests run: 6, Failures: 1, Errors: 0" in told
+    assert [(lock["holder"], lock["ended_by"]) for lock in pool.history()] == [("job 7", "released")] * 8
+
+
+def test_a_lost_lock_fails_the_test_of_junit_at_once(junit5: Path, pool: Pool):
+    pool.add(1)
+    told = run(junit5, *of_junit(pool, "LostTest"), status=1, env=pool.env())
+    assert 'botfarm.junit5.LockLost: the lock on the user "bot-0" was lost: forced at 20' in told
+    assert "then bot-0" in told
+    assert "Tests run: 2, Failures: 1, Errors: 0" in told
+    assert pool.ends() == ["forced", "released"]
+
+
+@pytest.mark.parametrize(
+    ("number", "whom", "ended", "seconds"),
+    [
+        (signal.SIGINT, "group", "released", 2),
+        (signal.SIGTERM, "worker", "released", 2),
+        (signal.SIGKILL, "worker", "expired", 4),
+        (signal.SIGKILL, "group", "expired", 4),
+    ],
+)
+def test_a_user_is_free_again_when_junit_is_stopped(junit5, pool, tmp_path, number, whom, ended, seconds):
+    pool.add(1)
+    folder = shutil.copytree(junit5, tmp_path / "project")
+    with running(folder, *of_junit(pool, "HoldTest"), env=pool.env()) as process:
+        stop(pool, process, folder / "output", number, whom, seconds)
+    assert pool.ends() == [ended]

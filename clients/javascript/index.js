@@ -197,7 +197,9 @@ class Bot {
     try {
       if (atOnce) await this.#renew();
       for (;;) {
-        await sleep((this.lock.ttl * 1000) / 3, undefined, pause);
+        const due = uptime() + this.lock.ttl / 3;
+        // In short steps: a timer stands still while the machine is suspended, and the lock's time does not.
+        while (uptime() < due) await sleep(Math.min(Math.ceil((due - uptime()) * 1000), 1000), undefined, pause);
         await this.#renew();
       }
     } catch (error) {
