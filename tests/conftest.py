@@ -224,6 +224,15 @@ def project() -> str:
     return str(uuid.uuid4())
 
 
+@pytest.fixture
+def pool(service: Any, project: str) -> Iterator[Any]:
+    """The project's users as the chapters of clients/ see them."""
+    from runners import Pool
+
+    with httpx.Client(base_url=service.url, timeout=30) as http:
+        yield Pool(http, project)
+
+
 async def make_users(api: httpx.AsyncClient, project: str, count: int = 1, **values: Any) -> list[dict[str, Any]]:
     users = []
     for number in range(count):

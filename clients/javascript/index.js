@@ -1,0 +1,226 @@
+'use strict';
+/*
+ * Users of a BotFarm, for test code in Node.js. A `Farm` is the service, a `Bot` is a user that is held: it is renewed
+ * every ttl/3 until it is released, and its `signal` is aborted once it is no longer ours.
+ *
+ * Times here are seconds of the machine's uptime: it runs on while the machine is suspended, and nobody sets it.
+ */
+const { randomUUID } = require('node:crypto');
+const { hostname, uptime } = require('node:os');
+const { setTimeout: sleep } = require('node:timers/promises');
+
+const PATIENCE = 60; // seconds for which a service that is away is asked again: longer than its restart takes
+const REPLY = 10; // seconds in which a call that does not wait is answered
+const WAIT = 290; // seconds that one call may wait: Node.js gives up on a reply after 300
+const AWAY = [502, 503, 504]; // of a service that restarts, or of a proxy before it
+
+/** The service says no. `status`, `slug` and `problem` tell why. */
+class Refused extends Error {
+  name = 'Refused';
+
+  constructor(what, status, problem) {
+    super(`${what}: ${problem.detail ?? problem.error_description ?? problem.error ?? `status ${status}`}`);
+    this.status = status;
+    this.problem = problem;
+    this.slug = problem.type?.replace('urn:botfarm:', '') ?? problem.error;
+  }
+}
+
+/** The service is not reached, or can't answer. */
+class Unreached extends Error {
+  name = 'Unreached';
+}
+
+/** The user is no longer ours: its lock has ended, or could not be renewed in time. */
+class LockLost extends Error {
+  name = 'LockLost';
+
+  constructor(user, why) {
+    super(`the lock on the user "${user.login}" was lost: ${why}`);
+  }
+}
+
+class Farm {
+  #url;
+  #client;
+  #token;
+
+  constructor({ env = process.env, url = env.BOTFARM_URL, holder = env.BOTFARM_HOLDER, ...client } = {}) {
+    if (!url) throw new Error('BOTFARM_URL is not set: it is the address of the BotFarm, as http://botfarm:8000');
+    this.#url = url.replace(/\/+$/, '');
+    this.#client = {
+      id: client.clientId ?? env.BOTFARM_CLIENT_ID,
+      secret: client.clientSecret ?? env.BOTFARM_CLIENT_SECRET,
+      idToken: client.idToken ?? env.BOTFARM_ID_TOKEN,
+    };
+    this.holder = holder || `javascript/${hostname()}/${process.pid}`;
+  }
+
+  /** A free user that fits, or the one with the id `user`. Waits for one; the fields are those of `POST /locks`. */
+  async acquire({ user, project_id, env, domain, labels, prefer, ...options }) {
+    const filter = user ? {} : { project_id, env, domain, labels, prefer };
+    const path = user ? ['PUT', `/users/${encodeURIComponent(user)}/lock`] : ['POST', '/locks'];
+    return this.#grant(path, filter, options, (lock, sent) => new Bot(this, lock, sent));
+  }
+
+  /** Several users, all or none, in the order asked: the fields are those of `POST /locks/sets`. */
+  async acquireSet(users, options = {}) {
+    const bots = ({ locks }, sent) => locks.map((lock) => new Bot(this, lock, sent));
+    return this.#grant(['POST', '/locks/sets'], { users }, options, bots);
+  }
+
+  /** Give back all that this holder has, whoever took it; how many that were. */
+  async sweep() {
+    const { body } = await this.call('DELETE', `/locks?holder=${encodeURIComponent(this.holder)}`);
+    return body.released;
+  }
+
+  async #grant([method, path], filter, { ttl = 60, wait = 300, ...more }, bots) {
+    const end = uptime() + wait;
+    const key = randomUUID(); // the same in every try: where a reply was lost, the next one brings that lock
+    for (;;) {
+      const left = () => Math.min(Math.max(Math.ceil(end - uptime()), 0), WAIT);
+      const body = () => ({ holder: this.holder, ttl, wait: left(), ...filter, ...more });
+      try {
+        const { body: granted, sent } = await this.call(method, path, { key, body, reply: WAIT + REPLY });
+        return bots(granted, sent);
+      } catch (refused) {
+        if (!['pool-exhausted', 'user-locked'].includes(refused.slug) || !left()) throw refused;
+        await sleep(1000);
+      }
+    }
+  }
+
+  /**
+   * One call, repeated while the service is away for up to `PATIENCE`; its answer, and when it was sent. With a
+   * `deadline` it is repeated until then, whatever is refused (a token, perhaps) but the lock itself.
+   */
+  async call(method, path, { key, body, reply = REPLY, deadline } = {}) {
+    let end = deadline;
+    for (let pause = 0.25; ; pause = Math.min(pause * 2, 5)) {
+      const sent = uptime();
+      const seconds = Math.min(reply, (deadline ?? Infinity) - sent);
+      const answer = await this.#ask(method, path, key, body, seconds).catch((error) => error);
+      const fault = faultOf(`${method} ${this.#url}${path.split('?')[0]}`, answer);
+      if (!fault) return { body: answer.body, sent };
+      end ??= uptime() + PATIENCE;
+      const next = answer.after ?? pause;
+      const final = deadline ? fault.slug === 'lock-not-held' : fault instanceof Refused;
+      if (final || uptime() + next >= end) throw fault;
+      await sleep(next * 1000);
+    }
+  }
+
+  async #ask(method, path, key, body, seconds) {
+    const headers = { ...(key && { 'Idempotency-Key': key }), ...(body && { 'Content-Type': 'application/json' }) };
+    const send = () => {
+      if (this.#token) headers.Authorization = `Bearer ${this.#token}`;
+      return exchange(this.#url + path, { method, headers, body: body && JSON.stringify(body()) }, seconds);
+    };
+    const answer = await send();
+    // A token is asked for where one is asked for: a service without authentication is never shown the secret.
+    if (answer.status !== 401 || !(await this.#authenticate())) return answer;
+    return send();
+  }
+
+  async #authenticate() {
+    const { id, secret, idToken } = this.#client;
+    if (!secret && !idToken) return false;
+    const form = secret
+      ? { grant_type: 'client_credentials', client_id: id ?? '', client_secret: secret }
+      : {
+          grant_type: 'urn:ietf:params:oauth:grant-type:token-exchange',
+          subject_token: idToken,
+          subject_token_type: 'urn:ietf:params:oauth:token-type:jwt',
+        };
+    const answer = await exchange(`${this.#url}/token`, { method: 'POST', body: new URLSearchParams(form) }, REPLY);
+    const fault = faultOf(`POST ${this.#url}/token`, answer);
+    if (fault) throw fault;
+    this.#token = answer.body.access_token;
+    return true;
+  }
+}
+
+async function exchange(url, request, seconds) {
+  const answer = await fetch(url, { ...request, signal: AbortSignal.timeout(Math.max(Math.round(seconds * 1000), 1)) });
+  const text = await answer.text();
+  const json = /json/.test(answer.headers.get('Content-Type') ?? '');
+  const after = Number(answer.headers.get('Retry-After')) || undefined;
+  return { status: answer.status, body: json && text ? JSON.parse(text) : {}, after };
+}
+
+/** What is wrong with an answer, or with there being none; nothing where it is a good one. */
+function faultOf(what, answer) {
+  if (answer instanceof Refused || answer instanceof Unreached) return answer; // the token was refused
+  if (answer instanceof Error) return new Unreached(`${what} is not reached: ${answer.cause?.code ?? answer.message}`);
+  if (answer.status < 400) return undefined;
+  const refused = new Refused(what, answer.status, answer.body);
+  return AWAY.includes(answer.status) ? new Unreached(refused.message) : refused;
+}
+
+class Bot {
+  #farm;
+  #deadline; // the service may hand the user on from here, as far as we can know
+  #released = new AbortController();
+  #lost = new AbortController();
+
+  constructor(farm, lock, sent) {
+    this.#farm = farm;
+    this.#deadline = uptime() + lock.ttl;
+    this.lock = lock;
+    this.user = lock.user;
+    this.login = lock.user.login;
+    this.password = lock.user.password;
+    this.labels = lock.user.labels;
+    this.#beat(uptime() - sent > 1); // it has waited: only a renewal tells when the lock ends at the soonest
+  }
+
+  /** Aborted when the user is lost; its `reason` is a `LockLost`. */
+  get signal() {
+    return this.#lost.signal;
+  }
+
+  /** Give the user back. `outcome`, `cooldown` and `quarantine` are those of `DELETE /locks/{id}`. */
+  async release(told = {}) {
+    if (this.#released.signal.aborted) return;
+    this.#released.abort();
+    const query = new URLSearchParams(Object.entries(told).filter(([, value]) => value !== undefined));
+    try {
+      await this.#farm.call('DELETE', `/locks/${this.lock.id}?${query}`);
+    } catch (refused) {
+      if (refused.slug !== 'lock-not-held') throw refused; // it has ended, or a lost reply had ended it
+    }
+  }
+
+  async #beat(atOnce) {
+    const pause = { ref: false, signal: this.#released.signal };
+    try {
+      if (atOnce) await this.#renew();
+      for (;;) {
+        const due = uptime() + this.lock.ttl / 3;
+        // In short steps: a timer stands still while the machine is suspended, and the lock's time does not.
+        while (uptime() < due) await sleep(Math.min(Math.ceil((due - uptime()) * 1000), 1000), undefined, pause);
+        await this.#renew();
+      }
+    } catch (error) {
+      if (!this.#released.signal.aborted) this.#lost.abort(error);
+    }
+  }
+
+  async #renew() {
+    const [path, deadline] = [`/locks/${this.lock.id}`, this.#deadline];
+    try {
+      if (uptime() >= deadline) throw new Error('the process stood still');
+      const { sent } = await this.#farm.call('PATCH', path, { body: () => ({}), deadline });
+      this.#deadline = sent + this.lock.ttl;
+    } catch ({ slug, problem, message }) {
+      if (slug === 'lock-not-held') {
+        throw new LockLost(this.user, problem.ended_by ? `${problem.ended_by} at ${problem.ended_at}` : message);
+      }
+      await sleep((deadline - uptime()) * 1000, undefined, { ref: false, signal: this.#released.signal });
+      throw new LockLost(this.user, `it could not be renewed in time: ${message}`);
+    }
+  }
+}
+
+module.exports = { Bot, Farm, LockLost, Refused, Unreached };

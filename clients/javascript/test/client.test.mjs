@@ -1,0 +1,127 @@
+import assert from 'node:assert/strict';
+import { createServer, request } from 'node:http';
+import { uptime } from 'node:os';
+import { after, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { Farm, LockLost, Unreached } from '@botfarm/client';
+
+const URL = process.env.BOTFARM_URL;
+const project_id = process.env.BOTFARM_PROJECT;
+const direct = new Farm({ holder: 'client.test' });
+
+/** The service behind a proxy: each request goes through, or to the next of `faults`. */
+async function behind(faults) {
+  const server = createServer((incoming, reply) => {
+    const fault = faults.shift();
+    const forward = (then) => {
+      const options = { method: incoming.method, headers: incoming.headers };
+      incoming.pipe(request(URL + incoming.url, options, then));
+    };
+    return (fault ?? through)(reply, forward);
+  });
+  await new Promise((listening) => server.listen(0, '127.0.0.1', listening));
+  after(() => server.close());
+  return new Farm({ url: `http://127.0.0.1:${server.address().port}`, holder: 'client.test' });
+}
+
+const pass = (reply) => (answer) => {
+  reply.writeHead(answer.statusCode, answer.headers);
+  answer.pipe(reply);
+};
+const through = (reply, forward) => forward(pass(reply));
+const late = (reply, forward) => forward((answer) => setTimeout(pass(reply), 1500, answer));
+const hang = () => {};
+const cut = (reply) => reply.destroy();
+const loseReply = (reply, forward) => forward(() => reply.destroy());
+const away = (reply) => reply.writeHead(503, { 'Retry-After': '1' }).end();
+const held = async () => (await (await fetch(`${URL}/users?project_id=${project_id}&state=locked`)).json()).items.length;
+const force = ({ user }) => fetch(`${URL}/users/${user.id}/lock`, { method: 'DELETE' });
+
+/** Why the bot is lost. The timer keeps Node.js running: a heartbeat doesn't. */
+const lost = ({ signal }) =>
+  Promise.race([new Promise((told) => signal.addEventListener('abort', () => told(signal.reason))), sleep(10_000)]);
+
+test('a bot is renewed beyond its ttl, and given back', async () => {
+  const bot = await direct.acquire({ project_id, env: 'stage', ttl: 1 });
+  assert.equal(bot.password, bot.login.replace('bot', 'pw'));
+  await sleep(2500);
+  assert.equal(await held(), 1);
+  await bot.release();
+  assert.equal(await held(), 0);
+  await bot.release();
+});
+
+test('this very user is had by its id', async () => {
+  const { items } = await (await fetch(`${URL}/users?project_id=${project_id}`)).json();
+  const bot = await direct.acquire({ user: items[1].id });
+  assert.equal(bot.login, items[1].login);
+  await bot.release();
+});
+
+test('a lost reply costs no user', async () => {
+  const farm = await behind([loseReply, cut, null, loseReply]);
+  const bot = await farm.acquire({ project_id });
+  assert.equal(await held(), 1);
+  await bot.release();
+  assert.equal(await held(), 0);
+});
+
+test('a service that is away for less than the ttl loses no lock', async () => {
+  const farm = await behind([away, null, away, cut, away]);
+  const bot = await farm.acquire({ project_id, ttl: 6 });
+  await sleep(8000);
+  assert.equal(bot.signal.aborted, false);
+  assert.equal(await held(), 1);
+  await bot.release();
+});
+
+test('a lock that somebody ended is told of, with the user and who ended it', async () => {
+  const bot = await direct.acquire({ project_id, ttl: 1 });
+  const reason = lost(bot);
+  await force(bot);
+  assert.ok((await reason) instanceof LockLost);
+  assert.match(bot.signal.reason.message, new RegExp(`^the lock on the user "${bot.login}" was lost: forced at 20`));
+  await bot.release();
+});
+
+for (const [how, fault] of Object.entries({ cut, hang })) {
+  test(`a lock that cannot be renewed in time is lost when the service may hand its user on: ${how}`, async () => {
+    const farm = await behind([null, ...Array(99).fill(fault)]);
+    const bot = await farm.acquire({ project_id, ttl: 2 });
+    const begun = performance.now();
+    assert.match((await lost(bot)).message, /in time: PATCH .* is not reached: /);
+    assert.ok(performance.now() - begun < 2500);
+  });
+}
+
+test('who waits has the whole ttl', async () => {
+  const all = await direct.acquireSet([{ project_id, count: 2 }]);
+  setTimeout(() => all[0].release(), 2500);
+  const bot = await direct.acquire({ project_id, ttl: 2 });
+  await sleep(1500);
+  assert.equal(bot.signal.aborted, false);
+  await Promise.all([bot, all[1]].map((one) => one.release()));
+});
+
+test('a lock whose reply was late is renewed at once', async () => {
+  const farm = await behind([late]);
+  const bot = await farm.acquire({ project_id, ttl: 2 });
+  await sleep(1500);
+  assert.equal(bot.signal.aborted, false);
+  await bot.release();
+});
+
+test('a refusal tells why', async () => {
+  await assert.rejects(direct.acquire({ project_id, labels: { role: 'nobody' } }), { slug: 'no-matching-user', status: 404 });
+  await assert.rejects(direct.acquireSet([{ project_id, count: 2 }, { project_id }]), { slug: 'no-matching-user' });
+  const all = await direct.acquireSet([{ project_id, count: 2 }]);
+  await assert.rejects(direct.acquire({ project_id, wait: 0 }), { slug: 'pool-exhausted', status: 409 });
+  assert.equal(await direct.sweep(), 2);
+  await Promise.all(all.map((one) => one.release()));
+});
+
+test('without an address, or with none there, it says so', async () => {
+  assert.throws(() => new Farm({ env: {} }), /BOTFARM_URL is not set/);
+  const nobody = new Farm({ url: 'http://127.0.0.1:1' });
+  await assert.rejects(nobody.call('GET', '/locks', { deadline: uptime() + 1 }), (error) => error instanceof Unreached);
+});

@@ -1,0 +1,2 @@
+declare function sweep(): Promise<() => Promise<void>>;
+export default sweep;

@@ -1,0 +1,27 @@
+*** Settings ***
+Library          BotFarm    project=%{BOTFARM_PROJECT}    ttl=${3}
+Suite Setup      Acquire For The Suite
+Test Teardown    Log    ${MINE.login} is still mine
+
+*** Variables ***
+${MINE}    ${None}
+
+*** Keywords ***
+Acquire For The Suite
+    ${bot}=    Acquire Bot    role=admin
+    VAR    ${OF SUITE}    ${bot}    scope=SUITE
+
+*** Test Cases ***
+A Test That Fails Gives Its User Back
+    ${MINE}=    Acquire Bot    role=buyer
+    VAR    ${MINE}    ${MINE}    scope=TEST
+    Should Be Equal    ${MINE.login}    nobody
+
+A Test Has What The One Before It Had
+    ${MINE}=    Acquire Bot    role=buyer
+    VAR    ${MINE}    ${MINE}    scope=TEST
+    Should Not Be Equal    ${MINE.login}    ${OF SUITE.login}
+    Release Bot    ${MINE}
+    ${again}=    Acquire Bot    role=buyer
+    Should Be Equal    ${MINE.login}    ${again.login}
+    Should Be Equal    ${again.password}    pw-1

@@ -1,0 +1,27 @@
+"""clients/cypress: its logic by node's test runner, its types by TypeScript. (Cypress's own browser is a download.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runners import Pool, npm, run
+
+pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
+
+
+@pytest.fixture(scope="session")
+def cypress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return npm("cypress", tmp_path_factory.mktemp("cypress") / "project", "javascript", "cypress")
+
+
+def test_cypress_lends_each_test_users(cypress: Path, pool: Pool):
+    pool.add(1)
+    pool.add(1, login="bot-1", password="pw-1", labels={"role": "buyer"})
+    assert "fail 0" in run(cypress, "node", "--test", "cypress.test.js", env=pool.env())
+    assert sorted(pool.ends(), key=str) == ["forced", *["released"] * 5]
+    assert {lock["holder"].split("/")[0] for lock in pool.history()} == {"cypress"}
+
+
+def test_the_types_of_cypress_hold(cypress: Path):
+    run(cypress, "npx", "tsc")

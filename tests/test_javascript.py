@@ -1,0 +1,42 @@
+"""clients/javascript: by node's test runner, with a proxy before the service that loses what it is told to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import command, serving, settings
+from runners import Pool, npm, run
+
+from farm.settings import Secret
+
+pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
+
+
+@pytest.fixture(scope="session")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return npm("javascript", tmp_path_factory.mktemp("javascript") / "project", "javascript")
+
+
+def test_the_javascript_client_holds_users_and_tells_when_one_is_lost(javascript: Path, pool: Pool):
+    pool.add(2)
+    assert "fail 0" in run(javascript, "node", "--test", "client.test.mjs", env=pool.env())
+    assert "is mine until I give it back" in run(javascript, "node", "example.mjs", env=pool.env())
+    assert not pool.held()
+
+
+def test_the_javascript_client_has_a_token_where_one_is_asked_for(javascript: Path, project: str, empty_database: str):
+    keys = {"auth": "on", "signing_keys": Secret(f"s1:{'B' * 43}=")}
+    where = {"DATABASE_URL": empty_database}
+    added = command("client", "add", "ci", "--scope", "users:write locks", env=where)
+    client = json.loads(added.stdout)
+    with serving(settings(empty_database, **keys)) as service, httpx.Client(base_url=service.url) as http:
+        form = {key: client[key] for key in ("client_id", "client_secret")} | {"grant_type": "client_credentials"}
+        http.headers["Authorization"] = f"Bearer {http.post('/token', data=form).json()['access_token']}"
+        pool = Pool(http, project)
+        pool.add(1)
+        secret = {"BOTFARM_CLIENT_ID": client["client_id"], "BOTFARM_CLIENT_SECRET": client["client_secret"]}
+        assert "fail 0" in run(javascript, "node", "--test", "token.test.mjs", env=pool.env(**secret))
+        assert pool.ends() == ["released"]

@@ -1,0 +1,67 @@
+"""clients/junit5: by Maven."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runners import CLIENTS, Pool, lay, run, running, stop
+
+pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
+
+
+@pytest.fixture(scope="session")
+def junit5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = lay("junit5", tmp_path_factory.mktemp("junit5") / "project")
+    shutil.copytree(CLIENTS / "junit5", folder / "botfarm", ignore=shutil.ignore_patterns("test", "target"))
+    run(folder, *of_maven("test-compile"))
+    return folder
+
+
+def of_maven(*arguments: str) -> list[str]:
+    return ["mvn", "-B", "-ntp", "-f", "reactor.xml", "-Dsurefire.failIfNoSpecifiedTests=false", *arguments]
+
+
+def of_junit(pool: Pool, tests: str) -> list[str]:
+    return of_maven(
+        "test", f"-Dtest={tests}", f"-Dbotfarm.project={pool.project}", "-Dbotfarm.ttl=3", "-Dbotfarm.wait=9"
+    )
+
+
+def test_junit_lends_parameters_a_user(junit5: Path, pool: Pool):
+    pool.add(1, labels={"role": "seller"})
+    pool.add(1, login="bot-1", password="pw-1")
+    pool.add(1, login="bot-2", password="pw-2", labels={"role": "admin", "name": 'Zoë "Z"\\'})
+    told = run(junit5, *of_junit(pool, "GreetingTest,ScopesTest"), status=1, env=pool.env(BOTFARM_HOLDER="job 7"))
+    assert "Tests run: 6, Failures: 1, Errors: 0" in told
+    assert [(lock["holder"], lock["ended_by"]) for lock in pool.history()] == [("job 7", "released")] * 8
+
+
+def test_a_lost_lock_fails_the_test_of_junit_at_once(junit5: Path, pool: Pool):
+    pool.add(1)
+    begun = time.monotonic()
+    told = run(junit5, *of_junit(pool, "LostTest"), status=1, env=pool.env())
+    assert 'botfarm.junit5.LockLost: the lock on the user "bot-0" was lost: forced at 20' in told
+    assert "then bot-0" in told
+    assert "Tests run: 2, Failures: 1, Errors: 0" in told
+    assert time.monotonic() - begun < 60  # the test would sleep for as long
+    assert pool.ends() == ["forced", "released"]
+
+
+@pytest.mark.parametrize(
+    ("number", "whom", "ended", "seconds"),
+    [
+        (signal.SIGINT, "group", "released", 2),
+        (signal.SIGTERM, "worker", "released", 2),
+        (signal.SIGKILL, "worker", "expired", 4),
+        (signal.SIGKILL, "group", "expired", 4),
+    ],
+)
+def test_a_user_is_free_again_when_junit_is_stopped(junit5, pool, tmp_path, number, whom, ended, seconds):
+    pool.add(1)
+    with running(junit5, tmp_path / "output", *of_junit(pool, "HoldTest"), env=pool.env()) as process:
+        stop(pool, process, tmp_path / "output", number, whom, seconds)
+    assert pool.ends() == [ended]

@@ -1,0 +1,72 @@
+"""clients/k6: by k6, which is built from the Go module proxy where it is not installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import until
+from runners import CLIENTS, Pool, lay, run, running
+
+VERSION = "v1.8.1"
+pytestmark = pytest.mark.skipif(
+    "not config.getoption('--long')", reason="builds k6, which takes two minutes: with --long"
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = lay("k6", tmp_path_factory.mktemp("k6") / "project")
+    shutil.copy(CLIENTS / "k6" / "botfarm.js", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def k6(folder: Path) -> str:
+    if installed := shutil.which("k6"):
+        return installed
+    go = shutil.which("go", path=f"{os.environ['PATH']}:/usr/local/go/bin")
+    if go is None:
+        pytest.skip("k6 is not installed, nor is Go, to build it")
+    run(folder, go, "install", f"go.k6.io/k6@{VERSION}", env=dict(os.environ) | {"GOBIN": str(folder / "bin")})
+    return str(folder / "bin" / "k6")
+
+
+def test_k6_lends_each_virtual_user_one(k6: str, folder: Path, pool: Pool):
+    pool.add(11)
+    env = pool.env(BOTFARM_HOLDER="job 7") | {"SHOP_URL": f"{pool.url}/livez"}
+    told = run(folder, k6, "run", "--quiet", "load.js", env=env)
+    assert "had been lost" not in told
+    locks = pool.history()
+    assert [(lock["holder"], lock["ended_by"]) for lock in locks] == [("job 7", "released")] * 10
+    assert len({lock["login"] for lock in locks}) == 10
+
+
+def test_a_run_of_k6_without_enough_users_says_so_and_holds_none(k6: str, folder: Path, pool: Pool):
+    pool.add(150)
+    told = run(folder, k6, "run", "--quiet", "hold.js", status=107, env=pool.env() | {"TEST_COUNT": "160"})
+    assert "BotFarm: POST /locks/sets: " in told
+    assert pool.ends() == ["released"] * 100
+
+
+def test_a_virtual_user_of_k6_beyond_those_that_were_acquired_ends_the_run(k6: str, folder: Path, pool: Pool):
+    pool.add(2)
+    told = run(folder, k6, "run", "--quiet", "hold.js", status=108, env=pool.env() | {"TEST_COUNT": "1"})
+    assert "BotFarm: 1 users were acquired, and this is virtual user 2" in told
+    assert pool.ends() == ["released"]
+
+
+@pytest.mark.parametrize(
+    ("number", "ended", "seconds"),
+    [(signal.SIGINT, "released", 2), (signal.SIGTERM, "released", 2), (signal.SIGKILL, "expired", 4)],
+)
+def test_users_are_free_again_when_k6_is_stopped(k6, folder, pool, tmp_path, number, ended, seconds):
+    pool.add(2)
+    with running(folder, tmp_path / "output", k6, "run", "hold.js", env=pool.env()) as process:
+        until(lambda: (tmp_path / "output").read_text().count("holds bot-") == 2, 20)
+        os.killpg(process.pid, number)
+        until(lambda: not pool.held(), seconds)
+    assert pool.ends() == [ended] * 2
