@@ -583,7 +583,20 @@ async def scene(http, database):
         cross join lateral (select now() - number * interval '23 minutes' as began,
             interval '1 minute' * (2 + (number * 7) % 19) as took) as times
         where holder = 'smoke' and lock_id is not null"""
-    await execute(database, past)
+    earlier = """
+        update history
+        set acquired_at = acquired_at - interval '1 second' * (place * 35 + 60 + place * 37 % 240),
+            ended_at = ended_at - interval '1 second' * place * 35
+        from (
+            select lock_id as id, row_number() over (order by ended_at desc) - 1 as place
+            from history
+        ) as placed
+        where lock_id = id"""
+    held = """
+        update locks
+        set acquired_at = acquired_at - interval '1 second' * (extract(epoch from expires_at - acquired_at)::int % 700)
+        where lock_id is not null"""
+    await execute(database, earlier, held, past)
 
 
 async def test_pictures_for_the_documents(browser, own, http, request, tmp_path):
