@@ -425,12 +425,21 @@ async def test_a_client_signs_in_and_its_token_is_renewed_and_kept_in_memory_alo
         await expect(page.locator("#entry-fault")).to_have_text("Unknown client or wrong secret.")
         await sign_in(page, boss)
         await expect(page.locator("#empty")).to_be_visible()
-        while sum(address.endswith("/token") for address in page.asked) < 3:
-            await page.wait_for_timeout(50)
+        async with asyncio.timeout(30):
+            while sum(address.endswith("/token") for address in page.asked) < 4:
+                await page.wait_for_timeout(50)
         kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
         assert boss.secret not in await page.content()
         assert await page.evaluate(kept) == json.dumps([{}, {}, "", guarded.url + "/"], separators=(",", ":"))
         await execute(guarded.database, f"delete from clients where id = '{boss.id}'")
+        await expect(page.locator("#entry-fault")).to_have_text("Unknown client or wrong secret.", timeout=15_000)
+
+
+async def test_a_reload_forgets_who_signed_in(browser, guarded):
+    boss = await add_client(guarded.database, "admin")
+    async with looking(browser, guarded.url) as page:
+        await sign_in(page, boss)
+        await expect(page.locator("#empty")).to_be_visible()
         await page.reload()
         await expect(page.locator("#entry")).to_be_visible()
 
