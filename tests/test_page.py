@@ -106,6 +106,7 @@ async def test_it_shows_who_holds_what_and_what_happened_and_no_secret(browser, 
         await expect(page.locator("#users td.time time").nth(1)).to_have_text(re.compile(r"^9 min \d\d s$"))
         await expect(page.locator("#lately li")).to_contain_text([f"{gone['user']['login']} given back by eve"])
         await page.get_by_text("Resting", exact=True).click()
+        await expect(page.locator("#users td.time").nth(1)).to_have_text(re.compile(r"^4 min \d\d s$"))
         await button(page, gone["user"]["login"]).first.click()
         await expect(page.locator("#drawer .why")).to_contain_text(re.compile(r"free again at \d\d:\d\d, in 4 min"))
         await expect(page.locator("#drawer .chart")).to_have_attribute("aria-label", re.compile("In use 0 %"))
@@ -153,6 +154,7 @@ async def test_long_lists_are_cut_and_say_so_and_a_search_goes_to_the_service(br
     async with looking(browser, own.url) as page:
         await expect(page.locator("#users-count")).to_contain_text("the 200 of 211 that end first")
         await expect(page.locator("#pools-count")).to_contain_text("the 30 worst of 32")
+        await expect(page.locator("#pools li")).to_have_count(30)
         await page.get_by_label("Login begins with").fill("zo")
         await expect(page.locator("#users tr")).to_contain_text(["zoe"])
         await page.get_by_label("Login begins with").fill("")
