@@ -106,6 +106,7 @@ async def test_it_shows_who_holds_what_and_what_happened_and_no_secret(browser, 
         await expect(page.locator("#users td.time time").nth(1)).to_have_text(re.compile(r"^9 min \d\d s$"))
         await expect(page.locator("#lately li")).to_contain_text([f"{gone['user']['login']} given back by eve"])
         await page.get_by_text("Resting", exact=True).click()
+        await expect(page.locator("#users td.time").nth(1)).to_have_text(re.compile(r"^4 min \d\d s$"))
         await button(page, gone["user"]["login"]).first.click()
         await expect(page.locator("#drawer .why")).to_contain_text(re.compile(r"free again at \d\d:\d\d, in 4 min"))
         await expect(page.locator("#drawer .chart")).to_have_attribute("aria-label", re.compile("In use 0 %"))
@@ -153,6 +154,7 @@ async def test_long_lists_are_cut_and_say_so_and_a_search_goes_to_the_service(br
     async with looking(browser, own.url) as page:
         await expect(page.locator("#users-count")).to_contain_text("the 200 of 211 that end first")
         await expect(page.locator("#pools-count")).to_contain_text("the 30 worst of 32")
+        await expect(page.locator("#pools li")).to_have_count(30)
         await page.get_by_label("Login begins with").fill("zo")
         await expect(page.locator("#users tr")).to_contain_text(["zoe"])
         await page.get_by_label("Login begins with").fill("")
@@ -425,12 +427,21 @@ async def test_a_client_signs_in_and_its_token_is_renewed_and_kept_in_memory_alo
         await expect(page.locator("#entry-fault")).to_have_text("Unknown client or wrong secret.")
         await sign_in(page, boss)
         await expect(page.locator("#empty")).to_be_visible()
-        while sum(address.endswith("/token") for address in page.asked) < 3:
-            await page.wait_for_timeout(50)
+        async with asyncio.timeout(30):
+            while sum(address.endswith("/token") for address in page.asked) < 4:
+                await page.wait_for_timeout(50)
         kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
         assert boss.secret not in await page.content()
         assert await page.evaluate(kept) == json.dumps([{}, {}, "", guarded.url + "/"], separators=(",", ":"))
         await execute(guarded.database, f"delete from clients where id = '{boss.id}'")
+        await expect(page.locator("#entry-fault")).to_have_text("Unknown client or wrong secret.", timeout=15_000)
+
+
+async def test_a_reload_forgets_who_signed_in(browser, guarded):
+    boss = await add_client(guarded.database, "admin")
+    async with looking(browser, guarded.url) as page:
+        await sign_in(page, boss)
+        await expect(page.locator("#empty")).to_be_visible()
         await page.reload()
         await expect(page.locator("#entry")).to_be_visible()
 
@@ -583,7 +594,20 @@ async def scene(http, database):
         cross join lateral (select now() - number * interval '23 minutes' as began,
             interval '1 minute' * (2 + (number * 7) % 19) as took) as times
         where holder = 'smoke' and lock_id is not null"""
-    await execute(database, past)
+    earlier = """
+        update history
+        set acquired_at = acquired_at - interval '1 second' * (place * 35 + 60 + place * 37 % 240),
+            ended_at = ended_at - interval '1 second' * place * 35
+        from (
+            select lock_id as id, row_number() over (order by ended_at desc) - 1 as place
+            from history
+        ) as placed
+        where lock_id = id"""
+    held = """
+        update locks
+        set acquired_at = acquired_at - interval '1 second' * (extract(epoch from expires_at - acquired_at)::int % 700)
+        where lock_id is not null"""
+    await execute(database, earlier, held, past)
 
 
 async def test_pictures_for_the_documents(browser, own, http, request, tmp_path):
