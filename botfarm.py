@@ -327,8 +327,8 @@ NO_WISHES, LAST_TTL = words.AcquireUser(), words.ExtendLock()  # what a call wit
 def ask_of(request: Call, wishes: words.Wishes, data: words.AcquireLock | words.AcquireUser | words.AcquireSet) -> Ask:
     client, key = request.caller.client, idempotency_key(request)
     return Ask(
-        wishes=wishes, holder=data.holder, ttl=data.ttl, wait=data.wait, cause=request.cause, client=client,
-        sent_key=key, key=uuid.uuid5(client, str(key)) if client and key else key,
+        wishes=wishes, holder=data.holder, note=data.note, ttl=data.ttl, wait=data.wait, cause=request.cause,
+        client=client, sent_key=key, key=uuid.uuid5(client, str(key)) if client and key else key,
     )  # fmt: skip
 
 
@@ -411,10 +411,11 @@ async def get_lock(request: Call, id: Id) -> Lock:
 async def extend_lock(request: Call, id: Id, data: JSONBody[words.ExtendLock] = LAST_TTL) -> Response[Lock]:
     """Heartbeat: the lock now ends `ttl` seconds from now.
 
-    Without a ttl the last one is used again.
+    Without a ttl the last one is used again. `holder` and `note` tell who has it from now on, and why.
     """
     owner = request.caller.owner
-    row = await request.farm.locks.extend(Renewal(id, data.ttl, owner, request.cause))
+    holder, note = (None if v is UNSET else v for v in (data.holder, data.note))
+    row = await request.farm.locks.extend(Renewal(id, data.ttl, owner, holder, note, request.cause))
     if row is None:
         raise await request.farm.locks.not_held(id, owner)
     return reply(Lock.of(row))
@@ -426,13 +427,15 @@ async def release_lock(
     id: Id,
     cooldown: Annotated[int, QueryParameter(ge=0, le=86400, description="seconds that the user rests")] = 0,
     quarantine: Annotated[str | None, QueryParameter(min_length=1, max_length=500, pattern=words.PLAIN)] = None,
+    outcome: FromQuery[words.Outcome | None] = None,
 ) -> None:
     """Give the user back.
 
-    `cooldown` lets it rest first; `quarantine` takes it out, with the reason, when the test found it broken.
+    `cooldown` lets it rest first; `quarantine` takes it out, with the reason, when the test found it broken. `outcome`
+    tells how it went: a user whose locks end in `bad-login` again and again is quarantined.
     """
     owner = request.caller.owner
-    if not await request.farm.locks.release(Release(id, cooldown, quarantine, owner, request.cause)):
+    if not await request.farm.locks.release(Release(id, cooldown, quarantine, owner, outcome, request.cause)):
         raise await request.farm.locks.not_held(id, owner)
 
 

@@ -44,6 +44,7 @@ class Ask(Struct, eq=False, kw_only=True):
 
     wishes: Wishes
     holder: str = ""
+    note: str = ""
     ttl: int = 0
     wait: int = 0
     cause: Cause = NOWHERE
@@ -250,7 +251,7 @@ def _users_wanted(kinds: Mapping[Wishes, int]) -> int:
 def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
     """As acquire_users.sql takes them."""
     rows = [
-        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client, wish.domain, wish.labels)
+        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client, wish.domain, wish.labels, ask.note)
         for number, (ask, users) in enumerate(chosen.items())
         for user, lock_id, wish in zip(users, ask.lock_ids, ask.wishes, strict=True)
     ]

@@ -47,6 +47,7 @@ LabelPair = Annotated[str, Meta(pattern=LABEL_PAIR, examples=["role:admin"])]
 Login = Annotated[str, Meta(min_length=1, max_length=254, pattern=PLAIN, examples=["bot-1"])]
 Password = Annotated[str, Meta(min_length=1, max_length=1024, pattern=NO_NUL, examples=["correct horse"])]
 Holder = Annotated[str, Meta(max_length=200, pattern=PLAIN, description="who asks, for people and bulk release")]
+Note = Annotated[str, Meta(max_length=500, pattern=PLAIN, description="why, where, a link to the run; for people")]
 Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=PLAIN, examples=["login page says: blocked"])]
 ProjectId = Annotated[uuid.UUID, Meta(examples=["11111111-1111-4111-8111-111111111111"])]
 Ttl = Annotated[int, Meta(ge=1, description="seconds until the lock ends by itself")]
@@ -54,6 +55,7 @@ Wait = Annotated[int, Meta(ge=0, description="seconds to wait for a user that co
 Env = Annotated[str, Meta(description="one of BOTFARM_ENVS", examples=["stage"])]
 Domain = Annotated[str, Meta(description="one of BOTFARM_DOMAINS", examples=["regular"])]
 UserState = Literal["free", "locked", "resting", "quarantined"]
+Outcome = Literal["passed", "failed", "bad-login"]
 T = TypeVar("T")
 
 
@@ -141,12 +143,14 @@ class AcquireLock(Filter, frozen=True):
     ttl: Ttl = 300
     wait: Wait = 0
     holder: Holder = ""
+    note: Note = ""
 
 
 class AcquireUser(Body, frozen=True):
     ttl: Ttl = 300
     wait: Wait = 0
     holder: Holder = ""
+    note: Note = ""
 
 
 class SetPart(Filter, frozen=True):
@@ -163,6 +167,8 @@ class AcquireSet(AcquireUser, frozen=True, kw_only=True):
 
 class ExtendLock(Body, frozen=True):
     ttl: Ttl | None = None
+    holder: Holder | UnsetType = UNSET
+    note: Note | UnsetType = UNSET
 
 
 class UserFilter(Struct):
@@ -195,6 +201,7 @@ class UserLock(Struct):
     """The current lock of a user as everybody may see it: never its id."""
 
     holder: str
+    note: str
     fence: int
     acquired_at: datetime
     expires_at: datetime
@@ -217,7 +224,7 @@ class User(Struct):
     def of(cls, row: asyncpg.Record) -> User:
         """A row of get_user.sql or list_users.sql."""
         locked = row["state"] == "locked"
-        lock = UserLock(row["holder"], row["fence"], row["acquired_at"], row["expires_at"]) if locked else None
+        held = [row[name] for name in UserLock.__struct_fields__]
         return cls(
             id=row["id"],
             created_at=row["created_at"],
@@ -228,7 +235,7 @@ class User(Struct):
             labels=cast("Any", msgspec.Raw(row["labels"].encode())),
             state=row["state"],
             locktime=row["acquired_at"] if locked else None,
-            lock=lock,
+            lock=UserLock(*held) if locked else None,
             quarantine=row["quarantine"],
         )
 
@@ -241,9 +248,11 @@ class UserPage(Struct):
 class Ended(Struct):
     fence: int
     holder: str
+    note: str
     acquired_at: datetime
     ended_at: datetime | None
     ended_by: Literal["released", "expired", "forced"] | None
+    outcome: Outcome | None
 
 
 class HistoryPage(Struct):
@@ -260,6 +269,7 @@ class Pool(Struct):
     locked: int
     resting: int
     quarantined: int
+    failing: int
     waiting: int
 
 
@@ -283,6 +293,7 @@ class Lock(Struct):
     id: uuid.UUID
     fence: int
     holder: str
+    note: str
     ttl: int
     acquired_at: datetime
     expires_at: datetime
@@ -300,7 +311,16 @@ class Lock(Struct):
             labels=cast("Any", msgspec.Raw(row["labels"].encode())),
             password=password,
         )
-        return cls(row["lock_id"], row["fence"], row["holder"], row["ttl"], row["acquired_at"], row["expires_at"], user)
+        return cls(
+            id=row["lock_id"],
+            fence=row["fence"],
+            holder=row["holder"],
+            note=row["note"],
+            ttl=row["ttl"],
+            acquired_at=row["acquired_at"],
+            expires_at=row["expires_at"],
+            user=user,
+        )
 
 
 class LockSet(Struct):

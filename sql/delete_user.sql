@@ -30,8 +30,8 @@ unlocked as (
     where locks.user_id = deleted.id
 ),
 recorded as (
-    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-    select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at,
+    insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at,
         case when held then 'forced' else 'expired' end
     from found
     where lock_id is not null

@@ -16,12 +16,12 @@ freed as (
         ready_at = greatest(locks.acquired_at, least(clock_timestamp(), locks.expires_at))
     from held
     where locks.lock_id = held.lock_id
-    returning held.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.acquired_at,
-        locks.ready_at as ended_at
+    returning held.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.note,
+        locks.acquired_at, locks.ready_at as ended_at
 ),
 recorded as (
-    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-    select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, 'forced'
+    insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, 'forced'
     from freed
 )
 select users.id as user_id, freed.lock_id, freed.fence, freed.holder,

@@ -7,7 +7,7 @@
 -- Reads from the place of the last page on, so each page costs the same.
 select users.id, users.created_at, users.login, users.project_id, users.env, users.domain, users.labels,
     lock_states.state, lock_states.holder, lock_states.fence, lock_states.acquired_at, lock_states.expires_at,
-    lock_states.quarantine
+    lock_states.quarantine, lock_states.note
 from users
 join lock_states on lock_states.user_id = users.id
 where (users.created_at, users.id) > ($8::timestamptz, $9::uuid)

@@ -122,9 +122,9 @@ async def test_each_change_of_a_lock_is_one_line(api, project, log):
     told(extended, "lock-extended", **of_lock(first), ttl_seconds=90)
 
     begin = len(log.lines())
-    await api.delete(f"/locks/{first['id']}?cooldown=5&quarantine=login page says: blocked")
+    await api.delete(f"/locks/{first['id']}?cooldown=5&outcome=failed&quarantine=login page says: blocked")
     released, quarantined = log.after(begin)
-    told(released, "lock-released", **of_lock(first), cooldown_seconds=5)
+    told(released, "lock-released", **of_lock(first), cooldown_seconds=5, outcome="failed")
     told(quarantined, "user-quarantined", user_id=first["user"]["id"], reason="login page says: blocked")
 
     second = (await acquire(api, project, holder="ci", key=(key := uuid.uuid4()))).json()

@@ -49,6 +49,7 @@ PINNED = {
     "0006.clients": "ad455bd3c765e5d1",
     "0007.labels": "db2f46fd2035485a",
     "0008.free_users": "7dd649367414832c",
+    "0010.more_than_a_password": "39b0ad33b62c2bd8",
 }
 
 
