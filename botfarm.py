@@ -47,12 +47,14 @@ if __name__ == "__main__":  # first of all: a command imports only what it needs
 import asyncio
 import contextlib
 import gc
+import hashlib
 import importlib.resources
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import datetime
+from email.utils import format_datetime
 from functools import partial
 from operator import itemgetter
 from typing import Annotated, Any, cast
@@ -439,6 +441,67 @@ async def release_lock(
         raise await request.farm.locks.not_held(id, owner)
 
 
+# ---- Sessions: what a test needs to be logged in already, for whoever holds the user now ---------------------
+
+SESSION = 256 * 1024  # bytes
+SessionTtl = Annotated[int, QueryParameter(ge=1, le=2_592_000, description="seconds for which it is worth something")]
+KEPT: dict[str, Any] = LOCKING | {"opt": {"scope": "locks", "limit": "what a session may have", "json": True}}
+
+
+@put(
+    "/locks/{id:uuid}/session", status_code=204, request_max_body_size=SESSION, **KEPT,
+    raises=[problems.LockNotHeld, problems.NotSealed],
+)  # fmt: skip
+async def put_session(request: Call, id: Id, ttl: SessionTtl = 86400) -> None:
+    """Keep what a test needs to be logged in: cookies, tokens, a browser's storage state.
+
+    Any JSON of up to 256 KiB, for this user's next holders. It ends with its ttl, with a new password or login of the
+    user, and when a quarantine begins.
+    """
+    farm, client, session = request.farm, request.caller.client, await request.any_json()
+    keyring = farm.passwords.sealing()
+    held = await farm.pool.fetchrow(SQL["get_held"], id, client)
+    if held:
+        sealed = keyring.seal_as("session", held["user_id"], session)
+        held = await farm.pool.fetchrow(SQL["put_session"], id, client, ttl, keyring.first, sealed)
+    if held is None:
+        raise await farm.locks.not_held(id, client)
+    farm.events.log("session-stored", request.cause, held, ttl_seconds=ttl)
+
+
+@get(
+    "/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NoSession, problems.NotSealed],
+)  # fmt: skip
+async def get_session(request: Call, id: Id) -> Response[Any]:
+    """The session of the user, byte for byte as it was stored."""
+    farm, client = request.farm, request.caller.client
+    keyring = farm.passwords.sealing()
+    row = await farm.pool.fetchrow(SQL["get_session"], id, client)
+    if row is None:
+        raise await farm.locks.not_held(id, client)
+    if row["sealed"] is None:
+        raise problems.NoSession
+    session = keyring.open_as("session", row["user_id"], row["key_id"], row["sealed"])
+    farm.events.log("session-told", request.cause, row)
+    headers = NO_STORE | {
+        "ETag": f'"{hashlib.sha256(session).hexdigest()[:32]}"',
+        "Last-Modified": format_datetime(row["stored_at"], usegmt=True),
+        "Expires": format_datetime(row["session_until"], usegmt=True),
+    }
+    return Response(session, media_type=words.JSON, headers=headers)
+
+
+@delete("/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NotSealed])
+async def delete_session(request: Call, id: Id) -> None:
+    """Forget the session. Also when there is none."""
+    farm, client = request.farm, request.caller.client
+    farm.passwords.sealing()
+    held = await farm.pool.fetchrow(SQL["delete_session"], id, client)
+    if held is None:
+        raise await farm.locks.not_held(id, client)
+    farm.events.log("session-deleted", request.cause, held)
+
+
 @delete("/locks", status_code=200, **LOCKING)
 async def release_holder(
     request: Call,
@@ -545,6 +608,8 @@ async def prune(farm: Farm) -> None:
     for statement in ("prune_history", "prune_keys"):
         while await farm.pool.execute(SQL[statement], farm.settings.history_days, 1000) == "DELETE 1000":
             await asyncio.sleep(0.05)
+    while await farm.pool.execute(SQL["prune_sessions"], 100) == "DELETE 100":
+        await asyncio.sleep(0.05)
     if farm.gate:
         await farm.pool.execute(SQL["prune_token_requests"])
 
@@ -627,7 +692,8 @@ def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
     calls = [
         create_user, list_users, import_users, export_users, get_user, update_user, delete_user, verify_password,
         quarantine_user, end_quarantine, list_history, list_pools, acquire_lock, acquire_user, acquire_set, get_lock,
-        extend_lock, release_lock, release_holder, force_release, livez, readyz, metrics,
+        extend_lock, release_lock, put_session, get_session, delete_session, release_holder, force_release, livez,
+        readyz, metrics,
     ]  # fmt: skip
     return calls + ([issue_token] if settings.auth == "on" else [])
 

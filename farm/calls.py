@@ -40,6 +40,7 @@ from farm.telemetry import Cause, Events, Exporter, Snapshot
 from farm.words import (
     JSON,
     Body,
+    check_json,
     check_words,
     decode_body,
     told,
@@ -167,7 +168,15 @@ class Call(Request[Any, Any, State]):
         """
         return self.decode(await self.body(), data_of(self.route_handler))
 
-    def decode(self, body: bytes, kind: type[Struct]) -> Any:
+    async def any_json(self) -> bytes:
+        """The body as it was sent, which is JSON of any form."""
+        body = await self.body()
+        self.check_media()
+        check_json(body)
+        return body
+
+    def check_media(self) -> None:
+        """Refuse what is not sent as JSON."""
         media = self.header(b"content-type")
         if media is None:  # as JSON, but not from a page in a browser, which could send that to any address unasked
             media = JSON if self.header(b"origin") is None else "none"
@@ -175,6 +184,9 @@ class Call(Request[Any, Any, State]):
             raise problems.UnsupportedMediaType(
                 f"The content type is {media!r}, but this call takes {JSON} (curl: --json)."
             )
+
+    def decode(self, body: bytes, kind: type[Struct]) -> Any:
+        self.check_media()
         try:
             value = decode_body(body, kind)
         except problems.MalformedBody:
@@ -321,7 +333,7 @@ def fail(request: Call, error: Exception) -> Response[Any]:
         case KeyFault():
             log.error("%s", error, extra={"cause": cause})
             return refusal(
-                request, problems.DatabaseUnavailable("A password is sealed with a key that this replica lacks.")
+                request, problems.DatabaseUnavailable("What is needed is sealed with a key that this replica lacks.")
             )
         case _ if isinstance(error, DATABASE_FAULTS):
             request.farm.events.database_failed("The database does not answer", error, cause)

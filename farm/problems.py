@@ -216,6 +216,14 @@ class LockNotHeld(Problem, status=404, slug="lock-not-held"):
         return cls(detail, ended_at=end["ended_at"], ended_by=end["ended_by"])
 
 
+class NoSession(Problem, status=404, slug="no-session"):
+    """The user has no session, or it has ended: log in, and keep one with PUT."""
+
+
+class NotSealed(Problem, status=409, slug="not-sealed"):
+    """Hashes alone are stored here, and sessions and codes need keys: set BOTFARM_KEYS to what `keygen` prints."""
+
+
 class NoMatchingUser(Problem, status=404, slug="no-matching-user"):
     """No user at all matches the filter, so waiting would not help: create one, or ask for less."""
 

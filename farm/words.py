@@ -14,7 +14,7 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast
 
 import asyncpg
 import msgspec
@@ -215,6 +215,7 @@ class User(Struct):
     env: str
     domain: str
     labels: dict[str, str]
+    has_session: bool
     state: UserState
     locktime: datetime | None
     lock: UserLock | None
@@ -233,6 +234,7 @@ class User(Struct):
             env=row["env"],
             domain=row["domain"],
             labels=cast("Any", msgspec.Raw(row["labels"].encode())),
+            has_session=row["has_session"],
             state=row["state"],
             locktime=row["acquired_at"] if locked else None,
             lock=UserLock(*held) if locked else None,
@@ -505,6 +507,19 @@ def _convert(raw: Any, kind: type[T]) -> T:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         raise Invalid(field_errors(error, raw, kind)) from None
+
+
+def _no_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def check_json(body: bytes) -> None:
+    """MalformedBody where this is no JSON. (msgspec would refuse half of a surrogate pair, too, and 1e999.)"""
+    try:
+        json.loads(body.decode(), parse_int=str, parse_float=str, parse_constant=_no_json)
+    except (ValueError, RecursionError) as error:  # without its text, which shows a part of what was sent
+        why = "nested too deep" if isinstance(error, RecursionError) else "not JSON in UTF-8"
+        raise MalformedBody(f"The body can't be read: it is {why}.") from None
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:

@@ -1,4 +1,4 @@
--- Change a user; a current lock stays.
+-- Change a user; a current lock stays. A session ends with a new login or password.
 --   $1 id  $2 login  $3 secret  $4 domain  $5 labels  (null leaves a value as it is)
 -- A user of another domain belongs to another pool, so its lock row moves in the same statement.
 -- What has changed comes back; a password that is given counts, though it may be the same.
@@ -38,8 +38,13 @@ new_pool as (
 moved as (
     update locks
     set pool_id = pool.id,
-        ready_at = case when lock_id is null then greatest(ready_at, clock_timestamp()) else ready_at end
-    from (
+        ready_at = case
+            when lock_id is null and pool_id <> pool.id then greatest(ready_at, clock_timestamp())
+            else ready_at
+        end,
+        session_until = case when changed.names && array['login', 'password'] then null else session_until end
+    from changed
+    cross join (
         select pools.id
         from pools
         join changed using (project_id, env, domain)
@@ -47,7 +52,10 @@ moved as (
         select id from new_pool
     ) as pool
     where locks.user_id = $1::uuid
-        and locks.pool_id <> pool.id
+        and (
+            locks.pool_id <> pool.id
+            or (locks.session_until is not null and changed.names && array['login', 'password'])
+        )
 )
 select names
 from changed

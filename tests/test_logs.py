@@ -160,6 +160,21 @@ async def test_each_change_of_a_lock_is_one_line(api, project, log):
     told(deleted, "user-deleted", user_id=fifth["user"]["id"])
 
 
+async def test_a_session_that_comes_or_goes_is_one_line(api, project, log):
+    await make_users(api, project)
+    lock = (await acquire(api, project, holder="ci")).json()
+    path = f"/locks/{lock['id']}/session"
+    begin = len(log.lines())
+    await api.put(path, json={"sid": 1}, params={"ttl": 60})
+    await api.get(path)
+    await api.delete(path)
+    await api.get(path)
+    stored, read, deleted = log.after(begin)
+    told(stored, "session-stored", **of_lock(lock), ttl_seconds=60)
+    told(read, "session-told", **of_lock(lock))
+    told(deleted, "session-deleted", **of_lock(lock))
+
+
 async def test_each_change_of_a_user_is_one_line(api, project, log):
     begin = len(log.lines())
     user = (await make_users(api, project))[0]["id"]
@@ -633,5 +648,5 @@ async def test_no_secret_is_in_any_line(empty_database, project, tmp_path):
 def test_the_table_of_events_lists_each_with_its_members():
     """As the tests above have seen them."""
     assert len(SEEN) > 5, "run the whole file"
-    rows = re.findall(r"^\| `((?:lock|users?|passwords?)-[a-z]+)` \|(.*?)\|", OPERATING, re.M)
+    rows = re.findall(r"^\| `((?:lock|session|code|users?|passwords?)-[a-z]+)` \|(.*?)\|", OPERATING, re.M)
     assert {event: set(re.findall(r"`([a-z_]+)`", members)) for event, members in rows} == SEEN
