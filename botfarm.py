@@ -20,6 +20,7 @@ each of which imports only those below it:
     farm/waiting.py      who gets whom when calls wait
     farm/clients.py      who may call: clients, tokens, scopes, projects
     farm/telemetry.py    what happened: the log, which is the audit trail, and the metrics
+    farm/codes.py        one-time codes, each given out once
     farm/passwords.py    sealing and hashing
     farm/migrations.py   the schema of the database, brought up to date
     farm/database.py     the SQL files, the two pools, statements that calls share
@@ -71,9 +72,9 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from litestar.response import Stream
 from litestar.static_files import create_static_files_router
 from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from farm import problems, words
+from farm import codes, problems, words
 from farm.calls import Call, Farm, echo, enter, fail, refusal, refuse, reply
 from farm.clients import (
     LONGEST_FORM,
@@ -139,6 +140,18 @@ def user_filter(
 FILTERED = {"filters": Provide(user_filter, sync_to_thread=False)}
 
 
+def sealed_codes(farm: Farm, id: uuid.UUID, totp: str | UnsetType | None) -> codes.Columns | tuple[None, None, None]:
+    """The columns of a user's one-time codes. NotSealed where hashes alone are stored, whatever is sent."""
+    if totp is not UNSET:
+        farm.passwords.sealing()
+    if not totp:
+        return None, None, None
+    try:
+        return codes.sealed(farm.passwords, id, codes.read_totp(totp))
+    except ValueError as error:
+        raise problems.Invalid.field("totp", str(error)) from None
+
+
 async def find_user(farm: Farm, id: uuid.UUID) -> User:
     row = await farm.pool.fetchrow(SQL["get_user"], id)
     if row is None:
@@ -146,16 +159,17 @@ async def find_user(farm: Farm, id: uuid.UUID) -> User:
     return User.of(row)
 
 
-@post("/users", **WRITING, raises=[problems.LoginTaken])
+@post("/users", **WRITING, raises=[problems.LoginTaken, problems.NotSealed])
 async def create_user(request: Call, data: JSONBody[words.NewUser]) -> Response[User]:
     """Create a user.
 
     The login is unique within project and env. The password is stored sealed or hashed.
     """
     farm, id = request.farm, new_id()
+    totp = sealed_codes(farm, id, data.totp)
     secret = await farm.passwords.store(id, data.password)
     labels = msgspec.json.encode(data.labels).decode()
-    made = (id, data.login, secret, data.project_id, data.env, data.domain, labels)
+    made = (id, data.login, secret, data.project_id, data.env, data.domain, labels, *totp)
     if await farm.pool.fetchrow(SQL["create_user"], *made) is None:
         raise problems.LoginTaken.of(data.login)
     farm.events.user("created", id, request.cause)
@@ -186,7 +200,7 @@ async def get_user(request: Call, id: Id) -> User:
     return await find_user(request.farm, id)
 
 
-@patch("/users/{id:uuid}", **WRITING, raises=[problems.UserNotFound, problems.LoginTaken])
+@patch("/users/{id:uuid}", **WRITING, raises=[problems.UserNotFound, problems.LoginTaken, problems.NotSealed])
 async def update_user(request: Call, id: Id, data: JSONBody[words.UserChanges]) -> User:
     """Change a user.
 
@@ -194,10 +208,11 @@ async def update_user(request: Call, id: Id, data: JSONBody[words.UserChanges]) 
     """
     farm = request.farm
     login, password, domain = (None if v is UNSET else v for v in (data.login, data.password, data.domain))
+    totp = data.totp is not UNSET, *sealed_codes(farm, id, data.totp)
     secret = await farm.passwords.store(id, password) if password is not None else None
     labels = None if data.labels is UNSET else msgspec.json.encode(data.labels).decode()
     try:
-        changed = await farm.pool.fetchval(SQL["update_user"], id, login, secret, domain, labels)
+        changed = await farm.pool.fetchval(SQL["update_user"], id, login, secret, domain, labels, *totp)
     except asyncpg.UniqueViolationError:
         raise problems.LoginTaken.of(login) from None
     if changed:
@@ -441,7 +456,7 @@ async def release_lock(
         raise await request.farm.locks.not_held(id, owner)
 
 
-# ---- Sessions: what a test needs to be logged in already, for whoever holds the user now ---------------------
+# ---- With a lock: sessions and one-time codes, for its holder alone ------------------------------------------
 
 SESSION = 256 * 1024  # bytes
 SessionTtl = Annotated[int, QueryParameter(ge=1, le=2_592_000, description="seconds for which it is worth something")]
@@ -500,6 +515,24 @@ async def delete_session(request: Call, id: Id) -> None:
     if held is None:
         raise await farm.locks.not_held(id, client)
     farm.events.log("session-deleted", request.cause, held)
+
+
+@post(
+    "/locks/{id:uuid}/totp", status_code=200, **LOCKING,
+    raises=[problems.LockNotHeld, problems.NoTotp, problems.CodeSpent, problems.NotSealed, problems.ShuttingDown],
+)  # fmt: skip
+async def give_code(request: Call, id: Id) -> Response[words.Code]:
+    """Get a one-time code of the user.
+
+    Each is given out once. Where the present one was given, or is about to end, the call waits for the next.
+    """
+    farm, client = request.farm, request.caller.client
+    given = await farm.codes.give(id, client)
+    if given is None:
+        raise await farm.locks.not_held(id, client)
+    row, code = given
+    farm.events.log("code-told", request.cause, row)
+    return reply(words.Code(code, row["valid_until"]), 200, NO_STORE)
 
 
 @delete("/locks", status_code=200, **LOCKING)
@@ -692,8 +725,8 @@ def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
     calls = [
         create_user, list_users, import_users, export_users, get_user, update_user, delete_user, verify_password,
         quarantine_user, end_quarantine, list_history, list_pools, acquire_lock, acquire_user, acquire_set, get_lock,
-        extend_lock, release_lock, put_session, get_session, delete_session, release_holder, force_release, livez,
-        readyz, metrics,
+        extend_lock, release_lock, put_session, get_session, delete_session, give_code, release_holder, force_release,
+        livez, readyz, metrics,
     ]  # fmt: skip
     return calls + ([issue_token] if settings.auth == "on" else [])
 
@@ -720,7 +753,7 @@ async def running(app: Litestar) -> AsyncIterator[None]:
             stack.callback(gate.close)
         app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
         tasks = [asyncio.create_task(job) for job in jobs_of(farm, database)]
-        on_stop(farm.locks.stop)
+        on_stop(farm.stop)
         collect_seldom()
         try:
             yield

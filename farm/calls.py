@@ -30,6 +30,7 @@ from farm.clients import (
     caller_of,
     cause_of,
 )
+from farm.codes import Codes
 from farm.database import DATABASE_FAULTS, SQL, Connections
 from farm.imports import Imports
 from farm.locks import Locks
@@ -70,7 +71,13 @@ class Farm:
         self.locks = Locks(settings, hot, pool, passwords, events, gate)
         self.desk = self.locks.desk
         self.exporter = Exporter(events, pool, self.snapshot)
+        self.codes = Codes(pool, passwords)
         self.imports = Imports(settings, hot, pool, passwords)
+
+    def stop(self) -> None:
+        """The service ends: those who wait are told."""
+        self.locks.stop()
+        self.codes.stop()
 
     def snapshot(self) -> Snapshot:
         """What this worker has at this moment, for the metrics."""

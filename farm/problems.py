@@ -220,6 +220,14 @@ class NoSession(Problem, status=404, slug="no-session"):
     """The user has no session, or it has ended: log in, and keep one with PUT."""
 
 
+class NoTotp(Problem, status=404, slug="no-totp"):
+    """The user has no secret of one-time codes: set its `totp`."""
+
+
+class CodeSpent(Problem, status=409, slug="code-spent"):
+    """The codes of this user are given to others who ask; each is given out once. Try again for the next one."""
+
+
 class NotSealed(Problem, status=409, slug="not-sealed"):
     """Hashes alone are stored here, and sessions and codes need keys: set BOTFARM_KEYS to what `keygen` prints."""
 

@@ -49,6 +49,21 @@ Password = Annotated[str, Meta(min_length=1, max_length=1024, pattern=NO_NUL, ex
 Holder = Annotated[str, Meta(max_length=200, pattern=PLAIN, description="who asks, for people and bulk release")]
 Note = Annotated[str, Meta(max_length=500, pattern=PLAIN, description="why, where, a link to the run; for people")]
 Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=PLAIN, examples=["login page says: blocked"])]
+# As the OpenAPI document tells it: `read_totp` takes the URI's parameters in any order, and others beside them.
+_L = "([A-Za-z2-7] *)"
+_BASE32 = f"{_L}{{8}}({_L}{{8}})+({_L}{{2}}|{_L}{{4}}|{_L}{{5}}|{_L}{{7}})?"
+_PARAMETERS = "(&algorithm=SHA(1|256|512))?(&digits=[6-8])?(&period=(1[5-9]|[2-9][0-9]|1[01][0-9]|120))?"
+TOTP = rf"^({_BASE32}|otpauth://totp/[A-Za-z0-9:@.]*\?secret={_BASE32.replace(' *', '')}{_PARAMETERS})$"
+Totp = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=2000,
+        description="an otpauth://totp/ URI, or its secret in base32",
+        examples=["JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP"],
+        extra_json_schema={"writeOnly": True, "pattern": TOTP},
+    ),
+]
 ProjectId = Annotated[uuid.UUID, Meta(examples=["11111111-1111-4111-8111-111111111111"])]
 Ttl = Annotated[int, Meta(ge=1, description="seconds until the lock ends by itself")]
 Wait = Annotated[int, Meta(ge=0, description="seconds to wait for a user that comes free")]
@@ -105,6 +120,7 @@ class UserFields(Body, frozen=True):
 
 class NewUser(UserFields, frozen=True, kw_only=True):
     password: Password
+    totp: Totp | UnsetType | None = UNSET
 
 
 class ImportedUser(UserFields, frozen=True):
@@ -118,6 +134,7 @@ class UserChanges(Body, frozen=True):
     password: Password | UnsetType = UNSET
     domain: Domain | UnsetType = UNSET
     labels: Labels | UnsetType = UNSET
+    totp: Totp | UnsetType | None = UNSET
 
 
 class PasswordCheck(Body, frozen=True):
@@ -216,6 +233,7 @@ class User(Struct):
     domain: str
     labels: dict[str, str]
     has_session: bool
+    has_totp: bool
     state: UserState
     locktime: datetime | None
     lock: UserLock | None
@@ -235,6 +253,7 @@ class User(Struct):
             domain=row["domain"],
             labels=cast("Any", msgspec.Raw(row["labels"].encode())),
             has_session=row["has_session"],
+            has_totp=row["has_totp"],
             state=row["state"],
             locktime=row["acquired_at"] if locked else None,
             lock=UserLock(*held) if locked else None,
@@ -335,6 +354,11 @@ class Health(Struct):
     status: str
 
 
+class Code(Struct):
+    code: str
+    valid_until: datetime
+
+
 class Valid(Struct):
     valid: bool
 
@@ -429,12 +453,13 @@ def check_words(settings: Settings, body: Any) -> None:
 
 # What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
 UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
+SECRETS = ("password", "totp")
 
 
 def told(text: str, place: str, value: Any) -> str:
-    """What msgspec says of a value, in words, and with the value but for passwords."""
+    """What msgspec says of a value, in words, and with the value where that is no secret."""
     text = in_words(text, RULES)
-    return f"{shown(value)} is not allowed: {text}" if place and not place.endswith("password") else text
+    return text if not place or place.endswith(SECRETS) else f"{shown(value)} is not allowed: {text}"
 
 
 def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError:
@@ -486,7 +511,7 @@ def _unknown_fields(raw: Any, kind: type, place: str = "") -> Iterator[FieldErro
 
 
 def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[FieldError]:
-    """All unknown fields, and the first fault, with the value that was sent (but for passwords)."""
+    """All unknown fields, and the first fault, with the value that was sent (but for secrets)."""
     unknown, fault = list(_unknown_fields(raw, kind))[:20], _fault(error, raw)
     return unknown if unknown and fault.message == UNKNOWN else [*unknown, fault]
 

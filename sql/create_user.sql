@@ -1,5 +1,6 @@
 -- Make a user and its lock, and its pool where that is new.
 --   $1 id  $2 login  $3 secret  $4 project_id  $5 env  $6 domain  $7 labels
+--   $8 key id  $9 sealed  $10 period  of its one-time codes (null: none)
 -- No row comes back when the login is taken. `do update` is there to return the pool that another call
 -- has made in this moment; it runs only then.
 with new_pool as (
@@ -24,6 +25,12 @@ unlocked as (
         union
         select id from new_pool
     ) as pool
+),
+with_codes as (
+    insert into user_codes (user_id, key_id, sealed, period)
+    select id, $8::text, $9::bytea, $10::int
+    from created
+    where $9::bytea is not null
 )
 select created_at
 from created

@@ -160,8 +160,8 @@ async def test_each_change_of_a_lock_is_one_line(api, project, log):
     told(deleted, "user-deleted", user_id=fifth["user"]["id"])
 
 
-async def test_a_session_that_comes_or_goes_is_one_line(api, project, log):
-    await make_users(api, project)
+async def test_a_session_or_a_code_that_comes_or_goes_is_one_line(api, project, log):
+    await make_users(api, project, totp="JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP")
     lock = (await acquire(api, project, holder="ci")).json()
     path = f"/locks/{lock['id']}/session"
     begin = len(log.lines())
@@ -173,6 +173,11 @@ async def test_a_session_that_comes_or_goes_is_one_line(api, project, log):
     told(stored, "session-stored", **of_lock(lock), ttl_seconds=60)
     told(read, "session-told", **of_lock(lock))
     told(deleted, "session-deleted", **of_lock(lock))
+
+    begin = len(log.lines())
+    assert (await api.post(f"/locks/{lock['id']}/totp")).status_code == 200
+    (code,) = log.after(begin)
+    told(code, "code-told", **of_lock(lock))
 
 
 async def test_each_change_of_a_user_is_one_line(api, project, log):

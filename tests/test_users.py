@@ -22,7 +22,7 @@ async def test_a_created_user_is_answered_whole_and_without_its_password(api, pr
     assert user == {
         "id": user["id"], "created_at": user["created_at"], "login": "ada", "project_id": project, "env": "prod",
         "domain": "regular", "labels": {"role": "admin"}, "state": "free", "locktime": None, "lock": None,
-        "quarantine": None, "has_session": False,
+        "quarantine": None, "has_session": False, "has_totp": False,
     }  # fmt: skip
     assert (await api.get(answer.headers["location"])).json() == user
 
