@@ -140,12 +140,12 @@ def user_filter(
 FILTERED = {"filters": Provide(user_filter, sync_to_thread=False)}
 
 
-def sealed_codes(farm: Farm, id: uuid.UUID, totp: str | UnsetType | None) -> codes.Columns | tuple[None, None, None]:
+def sealed_codes(farm: Farm, id: uuid.UUID, totp: str | UnsetType | None) -> codes.Columns:
     """The columns of a user's one-time codes. NotSealed where hashes alone are stored, whatever is sent."""
     if totp is not UNSET:
         farm.passwords.sealing()
     if not totp:
-        return None, None, None
+        return codes.NO_CODES
     try:
         return codes.sealed(farm.passwords, id, codes.read_totp(totp))
     except ValueError as error:
@@ -302,13 +302,14 @@ async def list_pools(request: Call, project_id: FromQuery[uuid.UUID | None] = No
 
 @post(
     "/users/import", status_code=200, **UPLOADING, request_max_body_size=None,
-    raises=[problems.UnsupportedMediaType, problems.BodyTooLarge, problems.MalformedBody, problems.LoginTaken],
+    raises=[problems.UnsupportedMediaType, problems.BodyTooLarge, problems.MalformedBody, problems.LoginTaken,
+        problems.NotSealed],
 )  # fmt: skip
 async def import_users(request: Call) -> words.Imported:
     """Create or replace many users by project, env and login.
 
     NDJSON (`application/x-ndjson`) or CSV (`text/csv`, labels as `label.<key>` columns), all or nothing. A known
-    user keeps its lock, and its password when its line has none.
+    user keeps its lock, and its password and its one-time codes when its line has none.
     """
     farm, settings = request.farm, request.farm.settings
     media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()

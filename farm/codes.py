@@ -87,7 +87,8 @@ def _whole(given: dict[str, str], name: str, default: int, least: int, most: int
     return int(text)
 
 
-Columns = tuple[str, bytes, int]  # key id, sealed, period: as user_codes has them
+Columns = tuple[str | None, bytes | None, int | None]  # key id, sealed, period: as user_codes has them
+NO_CODES: Columns = (None, None, None)
 
 
 def sealed(passwords: Passwords, owner: uuid.UUID, timed: Timed) -> Columns:

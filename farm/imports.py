@@ -19,7 +19,9 @@ from typing import Any
 
 import asyncpg
 import msgspec
+from msgspec import UNSET
 
+from farm.codes import NO_CODES, Columns, Timed, opened, read_totp, sealed
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id
 from farm.passwords import Passwords
 from farm.problems import (
@@ -42,8 +44,8 @@ CHUNK = 500  # users that are staged at once
 
 # ---- Lines to users ----------------------------------------------------------------------------------------
 
-FIELDS = ("login", "password", "project_id", "env", "domain")
-Numbered = tuple[int, ImportedUser]  # a user and the line it began on
+FIELDS = ("login", "password", "project_id", "env", "domain", "totp")
+Numbered = tuple[int, ImportedUser, Timed | None]  # the line that a user began on, the user, and its codes
 
 
 class ImportFile:
@@ -94,7 +96,10 @@ class ImportFile:
             raise Forbidden.project(user.project_id, f"Line {number}: ")
         for fault in forbidden(self.settings, user):
             return self.fail(number, fault.field, fault.message)
-        return number, user
+        try:
+            return number, user, read_totp(user.totp) if user.totp else None
+        except ValueError as error:
+            return self.fail(number, "totp", str(error))
 
 
 class NdjsonFile(ImportFile):
@@ -111,7 +116,7 @@ class NdjsonFile(ImportFile):
 
 
 class CsvFile(ImportFile):
-    """RFC 4180 with a header line. Empty cells of password, domain and labels count as left out."""
+    """RFC 4180 with a header line. Empty cells of password, domain, totp and labels count as left out."""
 
     header: list[str] | None = None  # before it was read; empty: it is bad, and no line is looked at
 
@@ -213,7 +218,10 @@ async def chunks(body: AsyncIterator[bytes], file: ImportFile, limit: int) -> As
 
 # ---- Users to the database ---------------------------------------------------------------------------------
 
-COLUMNS = ("line", "kind", "id", "project_id", "env", "domain", "login", "labels", "secret")
+COLUMNS = (
+    *("line", "kind", "id", "project_id", "env", "domain", "login", "labels", "secret"),
+    *("has_codes", "code_key", "code_sealed", "code_period"),
+)
 TAKEN = "Other calls made, renamed or deleted users of this file meanwhile, and nothing was stored: send it again."
 
 
@@ -228,32 +236,47 @@ class Import:
 
     async def stage(self, users: list[Numbered]) -> None:
         """Compare with the users that are known, seal the passwords that are new, and keep both for `apply`."""
-        keys = [(user.project_id, user.env, user.login) for _, user in users]
+        keys = [(user.project_id, user.env, user.login) for _, user, _ in users]
         found = await self.connection.fetch(SQL["import_known"], *zip(*keys, strict=True))
         known = {row["ordinal"]: row for row in found}
-        rows = [await self._row(line, user, known.get(place)) for place, (line, user) in enumerate(users, 1)]
+        rows = [await self._row(*numbered, known.get(place)) for place, numbered in enumerate(users, 1)]
         await self.connection.copy_records_to_table(
             "import_rows", schema_name="pg_temp", columns=COLUMNS, records=[row for row in rows if row]
         )
 
-    async def _row(self, line: int, user: ImportedUser, known: asyncpg.Record | None) -> tuple[Any, ...] | None:
+    async def _row(
+        self, line: int, user: ImportedUser, timed: Timed | None, known: asyncpg.Record | None
+    ) -> tuple[Any, ...] | None:
         if known is None and user.password is None:
             return self.file.fail(line, "password", "a password is needed: this user is new")
         id = known["id"] if known else new_id()
         secret = await self._secret(id, user.password, known)
+        codes = self._codes(id, user, timed, known)
         kind = "created"
         if known:
             same = known["domain"] == user.domain and msgspec.json.decode(known["labels"]) == user.labels
-            kind = "unchanged" if same and secret is None else "updated"
+            kind = "unchanged" if same and secret is None and codes is None else "updated"
         self.kinds[kind] += 1
         labels = msgspec.json.encode(user.labels).decode()
-        return line, kind, id, user.project_id, user.env, user.domain, user.login, labels, secret
+        place = user.project_id, user.env, user.domain, user.login
+        return line, kind, id, *place, labels, secret, codes is not None, *(codes or NO_CODES)
 
     async def _secret(self, id: uuid.UUID, password: str | None, known: asyncpg.Record | None) -> str | None:
         """What to store; None keeps what stands, without a password or where that is the same."""
         if password is None or (known and await self.passwords.verify(id, known["secret"], password)):
             return None
         return await self.passwords.store(id, password)
+
+    def _codes(
+        self, id: uuid.UUID, user: ImportedUser, timed: Timed | None, known: asyncpg.Record | None
+    ) -> Columns | None:
+        """What to store; None keeps what stands, without a totp or where that is the same. NotSealed without keys."""
+        if user.totp is UNSET:
+            return None
+        self.passwords.sealing()
+        if timed == (opened(self.passwords, known) if known and known["sealed"] else None):
+            return None
+        return sealed(self.passwords, id, timed) if timed else NO_CODES
 
     async def check(self) -> None:
         """Invalid when the file has errors, logins that stand in it twice among them."""
@@ -280,6 +303,7 @@ class Import:
             await self.connection.execute(SQL["import_create"], timeout=3600)
         except asyncpg.UniqueViolationError:
             raise LoginTaken(TAKEN) from None
+        await self.connection.execute(SQL["import_codes"], timeout=3600)
         await self.connection.execute(SQL["import_move"], timeout=3600)
 
 

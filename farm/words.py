@@ -124,9 +124,10 @@ class NewUser(UserFields, frozen=True, kw_only=True):
 
 
 class ImportedUser(UserFields, frozen=True):
-    """A line of an import: a known user keeps its password when there is none."""
+    """A line of an import: a known user keeps its password when there is none, and its codes when there is no totp."""
 
     password: Password | None = None
+    totp: Totp | UnsetType | None = UNSET
 
 
 class UserChanges(Body, frozen=True):

@@ -357,3 +357,69 @@ async def test_reseal_and_the_check_of_keys_know_of_it(empty_database, project):
         async with client(alone.url) as api:
             answer = await give(api, (await acquire(api, project)).json())
             assert answer.json()["code"] == expected(answer)
+
+
+# Imports
+
+
+async def send(api, text, media="application/x-ndjson"):
+    return await api.post("/users/import", content=text, headers={"Content-Type": media})
+
+
+def line(project, **values):
+    return json.dumps({"login": "bot-0", "project_id": project, "env": "stage"} | values)
+
+
+async def test_an_import_brings_keeps_changes_and_takes_out(api, project):
+    async def sent(**values):
+        answer = (await send(api, line(project, **values))).json()
+        (user,) = (await api.get("/users", params={"project_id": project})).json()["items"]
+        return next(kind for kind, count in answer.items() if count), user["has_totp"]
+
+    other = base64.b32encode(SEED).decode()
+    assert await sent(password="p", totp=SECRET) == ("created", True)
+    assert await sent() == ("unchanged", True)
+    assert await sent(totp=f"otpauth://totp/x?secret={SECRET.lower()}") == ("unchanged", True)
+    assert await sent(totp=f"otpauth://totp/x?secret={SECRET}&period=60") == ("updated", True)
+    assert await sent(totp=other, labels={"a": "b"}) == ("updated", True)
+    lock = (await acquire(api, project)).json()
+    answer = await give(api, lock)
+    assert answer.json()["code"] == expected(answer, other)
+    assert await sent(totp=None, labels={"a": "b"}) == ("updated", False)
+    assert await sent(totp=None, labels={"a": "b"}) == ("unchanged", False)
+
+
+async def test_a_csv_has_a_column_for_it_whose_empty_cells_keep_what_is_there(api, project):
+    await make_users(api, project, totp=SECRET)
+    text = f"login,totp,project_id,env,password\nbot-0,,{project},stage,\nbot-1,{SECRET},{project},stage,p\n"
+    text += f"bot-2,,{project},stage,p\n"
+    assert (await send(api, text, "text/csv")).json() == {"created": 2, "updated": 0, "unchanged": 1}
+    users = (await api.get("/users", params={"project_id": project})).json()["items"]
+    assert [user["has_totp"] for user in users] == [True, True, False]
+
+
+async def test_an_import_with_one_bad_secret_stores_nothing_and_shows_nothing(api, project):
+    canary = "CANARY" + "A" * 20 + "1"
+    lines = [line(project, login=f"u{n}", password="p", totp=SECRET) for n in range(3)]
+    answer = await send(api, "\n".join([*lines, line(project, login="bad", password="p", totp=canary)]))
+    assert slug(answer) == "invalid"
+    (error,) = answer.json()["errors"]
+    assert (error["line"], error["field"]) == (4, "totp")
+    assert "CANARY" not in answer.text
+    assert (await api.get("/users", params={"project_id": project})).json()["items"] == []
+
+
+async def test_what_is_exported_has_no_secret_and_keeps_the_codes_when_it_comes_back(api, project):
+    await make_users(api, project, totp=SECRET)
+    exported = await api.get("/users/export", params={"project_id": project})
+    assert SECRET not in exported.text
+    assert json.loads(exported.text)["has_totp"] is True
+
+
+async def test_an_import_without_keys_refuses_it(empty_database, project):
+    with serving(settings(empty_database, keys=None)) as alone:
+        async with client(alone.url) as api:
+            for totp in (SECRET, None):
+                assert slug(await send(api, line(project, password="p", totp=totp))) == "not-sealed"
+            csv = f"login,password,project_id,env,totp\nbot-0,p,{project},stage,\n"
+            assert (await send(api, csv, "text/csv")).json()["created"] == 1
