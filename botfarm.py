@@ -380,9 +380,12 @@ async def acquire_lock(request: Call, data: JSONBody[words.AcquireLock]) -> Resp
     """Acquire a lock on any free user that matches.
 
     The reply carries the user's password, and the lock's id, which is the proof of holding. With an
-    `Idempotency-Key` a repeat answers with the same lock, so no user is lost to a lost reply.
+    `Idempotency-Key` a repeat answers with the same lock, so no user is lost to a lost reply. With `prefer` one that
+    has a live session comes first, among those that are free.
     """
-    granted = await request.farm.locks.acquire(request, ask_of(request, (data.wish(),), data))
+    ask = ask_of(request, (data.wish(),), data)
+    ask.prefers_session = data.prefer == "session"
+    granted = await request.farm.locks.acquire(request, ask)
     return grant(request, granted)
 
 

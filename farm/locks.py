@@ -117,6 +117,7 @@ class Locks:
         self.stopping = False
         self.bad_logins = settings.bad_logins
         self.claim = self._coalesced(settings, self._claim_or_wait, "acquire_locks")
+        self.claim_with_session = Coalescer(self._claim_with_sessions, settings.batch)
         self.release = self._coalesced(settings, self._release, "release_locks")
         self.extend = self._coalesced(settings, self._extend, "extend_locks")
         self.keyed = self._coalesced(settings, partial(find_keyed, hot), "get_keyed_locks")
@@ -175,6 +176,8 @@ class Locks:
     async def _claim(self, request: Request, ask: Ask) -> list[asyncpg.Record]:
         """The rows of the users that it got, maybe none."""
         ask.answer, ask.leaving = None, False
+        if ask.prefers_session and not self.desk.crowded(ask) and (rows := await self.claim_with_session(ask)):
+            return rows
         if len(ask.wishes) == 1:
             rows = await self.claim(ask)
             if rows is not None:
@@ -300,6 +303,28 @@ class Locks:
             if not rows:
                 break
         return granted
+
+    async def _claim_with_sessions(self, asks: list[Ask]) -> list[list[asyncpg.Record]]:
+        """The row of each that got a user with a live session, none for the others."""
+        granted: dict[Ask, list[asyncpg.Record]] = {}
+        for _ in range(5):  # another replica may take those that were found
+            left = [ask for ask in asks if ask not in granted and not ask.leaving]
+            try:
+                if not (chosen := match(left, await self._find_with_sessions(left), 0)):
+                    break
+                granted |= await self.desk.hand_out(chosen)
+            except Exception:
+                if not granted:
+                    raise
+                break  # as in `_claim_for`
+        return [granted.get(ask, []) for ask in asks]
+
+    async def _find_with_sessions(self, asks: list[Ask]) -> dict[Wish, list[uuid.UUID]]:
+        wishes = list(dict.fromkeys(ask.wishes[0] for ask in asks))
+        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in wishes}
+        for row in await self.hot.fetch(SQL["find_with_sessions"], *columns(wishes, Wish), len(asks)):
+            fitting[wishes[row["filter"] - 1]].append(row["id"])
+        return fitting
 
     async def _acquire_locks(self, asks: list[Ask]) -> list[asyncpg.Record]:
         wanted = Counter(ask.wishes[0] for ask in asks)

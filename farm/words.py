@@ -162,6 +162,7 @@ class AcquireLock(Filter, frozen=True):
     wait: Wait = 0
     holder: Holder = ""
     note: Note = ""
+    prefer: Literal["any", "session"] = "any"
 
 
 class AcquireUser(Body, frozen=True):

@@ -25,17 +25,20 @@ create index locks_with_session on locks (pool_id, ready_at)
 where lock_id is null and quarantine is null and session_until is not null;
 
 -- What tests need to be logged in already, sealed. No foreign key, for its check would wait for an import of the same
--- user; that of a user who is deleted is forgotten within a minute.
+-- user.
 create table user_sessions (
     user_id uuid primary key,
     key_id text not null,
     sealed bytea not null,
     stored_at timestamptz not null,
+    ends_at timestamptz not null,  -- session_until says whether it has ended before
     constraint "a session has a nonce and a tag" check (octet_length(sealed) > 28)
 ) with (
     autovacuum_vacuum_scale_factor = 0.02,
     toast.autovacuum_vacuum_scale_factor = 0.02
 );
+
+create index user_sessions_by_end on user_sessions (ends_at);
 
 -- Ciphertext cannot be compressed, so nobody tries to.
 alter table user_sessions alter column sealed set storage external;

@@ -1,12 +1,12 @@
--- Forget sessions that have ended: by their time, by a new password or login, by a quarantine, with their user.
+-- Forget sessions whose time is up.
 --   $1  how many at the most  int
--- One that is stored anew meanwhile stays: it is not the one that was seen.
+-- One that is stored anew meanwhile stays: its time is looked at once more. Those that ended before their time, by a new
+-- password or a quarantine, nobody is told any more; they stay sealed until it has come.
 with ended as materialized (
-    select user_sessions.user_id, user_sessions.stored_at
+    select user_id
     from user_sessions
-    left join locks on locks.user_id = user_sessions.user_id
-    where locks.session_until is null
-        or locks.session_until <= clock_timestamp()
+    where ends_at <= (select clock_timestamp())
+    order by ends_at
     limit $1::int
 ),
 told as (
@@ -19,4 +19,4 @@ told as (
 delete from user_sessions
 using ended
 where user_sessions.user_id = ended.user_id
-    and user_sessions.stored_at = ended.stored_at
+    and user_sessions.ends_at <= clock_timestamp()

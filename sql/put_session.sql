@@ -12,16 +12,17 @@ with held as (
     where lock_id = $1::uuid
         and ($2::uuid is null or client_id = $2::uuid)
         and expires_at > clock_timestamp()
-    returning lock_id, user_id, fence, holder
+    returning lock_id, user_id, fence, holder, session_until
 ),
 stored as (
-    insert into user_sessions (user_id, key_id, sealed, stored_at)
-    select user_id, $4::text, $5::bytea, clock_timestamp()
+    insert into user_sessions (user_id, key_id, sealed, stored_at, ends_at)
+    select user_id, $4::text, $5::bytea, clock_timestamp(), session_until
     from held
     on conflict (user_id) do update
     set key_id = excluded.key_id,
         sealed = excluded.sealed,
-        stored_at = excluded.stored_at
+        stored_at = excluded.stored_at,
+        ends_at = excluded.ends_at
 )
 select lock_id, user_id, fence, holder
 from held

@@ -173,9 +173,8 @@ async def test_a_former_holder_never_overwrites_what_the_next_one_keeps(api, pro
 async def blocked(connection):
     """Until another call waits for what this connection has."""
     for _ in range(500):
-        if await connection.fetchval(
-            "select count(*) from pg_stat_activity where pg_backend_pid() = any(pg_blocking_pids(pid))"
-        ):
+        waiting = "select from pg_locks where not granted and pg_backend_pid() = any(pg_blocking_pids(pid))"
+        if await connection.fetch(waiting):
             return
         await asyncio.sleep(0.01)
     raise AssertionError("nobody waited")
@@ -239,18 +238,44 @@ async def test_it_ends_when_a_test_takes_the_user_out(empty_database, project, q
 
 
 async def test_what_has_ended_is_forgotten_and_what_has_not_is_kept(api, project, database):
-    """Also that of a user who is gone."""
-    users = await make_users(api, project, 4)
+    """That of a user who is gone at once."""
+    users = await make_users(api, project, 3)
     locks = [(await api.put(f"/users/{user['id']}/lock")).json() for user in users]
     for lock in locks:
         await keep(api, lock)
-    await api.post(f"/users/{users[0]['id']}/quarantine", json={"reason": "blocked"})
-    await api.delete(f"/users/{users[1]['id']}?force=true")
-    await execute(database, f"update locks set session_until = now() where user_id = '{users[2]['id']}'")
-    await execute(database, SQL["prune_sessions"].replace("$1::int", "100"))
-    left = await execute(database, "select user_id::text from user_sessions")
-    assert {row["user_id"] for row in left} & {user["id"] for user in users} == {users[3]["id"]}
-    assert (await kept(api, locks[3])).status_code == 200
+    await api.delete(f"/users/{users[0]['id']}?force=true")
+    assert await stored(database, users) == {users[1]["id"], users[2]["id"]}
+    over = f"where user_id = '{users[1]['id']}'"
+    await execute(database, f"update user_sessions set ends_at = now() {over}", "select 1")
+    await execute(database, f"update locks set session_until = now() {over}", "select 1")
+    await execute(database, PRUNE)
+    assert await stored(database, users) == {users[2]["id"]}
+    assert (await execute(database, f"select session_until from locks {over}"))[0][0] is None
+    assert (await kept(api, locks[2])).status_code == 200
+
+
+PRUNE = SQL["prune_sessions"].replace("$1::int", "100")
+
+
+async def stored(database, users):
+    rows = await execute(database, "select user_id::text from user_sessions")
+    return {row["user_id"] for row in rows} & {user["id"] for user in users}
+
+
+async def test_one_that_is_stored_anew_as_it_is_forgotten_stays(api, project, lock, database):
+    await keep(api, lock)
+    this = f"where user_id = '{lock['user']['id']}'"
+    await execute(database, f"update user_sessions set ends_at = now() {this}", "select 1")
+    connection = await asyncpg.connect(database)
+    try:
+        async with connection.transaction():
+            await connection.execute(f"update user_sessions set ends_at = now() + interval '1 hour' {this}")
+            pruning = asyncio.create_task(execute(database, PRUNE))
+            await blocked(connection)
+        await pruning
+    finally:
+        await connection.close()
+    assert (await kept(api, lock)).status_code == 200
 
 
 async def test_neither_import_nor_export_carries_it(api, project, lock):
@@ -334,3 +359,85 @@ async def test_reseal_and_the_check_of_keys_know_of_them(empty_database, project
             logins = {user["id"]: user["login"] for user in users}
             for row in rows:
                 assert (await kept(api, {"id": row["lock_id"]})).json() == logins[str(row["user_id"])]
+
+
+# To prefer one
+
+
+async def test_who_prefers_a_session_gets_a_user_that_has_one(api, project, database):
+    """While there is one that is free and fits; then any."""
+    users = await make_users(api, project, 6)
+    for user in users[2:5]:
+        lock = (await api.put(f"/users/{user['id']}/lock")).json()
+        await keep(api, lock)
+        await api.delete(f"/locks/{lock['id']}")
+    await execute(database, f"update locks set session_until = now() where user_id = '{users[4]['id']}'")
+    await api.patch(f"/users/{users[3]['id']}", json={"labels": {"role": "admin"}})
+    logins = []
+    for wish in ({"labels": {"role": "admin"}, "env": "stage"}, {}, {}, {"prefer": "any"}):
+        lock = (await acquire(api, project, **({"prefer": "session", "note": "n"} | wish))).json()
+        logins.append(lock["user"]["login"])
+    assert logins[:2] == ["bot-3", "bot-2"]
+    assert set(logins[2:]) < {"bot-0", "bot-1", "bot-4", "bot-5"}
+
+
+async def test_a_user_whose_lock_ran_out_is_free_for_those_too(api, project, database):
+    users = await make_users(api, project, 3)
+    lock = (await api.put(f"/users/{users[1]['id']}/lock")).json()
+    await keep(api, lock)
+    await pass_time(database, users[1]["id"])
+    assert (await acquire(api, project, prefer="session")).json()["user"]["id"] == users[1]["id"]
+
+
+async def test_a_preference_is_no_condition_and_has_two_words(api, project):
+    assert slug(await acquire(api, project, prefer="session")) == "no-matching-user"
+    await make_users(api, project)
+    for prefer in ("Session", None, "", True):
+        assert slug(await acquire(api, project, prefer=prefer)) == "invalid"
+    key = uuid.uuid4()
+    locks = [(await acquire(api, project, prefer="session", key=key)).json() for _ in range(2)]
+    assert locks[0] == locks[1]
+    assert slug(await acquire(api, project, prefer="session")) == "pool-exhausted"
+    assert slug(await api.put(f"/users/{locks[0]['user']['id']}/lock", json={"prefer": "session"})) == "invalid"
+
+
+async def test_a_repeat_with_a_key_finds_the_lock_that_preferred_a_session(api, project):
+    for user in await make_users(api, project, 3):
+        lock = (await api.put(f"/users/{user['id']}/lock")).json()
+        await keep(api, lock)
+        await api.delete(f"/locks/{lock['id']}")
+    key = uuid.uuid4()
+    answers = await asyncio.gather(*(acquire(api, project, prefer="session", key=key) for _ in range(5)))
+    assert len({answer.json()["id"] for answer in answers}) == 1
+
+
+async def test_many_who_prefer_one_share_all_that_there_are(api, project, service, database):
+    """At two replicas, 20 users with a session and 20 without: nobody takes one without before all others are gone."""
+    users = await make_users(api, project, 40)
+    kept = [user["id"] for user in users[10:30]]
+    ids = ", ".join(f"'{id}'" for id in kept)
+    await execute(database, f"update locks set session_until = now() + interval '1 hour' where user_id in ({ids})")
+    with serving(settings(database)) as second:
+        async with client(second.url) as other:
+            calls = [acquire((api, other)[n % 2], project, prefer="session") for n in range(20)]
+            answers = await asyncio.gather(*calls)
+            assert {answer.json()["user"]["id"] for answer in answers} == set(kept)
+            answers = await asyncio.gather(
+                *(acquire((api, other)[n % 2], project, prefer="session") for n in range(21))
+            )
+            assert sorted(answer.status_code for answer in answers) == [201] * 20 + [409]
+
+
+async def test_nobody_who_prefers_one_goes_before_those_who_wait(api, project):
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    await keep(api, lock)
+    waiting = asyncio.create_task(acquire(api, project, wait=20, holder="first"))
+    await asyncio.sleep(0.3)
+    later = asyncio.create_task(acquire(api, project, wait=20, holder="second", prefer="session"))
+    await asyncio.sleep(0.1)
+    await api.delete(f"/locks/{lock['id']}")
+    first = (await waiting).json()
+    assert (await api.get(f"/users/{user['id']}")).json()["lock"]["holder"] == "first"
+    await api.delete(f"/locks/{first['id']}")
+    assert (await later).json()["holder"] == "second"
