@@ -92,6 +92,7 @@ RUN_BY = {
     ("docs/calls.md", "`GET /users/export`", 0): ("tests/test_docs.py", CURL),
     ("docs/calls.md", "`POST /locks/sets`", 0): ("tests/test_docs.py", CURL),
     ("docs/calls.md", "Retries", 0): ("tests/test_docs.py", CURL),
+    ("docs/sessions.md", "Sessions", 0): ("tests/test_docs.py", CURL),
     ("docs/waiting.md", "Waiting and sets", 0): ("tests/test_docs.py", CURL),
     ("docs/waiting.md", "Sets", 0): ("tests/test_docs.py", CURL),
     ("docs/security.md", "Authentication", 0): (
@@ -151,7 +152,7 @@ def shell(script: str, **options: Any) -> str:
 
 
 @needs_curl
-@pytest.mark.parametrize("name", ["README.md", "docs/calls.md", "docs/waiting.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/calls.md", "docs/sessions.md", "docs/waiting.md"])
 def test_the_curl_lines_work(empty_database, name):
     """Those of the README's first minute, then those of the page."""
     first = blocks("README.md")["README.md", "The first minute", 0]
