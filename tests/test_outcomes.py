@@ -155,6 +155,7 @@ async def test_a_late_outcome_says_nothing_of_the_next_holder(api, project, data
     (user,) = await make_users(api, project)
     late = (await acquire(api, project)).json()
     await pass_time(database, user["id"])
+    assert slug(await api.delete(f"/locks/{late['id']}", params={"outcome": "bad-login"})) == "lock-not-held"
     next = (await acquire(api, project)).json()
     for _ in range(3):
         refused = await api.delete(f"/locks/{late['id']}", params={"outcome": "bad-login"})
