@@ -17,6 +17,8 @@ each of which imports only those below it:
     farm/calls.py        what each call passes on its way in and out
     farm/imports.py      NDJSON and CSV in, NDJSON out
     farm/locks.py        the statements of locks, shared by the calls that arrive together; refusals and why
+    farm/overview.py     what pages show at a glance
+    farm/sessions.py     what a test needs to be logged in already
     farm/waiting.py      who gets whom when calls wait
     farm/clients.py      who may call: clients, tokens, scopes, projects
     farm/telemetry.py    what happened: the log, which is the audit trail, and the metrics
@@ -24,6 +26,8 @@ each of which imports only those below it:
     farm/passwords.py    sealing and hashing
     farm/migrations.py   the schema of the database, brought up to date
     farm/database.py     the SQL files, the two pools, statements that calls share
+    farm/addresses.py    the database's URL, and what it means when nobody answers there
+    farm/bodies.py       reading a body, and what is wrong with it
     farm/words.py        what callers send and get, with limits
     farm/problems.py     all that can be refused
     farm/settings.py     what can be configured
@@ -48,14 +52,15 @@ if __name__ == "__main__":  # first of all: a command imports only what it needs
 import asyncio
 import contextlib
 import gc
-import hashlib
 import importlib.resources
 import logging
+import signal
+import sys
+import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
-from email.utils import format_datetime
 from functools import partial
 from operator import itemgetter
 from typing import Annotated, Any, cast
@@ -72,23 +77,28 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from litestar.response import Stream
 from litestar.static_files import create_static_files_router
 from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
-from farm import codes, problems, words
-from farm.calls import Call, Farm, echo, enter, fail, refusal, refuse, reply
+from farm import problems, words
+from farm.addresses import RIGHTS, SchemaError, read_address
+from farm.bodies import media_of
+from farm.calls import Call, Farm, echo, enter, fail, idempotency_key, refusal, refuse, reply
 from farm.clients import (
     LONGEST_FORM,
     Gate,
     grant_token,
     read_form,
 )
+from farm.codes import sealed_codes
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
-from farm.imports import CsvFile, NdjsonFile, exported
+from farm.embedded import EmbeddedError
+from farm.imports import CsvFile, NdjsonFile, exported, labels_of, wants_csv
 from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
 from farm.passwords import Passwords, check_keys, keyring_of, load_keys
-from farm.server import on_stop
+from farm.server import end_with_parent, on_stop
+from farm.sessions import LONGEST
 from farm.settings import Secret, Settings, jittered, log
 from farm.telemetry import JOURNAL, Events, log_as_lines
 from farm.waiting import Ask, listen
@@ -110,6 +120,7 @@ READING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:read"}}
 WRITING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:write"}}
 LOCKING: dict[str, Any] = {"tags": ["locks"], "opt": {"scope": "locks"}}
 UPLOADING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:write", "upload": True}}
+LISTING: dict[str, Any] = {"tags": ["users"], "opt": {"scope": "users:read", "media": (NDJSON, CSV)}}
 FORCING: dict[str, Any] = {"tags": ["locks"], "opt": {"scope": "admin"}}
 ANYBODY: dict[str, Any] = {"tags": ["service"]}
 # What acquires take beside their body; read by `idempotency_key`.
@@ -133,23 +144,12 @@ def user_filter(
     holder: Annotated[str | None, QueryParameter(max_length=200, pattern=words.PLAIN)] = None,
     login: Annotated[str | None, QueryParameter(max_length=254, pattern=words.PLAIN)] = None,
     label: FromQuery[list[words.LabelPair] | None] = None,
+    login_prefix: Annotated[str | None, QueryParameter(min_length=1, max_length=254, pattern=words.PLAIN)] = None,
 ) -> words.UserFilter:
-    return words.UserFilter(project_id, env, domain, having, holder, login, label or [])
+    return words.UserFilter(project_id, env, domain, having, holder, login, label or [], login_prefix)
 
 
 FILTERED = {"filters": Provide(user_filter, sync_to_thread=False)}
-
-
-def sealed_codes(farm: Farm, id: uuid.UUID, totp: str | UnsetType | None) -> codes.Columns:
-    """The columns of a user's one-time codes. NotSealed where hashes alone are stored, whatever is sent."""
-    if totp is not UNSET:
-        farm.passwords.sealing()
-    if not totp:
-        return codes.NO_CODES
-    try:
-        return codes.sealed(farm.passwords, id, codes.read_totp(totp))
-    except ValueError as error:
-        raise problems.Invalid.field("totp", str(error)) from None
 
 
 async def find_user(farm: Farm, id: uuid.UUID) -> User:
@@ -166,15 +166,15 @@ async def create_user(request: Call, data: JSONBody[words.NewUser]) -> Response[
     The login is unique within project and env. The password is stored sealed or hashed.
     """
     farm, id = request.farm, new_id()
-    totp = sealed_codes(farm, id, data.totp)
+    totp = sealed_codes(farm.passwords, id, data.totp)
     secret = await farm.passwords.store(id, data.password)
     labels = msgspec.json.encode(data.labels).decode()
     made = (id, data.login, secret, data.project_id, data.env, data.domain, labels, *totp)
-    if await farm.pool.fetchrow(SQL["create_user"], *made) is None:
+    if (row := await farm.pool.fetchrow(SQL["create_user"], *made)) is None:
         raise problems.LoginTaken.of(data.login)
     farm.events.user("created", id, request.cause)
     farm.desk.freed()
-    return reply(await find_user(farm, id), 201, {"Location": f"/users/{id}"})
+    return reply(User.of(row), 201, {"Location": f"/users/{id}"})
 
 
 @get("/users", **READING, dependencies=FILTERED)
@@ -208,7 +208,7 @@ async def update_user(request: Call, id: Id, data: JSONBody[words.UserChanges]) 
     """
     farm = request.farm
     login, password, domain = (None if v is UNSET else v for v in (data.login, data.password, data.domain))
-    totp = data.totp is not UNSET, *sealed_codes(farm, id, data.totp)
+    totp = data.totp is not UNSET, *sealed_codes(farm.passwords, id, data.totp)
     secret = await farm.passwords.store(id, password) if password is not None else None
     labels = None if data.labels is UNSET else msgspec.json.encode(data.labels).decode()
     try:
@@ -300,6 +300,24 @@ async def list_pools(request: Call, project_id: FromQuery[uuid.UUID | None] = No
     return words.PoolList([words.Pool(**row, waiting=waiting(words.Wish.of_pool(row))) for row in rows])
 
 
+@get("/overview", **READING)
+async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = None) -> Response[words.Overview]:
+    """What a page shows at a glance: pools, the 200 locks that end first, the 50 latest ends.
+
+    A second old at the most. A page that sends its `ETag` as `If-None-Match` is answered by 304 while nothing changes.
+    """
+    caller = request.caller
+    caller.check_project(project_id)
+    view = await request.farm.glances.view(caller.projects, project_id)
+    headers = {"ETag": view.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
+    if view.is_known(request.header(b"if-none-match")):
+        return Response(cast("Any", None), status_code=304, headers=headers)
+    if "gzip" not in (request.header(b"accept-encoding") or ""):
+        return Response(cast("Any", view.body), media_type=words.JSON, headers=headers)
+    headers["Content-Encoding"] = "gzip"
+    return Response(cast("Any", view.packed), media_type=words.JSON, headers=headers)
+
+
 @post(
     "/users/import", status_code=200, **UPLOADING, request_max_body_size=None,
     raises=[problems.UnsupportedMediaType, problems.BodyTooLarge, problems.MalformedBody, problems.LoginTaken,
@@ -312,7 +330,7 @@ async def import_users(request: Call) -> words.Imported:
     user keeps its lock, and its password and its one-time codes when its line has none.
     """
     farm, settings = request.farm, request.farm.settings
-    media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()
+    media = media_of(request.header(b"content-type") or "")
     if media not in (NDJSON, CSV):
         raise problems.UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
     if (encoding := request.header(b"content-encoding") or "identity") != "identity":
@@ -325,15 +343,21 @@ async def import_users(request: Call) -> words.Imported:
     return imported
 
 
-@get("/users/export", **READING, media_type=NDJSON, dependencies=FILTERED)
+@get("/users/export", **LISTING, dependencies=FILTERED)
 async def export_users(request: Call, filters: NamedDependency[words.UserFilter]) -> Stream:
-    """All users that fit, one a line, without secrets."""
+    """All users that fit, one a line, without secrets.
+
+    NDJSON, or CSV with `Accept: text/csv`. An import takes both as they are.
+    """
     request.check(filters)
     pool, projects = request.farm.pool, request.caller.projects
     first = await pool.fetch(SQL["list_users"], *filters.columns((*words.FIRST_PLACE, 500), projects))
+    accept = ",".join(request.headers.getall("accept", []))
+    labels = await labels_of(pool, filters, projects, first) if wants_csv(accept) else None
     request.farm.events.log("users-exported", request.cause)
     rows = [] if request.method == HttpMethod.HEAD else first
-    return Stream(exported(pool, filters, projects, rows), media_type=NDJSON)
+    lines = exported(pool, filters, projects, rows, labels)
+    return Stream(lines, media_type=NDJSON if labels is None else CSV, headers={"Vary": "Accept"})
 
 
 # ---- Locks -------------------------------------------------------------------------------------------------
@@ -357,19 +381,6 @@ def grant(
     if isinstance(granted, problems.Problem):
         return refusal(request, granted)
     return reply(kind(granted), 201, NO_STORE)
-
-
-def idempotency_key(request: Call) -> uuid.UUID | None:
-    """The key that was sent. As it is stored it is derived from the client, so that two clients never share one."""
-    sent = [value.decode("latin-1") for name, value in request.scope["headers"] if name == b"idempotency-key"]
-    if not sent:
-        return None
-    if len(sent) > 1:
-        raise problems.Invalid.field("Idempotency-Key", "is given twice")
-    try:
-        return msgspec.convert(sent[0], uuid.UUID)
-    except msgspec.ValidationError:
-        raise problems.Invalid.field("Idempotency-Key", f"{problems.shown(sent[0])} is not a UUID") from None
 
 
 @post(
@@ -398,8 +409,9 @@ async def acquire_user(request: Call, id: Id, data: JSONBody[words.AcquireUser] 
     """Acquire a lock on this very user."""
     ask = ask_of(request, (words.Wish(id),), data)
     if ask.wait:
-        user = await find_user(request.farm, id)
-        ask.home = words.Wish(None, user.project_id, user.env, user.domain)
+        row = await request.farm.pool.fetchrow(SQL["get_user"], id)
+        ask.home = words.Wish.of_pool(row) if row else None
+        ask.wait = ask.wait if row else 0  # for nobody; but a key may have been bound to one who was deleted since
     granted = await request.farm.locks.acquire(request, ask)
     return grant(request, granted)
 
@@ -462,13 +474,12 @@ async def release_lock(
 
 # ---- With a lock: sessions and one-time codes, for its holder alone ------------------------------------------
 
-SESSION = 256 * 1024  # bytes
 SessionTtl = Annotated[int, QueryParameter(ge=1, le=2_592_000, description="seconds for which it is worth something")]
 KEPT: dict[str, Any] = LOCKING | {"opt": {"scope": "locks", "limit": "what a session may have", "json": True}}
 
 
 @put(
-    "/locks/{id:uuid}/session", status_code=204, request_max_body_size=SESSION, **KEPT,
+    "/locks/{id:uuid}/session", status_code=204, request_max_body_size=LONGEST, **KEPT,
     raises=[problems.LockNotHeld, problems.NotSealed],
 )  # fmt: skip
 async def put_session(request: Call, id: Id, ttl: SessionTtl = 86400) -> None:
@@ -477,15 +488,9 @@ async def put_session(request: Call, id: Id, ttl: SessionTtl = 86400) -> None:
     Any JSON of up to 256 KiB, for this user's next holders. It ends with its ttl, with a new password or login of the
     user, and when a quarantine begins.
     """
-    farm, client, session = request.farm, request.caller.client, await request.any_json()
-    keyring = farm.passwords.sealing()
-    held = await farm.pool.fetchrow(SQL["get_held"], id, client)
-    if held:
-        sealed = keyring.seal_as("session", held["user_id"], session)
-        held = await farm.pool.fetchrow(SQL["put_session"], id, client, ttl, keyring.first, sealed)
-    if held is None:
-        raise await farm.locks.not_held(id, client)
-    farm.events.log("session-stored", request.cause, held, ttl_seconds=ttl)
+    session, client = await request.any_json(), request.caller.client
+    if not await request.farm.sessions.put(id, client, session, ttl, request.cause):
+        raise await request.farm.locks.not_held(id, client)
 
 
 @get(
@@ -493,32 +498,20 @@ async def put_session(request: Call, id: Id, ttl: SessionTtl = 86400) -> None:
 )  # fmt: skip
 async def get_session(request: Call, id: Id) -> Response[Any]:
     """The session of the user, byte for byte as it was stored."""
-    farm, client = request.farm, request.caller.client
-    keyring = farm.passwords.sealing()
-    row = await farm.pool.fetchrow(SQL["get_session"], id, client)
-    if row is None:
-        raise await farm.locks.not_held(id, client)
-    if row["sealed"] is None:
-        raise problems.NoSession
-    session = keyring.open_as("session", row["user_id"], row["key_id"], row["sealed"])
-    farm.events.log("session-told", request.cause, row)
-    headers = NO_STORE | {
-        "ETag": f'"{hashlib.sha256(session).hexdigest()[:32]}"',
-        "Last-Modified": format_datetime(row["stored_at"], usegmt=True),
-        "Expires": format_datetime(row["session_until"], usegmt=True),
-    }
-    return Response(session, media_type=words.JSON, headers=headers)
+    client = request.caller.client
+    found = await request.farm.sessions.get(id, client, request.cause)
+    if found is None:
+        raise await request.farm.locks.not_held(id, client)
+    session, headers = found
+    return Response(session, media_type=words.JSON, headers=NO_STORE | headers)
 
 
 @delete("/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NotSealed])
 async def delete_session(request: Call, id: Id) -> None:
     """Forget the session. Also when there is none."""
-    farm, client = request.farm, request.caller.client
-    farm.passwords.sealing()
-    held = await farm.pool.fetchrow(SQL["delete_session"], id, client)
-    if held is None:
-        raise await farm.locks.not_held(id, client)
-    farm.events.log("session-deleted", request.cause, held)
+    client = request.caller.client
+    if not await request.farm.sessions.delete(id, client, request.cause):
+        raise await request.farm.locks.not_held(id, client)
 
 
 @post(
@@ -555,13 +548,22 @@ async def release_holder(
     return words.Released(len(rows))
 
 
-@delete("/users/{id:uuid}/lock", **FORCING, raises=[problems.UserNotFound])
+@delete("/users/{id:uuid}/lock", **FORCING, raises=[problems.UserNotFound, problems.UserLocked])
 async def force_release(request: Call, id: Id) -> None:
-    """End the lock of a user by force, whoever holds it. Also when nobody does."""
+    """End the lock of a user by force, whoever holds it. Also when nobody does.
+
+    `user-locked` says that others take or change it in this very moment, again and again: try once more.
+    """
     farm = request.farm
-    row = await farm.hot.fetchrow(SQL["force_release"], id)
-    if row is None:
-        raise problems.UserNotFound.of(id)
+    for pause in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, None):
+        row = await farm.hot.fetchrow(SQL["force_release"], id)
+        if row is None:
+            raise problems.UserNotFound.of(id)
+        if row["is_reached"]:
+            break
+        if pause is None:
+            raise problems.UserLocked.contended(id)
+        await asyncio.sleep(pause)
     if row["lock_id"]:
         farm.events.ended("forced", row, request.cause)
     farm.desk.freed()
@@ -620,14 +622,21 @@ async def livez() -> words.Health:
 
 @get("/readyz", **ANYBODY, raises=[problems.DatabaseUnavailable])
 async def readyz(request: Call) -> words.Health:
-    """The database answers, and its schema is there."""
+    """The database takes writes, and its schema and our rights in it are there."""
+    pool = request.farm.pool
+    ((can_write,),) = await pool.fetch(SQL["can_write"], timeout=3)
+    if not can_write:
+        await pool.look_anew()
+        raise problems.DatabaseUnavailable("The database takes no writes: it is a standby, or set to read only.")
     try:
-        applied = {row["migration_id"] for row in await request.farm.pool.fetch(SQL["list_migrations"], timeout=3)}
+        applied = {row["migration_id"] for row in await pool.fetch(SQL["list_migrations"], timeout=3)}
     except asyncpg.UndefinedTableError:
         applied = set()
     missing = [name for name in MIGRATIONS if name not in applied]
     if missing:
         raise problems.DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
+    if lacks := await pool.fetch(SQL["list_lacks"], timeout=3):
+        raise problems.DatabaseUnavailable(f"The database lacks {lacks[0]['lack']}. {RIGHTS}")
     return words.Health("ok")
 
 
@@ -637,7 +646,7 @@ async def metrics(request: Call) -> bytes:
 
     Without the counts of users and of waiting calls where the database does not answer.
     """
-    return await request.farm.exporter.text()
+    return await request.farm.exporter.text(None)
 
 
 async def prune(farm: Farm) -> None:
@@ -682,8 +691,9 @@ def options_of(settings: Settings) -> HTTPRouteHandler:
 
 # ---- Pages -------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm</title>
-<h1>BotFarm</h1><p>A pool of test users. <a href="/docs">API documentation</a></p></html>"""
+# The dashboard: plain HTML, CSS and JavaScript, as a browser reads them.
+FACE = importlib.resources.files("farm")
+HTML, CSS, JS = ((FACE / f"dashboard.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
 
 DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm API</title>
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css"><div id="ui"></div>
@@ -691,21 +701,34 @@ DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm AP
 
 START = 'SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})'
 
-# What the pages may load and where they may stand: their own files, and in no frame. Swagger UI styles by attributes.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
+# What the pages may load and where they may stand: their own files, and in no frame.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE_HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+# Swagger UI styles by attributes.
+DOCS_HEADERS = PAGE_HEADERS | {
+    "Content-Security-Policy": POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 }
 
 
-@get("/", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False)
+@get("/", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False, opt={"page": True})
 async def index() -> str:
-    return PAGE
+    return HTML
 
 
-@get("/docs", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False)
+@get("/dashboard.css", media_type="text/css", response_headers=PAGE_HEADERS, include_in_schema=False)
+async def dashboard_css() -> str:
+    return CSS
+
+
+@get("/dashboard.js", media_type="text/javascript", response_headers=PAGE_HEADERS, include_in_schema=False)
+async def dashboard_js() -> str:
+    return JS
+
+
+@get("/docs", media_type="text/html", response_headers=DOCS_HEADERS, include_in_schema=False)
 async def docs() -> str:
     """Swagger UI, from our own origin. (Litestar's page for it has its script inside, which the policy forbids.)"""
     return DOCS
@@ -728,24 +751,51 @@ def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
     """All calls, flat: Litestar's OPTIONS would not know all methods of a path that is spread over routers."""
     calls = [
         create_user, list_users, import_users, export_users, get_user, update_user, delete_user, verify_password,
-        quarantine_user, end_quarantine, list_history, list_pools, acquire_lock, acquire_user, acquire_set, get_lock,
-        extend_lock, release_lock, put_session, get_session, delete_session, give_code, release_holder, force_release,
-        livez, readyz, metrics,
+        quarantine_user, end_quarantine, list_history, list_pools, get_overview, acquire_lock, acquire_user,
+        acquire_set, get_lock, extend_lock, release_lock, put_session, get_session, delete_session, give_code,
+        release_holder, force_release, livez, readyz, metrics,
     ]  # fmt: skip
     return calls + ([issue_token] if settings.auth == "on" else [])
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """A start that fails without a bug says why in a line, and one that waits ends when it is told to.
+
+    Litestar and uvicorn would each print a traceback, and uvicorn hears of a signal only when the start is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except (SchemaError, EmbeddedError, SystemExit) as fault:
+        if not isinstance(fault, SystemExit):
+            log.error("%s", fault)
+        logging.getLogger("uvicorn.error").disabled = True
+        raise
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
 
 @asynccontextmanager
 async def running(app: Litestar) -> AsyncIterator[None]:
     """Everything that lives as long as the service."""
     settings: Settings = app.state.settings
+    end_with_parent()
     async with contextlib.AsyncExitStack() as stack:
-        database = stack.enter_context(prepared(settings))
+        with starting():
+            if settings.listen_url:
+                read_address(settings.listen_url.reveal(), "BOTFARM_LISTEN_URL")
+            database = stack.enter_context(prepared(settings))
         seconds, pooler = Connections.STATEMENT, settings.pooler
         hot = await stack.enter_async_context(open_pool(database, 4, "force_generic_plan", seconds, pooler))
         pool = await stack.enter_async_context(
             open_pool(database, settings.pool_size, "force_custom_plan", seconds, pooler)
         )
+        hot.kin = pool.kin = [hot, pool]
         keyring = keyring_of(load_keys(settings))
         await check_keys(pool, keyring)
         passwords = Passwords(keyring)
@@ -807,7 +857,7 @@ def cors_of(settings: Settings) -> CORSConfig | None:
 def create_app(settings: Settings) -> Litestar:
     """The service as an ASGI application."""
     assets = str(importlib.resources.files("swagger_ui") / "static")
-    pages = [index, docs, docs_start, docs_openapi]
+    pages = [index, dashboard_css, dashboard_js, docs, docs_start, docs_openapi]
     return Litestar(
         route_handlers=[
             options_of(settings),  # first: Litestar adds its own where there is none yet

@@ -7,6 +7,7 @@ the struct that the handler declares. Out: `reply` for what was done, and a prob
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
@@ -23,6 +24,8 @@ from litestar.types import Message, Scope
 from msgspec import Struct
 
 from farm import problems
+from farm.addresses import RIGHTS
+from farm.bodies import check_json, decode_body, media_of, told
 from farm.clients import (
     CALLER,
     Caller,
@@ -31,21 +34,16 @@ from farm.clients import (
     cause_of,
 )
 from farm.codes import Codes
-from farm.database import DATABASE_FAULTS, SQL, Connections
+from farm.database import DATABASE_FAULTS, SCHEMA_FAULTS, SQL, Connections
 from farm.imports import Imports
 from farm.locks import Locks
+from farm.overview import Glances
 from farm.passwords import KeyFault, Passwords
 from farm.problems import Problem
+from farm.sessions import Sessions
 from farm.settings import Settings, log
 from farm.telemetry import Cause, Events, Exporter, Snapshot
-from farm.words import (
-    JSON,
-    Body,
-    check_json,
-    check_words,
-    decode_body,
-    told,
-)
+from farm.words import JSON, Body, check_words
 
 # ---- What the handlers share -------------------------------------------------------------------------------
 
@@ -70,8 +68,10 @@ class Farm:
         self.gate = gate
         self.locks = Locks(settings, hot, pool, passwords, events, gate)
         self.desk = self.locks.desk
+        self.glances = Glances(pool, self.desk)
         self.exporter = Exporter(events, pool, self.snapshot)
         self.codes = Codes(pool, passwords)
+        self.sessions = Sessions(pool, passwords, events)
         self.imports = Imports(settings, hot, pool, passwords)
 
     def stop(self) -> None:
@@ -124,6 +124,8 @@ class Call(Request[Any, Any, State]):
     async def _read_body(self, limit: int) -> bytes:
         named = self.route_handler.opt.get("limit", "BOTFARM_MAX_BODY")
         self.check_length(limit, named)
+        if data_of(self.route_handler) and self.has_body():
+            self.check_media()
         try:
             event = await self._part()
             if not event.get("more_body", False) and len(event["body"]) <= limit:
@@ -177,25 +179,24 @@ class Call(Request[Any, Any, State]):
 
     async def any_json(self) -> bytes:
         """The body as it was sent, which is JSON of any form."""
-        body = await self.body()
         self.check_media()
+        body = await self.body()
         check_json(body)
         return body
 
     def check_media(self) -> None:
-        """Refuse what is not sent as JSON."""
+        """Refuse what is announced as no JSON before any of it is sent."""
         media = self.header(b"content-type")
         if media is None:  # as JSON, but not from a page in a browser, which could send that to any address unasked
             media = JSON if self.header(b"origin") is None else "none"
-        if media != JSON and (media := media.partition(";")[0].strip().lower()) != JSON:
+        if media != JSON and (media := media_of(media)) != JSON:
             raise problems.UnsupportedMediaType(
                 f"The content type is {media!r}, but this call takes {JSON} (curl: --json)."
             )
 
     def decode(self, body: bytes, kind: type[Struct]) -> Any:
-        self.check_media()
         try:
-            value = decode_body(body, kind)
+            value = decode_body(body, kind, self.farm.settings)
         except problems.MalformedBody:
             if encoding := self.header(b"content-encoding"):
                 raise problems.UnsupportedMediaType.encoded(encoding) from None
@@ -211,8 +212,10 @@ class Call(Request[Any, Any, State]):
 
 
 @lru_cache
-def data_of(handler: HTTPRouteHandler) -> type[Struct]:
-    return handler.parsed_fn_signature.parameters["data"].annotation
+def data_of(handler: HTTPRouteHandler) -> Any:
+    """The struct of its body; None where it takes no JSON."""
+    field = handler.parsed_fn_signature.parameters.get("data")
+    return field.annotation if field else None
 
 
 def query_name(field: Any) -> str:
@@ -243,9 +246,10 @@ async def enter(request: Call) -> None:
         scope["state"][CALLER] = caller = await gate.admit(request.header(b"authorization"), needed)
         if caller.projects is not None:
             await keep_inside(request.farm, caller, scope)
-    if scope["query_string"]:
+    if scope["query_string"] and not handler.opt.get("page"):  # a page's address holds what its script reads
         check_query(scope["query_string"], query_of(handler), scope["path_params"])
     if scope["method"] == "DELETE" and request.has_body():  # what was meant as a filter there must not widen it
+        request.check_media()
         request.decode(await request.body() or b"{}", NoBody)
 
 
@@ -278,6 +282,19 @@ def check_query(query: bytes, known: Mapping[str, Any], path: Mapping[str, Any])
             faults.append(problems.FieldError(name, f"{problems.shown(value)} is not allowed; leave it out"))
     if faults:
         raise problems.Invalid(faults)
+
+
+def idempotency_key(request: Call) -> uuid.UUID | None:
+    """The key that was sent. As it is stored it is derived from the client, so that two clients never share one."""
+    sent = [value.decode("latin-1") for name, value in request.scope["headers"] if name == b"idempotency-key"]
+    if not sent:
+        return None
+    if len(sent) > 1:
+        raise problems.Invalid.field("Idempotency-Key", "is given twice")
+    try:
+        return msgspec.convert(sent[0], uuid.UUID)
+    except msgspec.ValidationError:
+        raise problems.Invalid.field("Idempotency-Key", f"{problems.shown(sent[0])} is not a UUID") from None
 
 
 async def echo(message: Message, scope: Scope) -> None:
@@ -342,6 +359,10 @@ def fail(request: Call, error: Exception) -> Response[Any]:
             return refusal(
                 request, problems.DatabaseUnavailable("What is needed is sealed with a key that this replica lacks.")
             )
+        case _ if isinstance(error, SCHEMA_FAULTS):
+            request.farm.events.database_failed("The database lacks something", error, cause)
+            detail = f"The database lacks something: {error.args[0]}. {RIGHTS}"
+            return refusal(request, problems.DatabaseUnavailable(detail))
         case _ if isinstance(error, DATABASE_FAULTS):
             request.farm.events.database_failed("The database does not answer", error, cause)
             return refusal(request, problems.DatabaseUnavailable())

@@ -6,20 +6,33 @@ reached by one is not the one of this container.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import ipaddress
 import os
 import sys
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 def address(host: str, port: int | str) -> str:
-    """The URL of a service that listens there."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    """The URL of a service that listens there: of one that listens everywhere, as it is reached from here."""
+    host = host.strip("[]")
+    with contextlib.suppress(ValueError):
+        parsed = ipaddress.ip_address(host)
+        if parsed.is_unspecified:
+            host = "::1" if parsed.version == 6 else "127.0.0.1"
+    return f"http://[{host.replace('%', '%25')}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def service(url: str) -> str:
+    """The URL of a service, as people write it."""
+    scheme, _, rest = (url if "://" in url else f"http://{url}").strip().partition("://")
+    return f"{scheme}://{rest.rstrip('/')}"
 
 
 def check(url: str) -> int:
     """Exit status 0 when the service is ready, else 1."""
+    url = service(url)
     try:
         status, text = _get(f"{url}/readyz")
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -34,7 +47,7 @@ def _get(url: str) -> tuple[int, str]:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("it is no http:// or https:// address")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname, parts.port, timeout=5)
+    connection = kind(unquote(parts.hostname), parts.port, timeout=5)
     connection.request("GET", parts.path)
     answer = connection.getresponse()
     return answer.status, answer.read().decode()

@@ -28,9 +28,10 @@ import msgspec
 from cachetools import TLRUCache
 from msgspec import Struct
 
+from farm.bodies import media_of
 from farm.database import SQL, Coalescer, Connections
 from farm.passwords import HASHER, matches
-from farm.problems import Forbidden, TokenRefusal, Unauthenticated, shown
+from farm.problems import Forbidden, TokenRefusal, Unauthenticated, UnsupportedMediaType, shown
 from farm.settings import Secret, log, parse_keys
 from farm.telemetry import Cause
 from farm.words import Token
@@ -211,7 +212,9 @@ class Gate:
             )  # fmt: skip
             return msgspec.convert(claims, Claims)
         except jwt.ExpiredSignatureError:
-            raise Unauthenticated("The token has expired") from None
+            raise Unauthenticated("The token has expired: get a new one at POST /token") from None
+        except jwt.ImmatureSignatureError:
+            raise Unauthenticated("The token is not valid yet: the clocks of the replicas differ") from None
         except (jwt.InvalidTokenError, msgspec.ValidationError, KeyError):
             raise Unauthenticated("The token is not valid here") from None
 
@@ -296,8 +299,11 @@ LONGEST_FORM = 16 * 1024
 
 def read_form(content_type: str, body: bytes) -> dict[str, str]:
     """The parameters that have a value; those without count as left out, unknown ones are passed over."""
-    if content_type.partition(";")[0].strip().lower() != FORM:
-        raise TokenRefusal("invalid_request", f"The content type has to be {FORM}.")
+    try:
+        if media_of(content_type) != FORM:
+            raise TokenRefusal("invalid_request", f"The content type has to be {FORM}.")
+    except UnsupportedMediaType as other:
+        raise TokenRefusal("invalid_request", other.detail, other.status_code) from None
     try:
         pairs = parse_qsl(body.decode("ascii"), errors="strict", max_num_fields=100)
     except ValueError:

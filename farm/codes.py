@@ -20,11 +20,11 @@ import asyncpg
 import msgspec
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.twofactor.totp import TOTP
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from farm.database import SQL, Connections
 from farm.passwords import Passwords
-from farm.problems import CodeSpent, NoTotp, ShuttingDown
+from farm.problems import CodeSpent, Invalid, NoTotp, ShuttingDown
 
 # ---- Secrets -----------------------------------------------------------------------------------------------
 
@@ -102,6 +102,16 @@ def opened(passwords: Passwords, row: asyncpg.Record) -> Timed:
     """What a row of user_codes makes codes of."""
     text = passwords.sealing().open_as("totp", row["user_id"], row["key_id"], row["sealed"])
     return Timed(msgspec.json.decode(text, type=Generator), row["period"])
+
+
+def sealed_codes(passwords: Passwords, owner: uuid.UUID, totp: str | UnsetType | None) -> Columns:
+    """Of what a caller sent. NotSealed where hashes alone are stored, whatever that is."""
+    if totp is not UNSET:
+        passwords.sealing()
+    try:
+        return sealed(passwords, owner, read_totp(totp)) if totp else NO_CODES
+    except ValueError as error:
+        raise Invalid.field("totp", str(error)) from None
 
 
 # ---- Who is given which --------------------------------------------------------------------------------------

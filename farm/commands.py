@@ -7,6 +7,7 @@ so without the framework. The application comes by its name, and is imported by 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pkgutil
@@ -16,12 +17,12 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO, TypeVar, get_args
 
 import click
 import msgspec
 
-from farm.check import address, check
+from farm.check import address, check, service
 from farm.settings import SECRET_SETTINGS, SETTING_TYPES, BadSettings, Settings
 
 if TYPE_CHECKING:
@@ -245,7 +246,10 @@ def _shown(rows: Sequence[Any], refusal: str = "", **more: str) -> int:
 
 # -- What calls a service --------------------------------------------------------------------------------
 
-of_service = click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="the service")
+of_service = click.option(
+    "--url", default="http://127.0.0.1:8000", show_default=True, help="the service",
+    callback=lambda context, option, url: service(url),
+)  # fmt: skip
 
 
 @commands.command("check")
@@ -266,18 +270,25 @@ def import_command(file: str, media: str | None, url: str) -> int:
 
     NDJSON, or CSV when the name ends in .csv. When it is refused, the errors are told by line.
     """
-    import httpx
-
-    media = media or (CSV if file.endswith(".csv") else NDJSON)
-    headers = {"Content-Type": media} | _token_headers(url)
-    with click.open_file(file, "rb") as source:
+    media = media or (CSV if file.lower().endswith(".csv") else NDJSON)
+    name = file if os.path.exists(file) else os.path.expanduser(file)  # a shell leaves the ~ of '~/my users.csv'
+    with _standard(sys.stdin, "rb") if file == "-" else open(name, "rb") as source:
+        headers = {"Content-Type": media} | _token_headers(url)
         parts = iter(lambda: source.read(PART), b"")
-        with _progress(parts, None if file == "-" else os.path.getsize(file) // PART + 1) as content:
-            answer = httpx.post(f"{url}/users/import", content=content, headers=headers, timeout=3600)
+        length = None if file == "-" else os.path.getsize(name) // PART + 1
+        with _progress(parts, length) as content, _http() as http:
+            answer = http.post(f"{url}/users/import", content=content, headers=headers)
     if answer.status_code != 200:
         return _refused(answer)
     print(answer.text)
     return 0
+
+
+def _standard(stream: TextIO | None, mode: Literal["rb", "wb"]) -> BinaryIO:
+    """Standard input or output as bytes, in a file of its own: what it can't write is not tried again at the exit."""
+    if stream is None:
+        raise click.ClickException(f"Standard {'input' if mode == 'rb' else 'output'} is closed.")
+    return open(stream.fileno(), mode, closefd=False)
 
 
 def _progress(parts: Iterable[Any], length: int | None = None) -> AbstractContextManager[Iterable[Any]]:
@@ -286,14 +297,23 @@ def _progress(parts: Iterable[Any], length: int | None = None) -> AbstractContex
     return click.progressbar(parts, length, hidden=hidden, show_pos=length is None, file=sys.stderr)
 
 
-def _token_headers(url: str) -> dict[str, str]:
-    """A token of the client that BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET name, where they are set."""
+def _http() -> httpx.Client:
+    """For calls of a service: by no proxy, as `check` does it. (httpx asks none if its transport is given.)"""
     import httpx
 
+    try:
+        return httpx.Client(transport=httpx.HTTPTransport(), timeout=3600)
+    except OSError as fault:  # it names no file
+        raise BadSettings(f"SSL_CERT_FILE or SSL_CERT_DIR names certificates that can't be read: {fault}") from None
+
+
+def _token_headers(url: str) -> dict[str, str]:
+    """A token of the client that BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET name, where they are set."""
     client = os.environ.get("BOTFARM_CLIENT_ID", ""), os.environ.get("BOTFARM_CLIENT_SECRET", "")
     if not all(client):
         return {}
-    answer = httpx.post(f"{url}/token", data={"grant_type": "client_credentials"}, auth=client, timeout=60)
+    with _http() as http:
+        answer = http.post(f"{url}/token", data={"grant_type": "client_credentials"}, auth=client)
     if answer.status_code != 200:
         raise BadSettings(f"BOTFARM_CLIENT_ID: no token of {url}: {answer.status_code} {answer.text[:300]}")
     return {"Authorization": f"Bearer {answer.json()['access_token']}"}
@@ -313,18 +333,21 @@ def _refused(answer: httpx.Response) -> int:
 
 
 @commands.command("export")
+@click.option("--type", "media", type=click.Choice([NDJSON, CSV]), default=NDJSON, help="as what")
 @of_service
-def export_command(url: str) -> int:
-    """Print all users of a service as NDJSON."""
-    import httpx
-
-    with httpx.stream("GET", f"{url}/users/export", headers=_token_headers(url), timeout=3600) as answer:
+def export_command(media: str, url: str) -> int:
+    """Print all users of a service, as NDJSON or CSV."""
+    headers = {"Accept": media} | _token_headers(url)
+    with _http() as http, http.stream("GET", f"{url}/users/export", headers=headers) as answer:
         if answer.status_code != 200:
             answer.read()
             return _refused(answer)
-        with _progress(answer.iter_lines()) as lines:
-            for line in lines:
-                print(line)
+        try:
+            with _standard(sys.stdout, "wb") as output, _progress(answer.iter_bytes()) as parts:
+                for part in parts:
+                    output.write(part)
+        except BrokenPipeError:
+            raise click.ClickException("Standard output was closed before the end of the export.") from None
     return 0
 
 
@@ -348,30 +371,63 @@ def openapi_command(app: str) -> None:
 
 def main(argv: Sequence[str] | None = None, app: str = "botfarm:app") -> int:
     """Exit status 0: done; 1: refused; 2: bad flags or settings; 3: the service could not start."""
+    hold_standard_files()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or (words[0].startswith("-") and words[0] not in HELP):
         words.insert(0, "serve")
     try:
         return commands.main(words, obj=app, standalone_mode=False) or 0
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return say(error.show, status=error.exit_code)
     except click.Abort:  # SIGINT
         return 130
     except BadSettings as error:
-        print(error, file=sys.stderr)
-        return 2
-    except _foreseen() as error:
-        print(error, file=sys.stderr)
-        return 3 if words[0] == "serve" else 1
+        return say(print, error, status=2)
+    except Exception as error:
+        if (told := _foreseen(error)) is None:
+            raise
+        return say(print, told, status=3 if words[0] == "serve" else 1)
+    finally:
+        let_go_of_output()
 
 
-def _foreseen() -> tuple[type[Exception], ...]:
-    """What ends a command with a sentence. Imported only when something has gone wrong."""
+def hold_standard_files() -> None:
+    """What was closed leads nowhere: else the next file or connection had its number, and got the log's lines."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # as the lowest number that is free
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def say(tell: Callable[..., object], *words: object, status: int) -> int:
+    """Tell it on standard error. The status counts, whoever reads that."""
+    with contextlib.suppress(OSError), contextlib.redirect_stdout(sys.stderr):
+        tell(*words)
+    return status
+
+
+def let_go_of_output() -> None:
+    """Where nobody reads standard output any more, Python would end with a status of its own."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _foreseen(error: Exception) -> Exception | None:
+    """What ends a command with a sentence; None for a bug of ours. Imported only when something has gone wrong."""
     import httpx
 
+    from farm.addresses import SchemaError, explained
+    from farm.database import DATABASE_FAULTS
     from farm.embedded import EmbeddedError
-    from farm.migrations import SchemaError
     from farm.passwords import KeyFault
 
-    return SchemaError, KeyFault, EmbeddedError, httpx.HTTPError, OSError
+    if isinstance(error, (SchemaError, KeyFault, EmbeddedError, httpx.HTTPError)):
+        return error
+    if isinstance(error, DATABASE_FAULTS):
+        return explained(error.__cause__ or error, "DATABASE_URL") or error
+    return error if isinstance(error, OSError) else None

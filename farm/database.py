@@ -22,6 +22,8 @@ from typing import Any, Generic, TypeVar, cast
 import asyncpg
 from msgspec import Struct
 
+from farm.addresses import read_address
+
 
 def sql_folder(name: str) -> Traversable:
     """`sql` or `migrations`: an installed package holds them, in a checkout they lie beside it. Never an empty one."""
@@ -36,28 +38,67 @@ SQL = {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file
 
 # ---- Connections -------------------------------------------------------------------------------------------
 
-# What asyncpg raises when the database is away, restarting, too busy, or cut us off.
+
+class Busy(Exception):
+    """Too many calls wait for the database, or none gets a connection: nothing was sent."""
+
+
+class Lost(Exception):
+    """The connection ended under a call: what it sent may have been done."""
+
+
+# The schema, or a right in it, is not there: `migrate` or the database's owner help.
+SCHEMA_FAULTS = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.InvalidSchemaNameError,
+    asyncpg.InsufficientPrivilegeError,
+)
+
+# What is raised when the database is away, restarting, too busy, or cuts us off (a pooler tells of a login late), and
+# when it lacks something. All else is a bug of ours: a wrong argument is asyncpg's InterfaceError, too.
 DATABASE_FAULTS = (
-    OSError,
+    Busy,
+    Lost,
+    ConnectionError,
     TimeoutError,
-    asyncpg.InterfaceError,
     asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCachedStatementError,
     asyncpg.InvalidCatalogNameError,
     asyncpg.ObjectNotInPrerequisiteStateError,
     asyncpg.ReadOnlySQLTransactionError,
+    *SCHEMA_FAULTS,
 )
 
-
-class Busy(asyncpg.InterfaceError):
-    """Too many calls wait for the database, or none gets a connection: nothing was sent."""
+# Signs that a server is no longer the one that takes writes. (The last: a standby cancels what reads old rows.)
+DEMOTED = (
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.SerializationError,
+)
 
 
 async def _keep(connection: asyncpg.Connection) -> None:
     """No reset on the return of a connection: we keep no session state (87 -> 59 us a query)."""
+
+
+NO_CONNECTION = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+
+
+def _is_broken(connection: Any, fault: asyncpg.InterfaceError) -> bool:
+    """Whether it is the connection that fails, and not what it was asked."""
+    with contextlib.suppress(asyncpg.InterfaceError):  # raised where the pool has given it up
+        return connection.is_closed() or "is cancelling" in str(fault)
+    return True
 
 
 class Connections:
@@ -70,6 +111,7 @@ class Connections:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
         self._waiting = 0
+        self.kin = [self]  # all pools of the same server: what one learns of it counts for all
 
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[asyncpg.Connection]:
@@ -78,14 +120,26 @@ class Connections:
         self._waiting += 1
         try:
             connection = await self._pool.acquire(timeout=self.PATIENCE)
-        except DATABASE_FAULTS as fault:  # told apart, because nothing was sent
+        except NO_CONNECTION as fault:  # told apart, because nothing was sent
             raise Busy(f"there is no database connection: {type(fault).__name__}: {fault}") from fault
         finally:
             self._waiting -= 1
         try:
             yield cast("asyncpg.Connection", connection)
+        except DEMOTED:
+            await self.look_anew()
+            raise
+        except asyncpg.InterfaceError as fault:
+            if _is_broken(connection, fault):
+                raise Lost(f"the connection ended: {fault}") from fault
+            raise
         finally:  # bounded, because it waits for a cancelled statement, which a frozen server never ends
             await self._pool.release(connection, timeout=1)
+
+    async def look_anew(self) -> None:
+        """Use no connection that there is once more: new ones look for the server that takes writes."""
+        for each in self.kin:
+            await each._pool.expire_connections()
 
     def gauges(self) -> tuple[int, int, int, int]:
         """Connections that work, that are idle, that may be opened in all, and calls that wait for one."""
@@ -118,14 +172,23 @@ async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str
     The statements of the hot path take arrays, which PostgreSQL would plan anew each time (database CPU
     60 -> 41 us a request); lists and filters want a plan that knows which filters are set.
     """
-    tuning = {"plan_cache_mode": plans, "jit": "off", "application_name": "botfarm"}
+    address = read_address(url)
+    tuning = {"plan_cache_mode": plans, "jit": "off"}
+    if "application_name=" not in address.url:
+        tuning["application_name"] = "botfarm"
     if plans == "force_generic_plan":  # a plan made while a table was small must not scan it when it has grown
         tuning |= {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
     options: dict[str, Any] = {"server_settings": tuning, "target_session_attrs": "read-write"}
     if pooler == "on":  # PgBouncer knows no prepared statements (before 1.21) and refuses unknown start-up parameters
         options = {"statement_cache_size": 0}
     pool = await asyncpg.create_pool(
-        url, min_size=1, max_size=size, command_timeout=seconds, timeout=5, reset=_keep, **options
+        address.url,
+        min_size=1,
+        max_size=size,
+        command_timeout=seconds,
+        timeout=address.seconds,
+        reset=_keep,
+        **options,
     )
     try:
         yield Connections(pool)

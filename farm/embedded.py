@@ -61,6 +61,7 @@ SETTINGS = {
     "log_error_verbosity": "terse",
 }
 OTHER_HOME = "Set BOTFARM_HOME to another folder, or set DATABASE_URL to a PostgreSQL server."
+BACKUP = "Put it back from a backup, or move it away: then the next start makes a new one."
 OTHER_USER = "Start BotFarm as another user, or set DATABASE_URL to a PostgreSQL server."
 
 
@@ -156,7 +157,7 @@ def _lock(home: Path, user: pwd.struct_passwd) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.read(handle, 20).decode().strip() or "unknown"
+        owner = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
         os.close(handle)
         raise _Busy(
             f"Another BotFarm (pid {owner}) is using {home}. "
@@ -208,7 +209,9 @@ def _run(user: pwd.struct_passwd, *command: str) -> subprocess.CompletedProcess[
 def _programs(data: Path, user: pwd.struct_passwd) -> Path:
     """The folder with `postgres` and `initdb` of the version that made this database, 18 for a new one."""
     made_by = data / "PG_VERSION"
-    major = made_by.read_text().strip() if made_by.exists() else next(iter(FOLDERS))
+    major = made_by.read_text(errors="replace").strip() if made_by.exists() else next(iter(FOLDERS))
+    if not major.isdecimal():
+        raise EmbeddedError(f"{made_by} is damaged: it names no version of PostgreSQL. {BACKUP} {OTHER_HOME}")
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # without importing it
     package = Path(spec.origin).resolve().parent if spec and spec.origin else Path("/")
     programs = package / FOLDERS.get(major, "none")
@@ -262,6 +265,8 @@ def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     if (data / "PG_VERSION").exists():
         return
+    if data.exists() and (not data.is_dir() or any(data.iterdir())):
+        raise EmbeddedError(f"{data} is no database: it has no PG_VERSION. {BACKUP} {OTHER_HOME}")
     fresh = Path(tempfile.mkdtemp(prefix="data.new.", dir=data.parent))
     _hand_over(fresh, user)
     options = ("-U", "botfarm", "--auth=trust", "--encoding=UTF8", "--locale=C")

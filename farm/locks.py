@@ -32,7 +32,9 @@ from farm.telemetry import NOWHERE, Cause, Events
 from farm.waiting import Ask, Desk, Rarity, Unanswered, find_keyed, match
 from farm.words import Lock, Wish, Wishes
 
-GONE = "botfarm-gone"  # in the state of a request: its caller has closed the connection, see farm/server.py
+# In the state of a request. By farm/server.py: its caller has closed the connection; or, where it sends nothing any
+# more, who can tell whether it is there. And for farm/server.py: the call waits.
+GONE, ANSWERS, WAITS = "botfarm-gone", "botfarm-answers", "botfarm-waits"
 STRAGGLERS = timedelta(milliseconds=20)  # a release may commit that much later than a claim has passed its place
 COSTLY = 10_000  # users from which counts are worth keeping for a moment
 KEPT = 10_000  # wishes of which something is remembered
@@ -81,22 +83,17 @@ def _too_few_free(asked: str, counts: asyncpg.Record, waiting: int) -> problems.
     return problems.PoolExhausted(detail, **members, waiting=waiting)
 
 
-def _why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> problems.Problem:
+def why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> problems.Problem:
     state = counts["state"]
     if state is None:
         return problems.UserNotFound.of(id)
     if state == "quarantined":
         detail = f"The user {id} is quarantined: {counts['quarantine']}."
         return problems.UserUnavailable(detail, state=state, reason=counts["quarantine"])
-    if state == "resting":
+    if state == "resting" and not counts["is_rested"]:
         detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
         return problems.UserUnavailable(detail, state=state, available_at=counts["ready_at"])
-    if state == "free":
-        detail = f"Other calls want or change the user {id} in this moment; try again."
-        return problems.UserUnavailable(
-            detail, headers={"Retry-After": "1"}, state=state, available_at=counts["ready_at"]
-        )
-    return problems.UserLocked.of(id, counts)
+    return problems.UserLocked.of(id, counts) if state == "locked" else problems.UserLocked.contended(id)
 
 
 class Locks:
@@ -160,6 +157,8 @@ class Locks:
 
     async def _acquire(self, request: Request, ask: Ask) -> list[Lock] | problems.Problem:
         """Claim users; where there are none, find out why, and try again if some are free after all."""
+        if ask.wait and (repeated := await self._repeated(ask)):  # else it would wait for a turn to be told
+            return repeated
         if not ask.wait and ask.wishes in self._exhausted and not (refusal := await self.refusal(ask.wishes)).free:
             return await self._repeated(ask) or refusal.problem
         attempts = 0
@@ -192,6 +191,8 @@ class Locks:
         uvicorn tells of a closed connection only when asked:
         https://asgi.readthedocs.io/en/latest/specs/www.html#disconnect
         """
+        if ask.wait:
+            request.scope["state"][WAITS] = True
         gone = asyncio.ensure_future(request.receive())
         hopeless = asyncio.ensure_future(self._end_if_hopeless(ask))
         left = max(ask.wait - ask.seconds(), 0) if ask.wait else None
@@ -224,7 +225,7 @@ class Locks:
         if self.gate and not self.gate.still(ask.client):  # it was removed while it waited
             await self._give_back(rows, ask.cause)
             raise problems.Unauthenticated("The client of the token is gone")
-        if ask.key is None and request.scope["state"].get(GONE):
+        if ask.key is None and await self._is_gone(request):
             await self._give_back(rows, ask.cause)
             return problems.LockEnded("The caller went away before the reply.")
         try:
@@ -233,6 +234,13 @@ class Locks:
             if ask.key is None:
                 await self._give_back(rows, ask.cause)
             raise
+
+    async def _is_gone(self, request: Request) -> bool:
+        """Whether the caller can't have a reply any more."""
+        state = request.scope["state"]
+        if ANSWERS in state and not await state[ANSWERS]():
+            return True
+        return GONE in state
 
     def _with_passwords(self, rows: list[asyncpg.Record]) -> list[Lock]:
         """The locks as only the reply that grants them tells them. KeyFault where a password does not open."""
@@ -427,7 +435,8 @@ class Locks:
             rows = await self.pool.fetch(SQL["count_matching"], *columns(singles, Wish))
             for row in rows:
                 wish = singles[row["filter"] - 1]
-                refusals[(wish,)] = Refusal(row["matching"], row["free"], self._why_not(wish, row))
+                free = row["free"] or int(wish.user_id is not None and row["state"] == "resting" and row["is_rested"])
+                refusals[(wish,)] = Refusal(row["matching"], free, self._why_not(wish, row))
                 self._remember((wish,), refusals[(wish,)], time.monotonic() - began)
         for wishes in dict.fromkeys(asked):
             if wishes not in refusals:
@@ -459,7 +468,7 @@ class Locks:
 
     def _why_not(self, wish: Wish, counts: asyncpg.Record) -> problems.Problem:
         if wish.user_id:
-            return _why_not_this(wish.user_id, counts)
+            return why_not_this(wish.user_id, counts)
         if not counts["matching"]:
             return problems.NoMatchingUser(f"No user at all matches {wish}: create one, or ask for less.")
         return _too_few_free(str(wish), counts, self.desk.waiting(wish))

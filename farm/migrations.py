@@ -6,19 +6,29 @@ run that has something to do does it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 
 from farm import VERSION, embedded
+from farm.addresses import (
+    EMPTY,
+    RIGHTS,
+    Address,
+    SchemaError,
+    Unreachable,
+    connect,
+    explained,
+    read_address,
+    run_apart,
+    warn_once,
+)
 from farm.database import SQL, sql_folder
 from farm.settings import Settings, log
 
@@ -26,22 +36,16 @@ FOLDER = sql_folder("migrations")
 MIGRATIONS = sorted(file.name.removesuffix(".sql") for file in FOLDER.iterdir() if ".rollback." not in file.name)
 
 
-class SchemaError(Exception):
-    """The database's schema does not fit this version of BotFarm, or its address leads nowhere."""
+# ---- What there is -----------------------------------------------------------------------------------------
+
+OLDEST = 14  # of PostgreSQL
 
 
-class Unreachable(SchemaError):
-    """The database does not serve, or not yet."""
-
-
-# ---- The address -------------------------------------------------------------------------------------------
-
-
-def _for_libpq(url: str, connection: Any) -> dict[str, Any]:
+def _for_libpq(address: Address, connection: Any) -> dict[str, Any]:
     """Where asyncpg got to by this URL, and as whom. libpq itself would read the URL otherwise here and there."""
     place, found = connection._addr, connection._params
     settings = dict(found.server_settings or {})  # all that asyncpg does not know
-    asked = dict(parse_qsl(urlsplit(url).query))
+    asked = dict(parse_qsl(urlsplit(address.url).query))
     kept = {name: value for name, value in asked.items() if name not in settings and name != "database"}
     host, port = place.split("/.s.PGSQL.") if isinstance(place, str) else place
     options = [settings.pop("options", "")]
@@ -50,30 +54,63 @@ def _for_libpq(url: str, connection: Any) -> dict[str, Any]:
     return kept | login | {"host": host, "port": port, "options": " ".join(options)}
 
 
-async def _look(url: str) -> tuple[list[str], dict[str, Any]]:
+async def _look(url: str, serves: bool) -> tuple[list[str], dict[str, Any]]:
     """By the service's own driver, because most starts find nothing to do."""
-    attributes: Any = "read-write"
-    connection = await asyncpg.connect(url, timeout=10, statement_cache_size=0, target_session_attrs=attributes)
+    connection = await connect(url, statement_cache_size=0)
     try:
-        rows = await connection.fetch(SQL["list_migrations"])
-    except asyncpg.UndefinedTableError:
-        rows = []
+        _check_server(cast("asyncpg.Record", await connection.fetchrow(SQL["get_server"])), serves)
+        try:
+            rows = await connection.fetch(SQL["list_migrations"])
+        except asyncpg.UndefinedTableError:
+            rows = []
+        applied = sorted(row["migration_id"] for row in rows)
+        _check_known(applied)
+        if applied == MIGRATIONS and (lacks := await connection.fetch(SQL["list_lacks"])):
+            raise SchemaError(f"The database lacks {lacks[0]['lack']}. {RIGHTS}")
     finally:
-        await connection.close(timeout=5)
-    return sorted(row["migration_id"] for row in rows), _for_libpq(url, connection)
+        await connection.close(timeout=2)
+    return applied, _for_libpq(read_address(url), connection)
 
 
-def look(url: str) -> tuple[list[str], dict[str, Any]]:
-    """The migrations that the database has, and its address as libpq wants it."""
-    try:
-        with ThreadPoolExecutor(1) as thread:  # because we may be in an event loop
-            return thread.submit(asyncio.run, _look(url)).result()
-    except ValueError:  # its message shows a part of the URL, maybe of the password
+def _check_server(server: asyncpg.Record, serves: bool) -> None:
+    """SchemaError where it can't be used. To those who serve it is told what may lose locks."""
+    if server["version"] // 10000 < OLDEST:
         raise SchemaError(
-            "DATABASE_URL is not readable: write what is special in its password as %2F (/), %23 (#), %3F (?), %40 (@)."
-        ) from None
-    except (OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched) as fault:
-        raise Unreachable(f"The database cannot be reached: {type(fault).__name__}: {fault}") from None
+            f"The server is PostgreSQL {server['version'] // 10000}, and BotFarm needs {OLDEST} or newer."
+        )
+    if server["encoding"] != "UTF8":
+        raise SchemaError(
+            f"The database {server['name']!r} has the encoding {server['encoding']}, and BotFarm needs UTF8: "
+            "create database NAME template template0 encoding 'UTF8'."
+        )
+    if server["schema"] is None:
+        raise SchemaError(f"There is no schema {server['path']}: create it, or name another one as search_path.")
+    if serves and server["careless"]:
+        warn_once(
+            f"PostgreSQL's {' and '.join(server['careless'])} off: a crash of the database may lose locks that were "
+            "answered, and their users are then given to others. Switch on for this user and database."
+        )
+
+
+def _check_known(applied: list[str]) -> None:
+    if unknown := set(applied).difference(MIGRATIONS):
+        if MIGRATIONS[0] not in applied:
+            raise SchemaError(f"Another program keeps its migrations in _yoyo_migration ({max(unknown)!r}). {EMPTY}")
+        raise SchemaError(
+            f"The database has the migration {max(unknown)!r}, which BotFarm {VERSION} does not know: it was set up "
+            "by a newer version. Run that version, or take its migrations back with its `migrate --rollback`."
+        )
+
+
+def look(url: str, serves: bool = False) -> tuple[list[str], dict[str, Any]]:
+    """The migrations that the database has, and its address as libpq wants it."""
+    place = read_address(url).place
+    try:
+        return run_apart(_look(url, serves))
+    except SchemaError:
+        raise
+    except Exception as fault:
+        raise (explained(fault, place) or fault) from None
 
 
 # ---- A run -------------------------------------------------------------------------------------------------
@@ -110,11 +147,12 @@ def open_backend(address: dict[str, Any]) -> Any:
         @contextmanager
         def exclusive(self) -> Iterator[None]:
             """One transaction that no other run shares."""
-            with contextlib.suppress(*made_just_now):
+            with contextlib.suppress(*made_just_now), self.transaction():
+                self.execute("set local lock_timeout = '2s'")
                 self.execute("create table if not exists botfarm_migrating (only_one boolean primary key)")
             with self.transaction():
-                self.execute("lock table botfarm_migrating in exclusive mode")
                 self.execute("set local lock_timeout = '2s'")  # what waits for a table holds up all who come after it
+                self.execute("lock table botfarm_migrating in exclusive mode")
                 internalmigrations.upgrade(self)
                 yield
 
@@ -127,15 +165,15 @@ def open_backend(address: dict[str, Any]) -> Any:
 MIGRATING = 600  # seconds for which a migration tries to get the tables
 
 
-def migrate(url: str, rollback: bool = False) -> list[str]:
+def migrate(url: str, rollback: bool = False, serves: bool = False) -> list[str]:
     """Apply what is missing, or take the last migration back. Returns the names of those that ran, in order.
 
     SchemaError when the database has migrations that this version does not know: it was set up by a newer one.
     """
-    applied, address = look(url)
+    applied, address = look(url, serves)
     if applied == MIGRATIONS and not rollback:
         return []
-    from psycopg import OperationalError, errors
+    from psycopg import Error, errors
 
     end = time.monotonic() + MIGRATING
     while time.monotonic() < end:
@@ -144,22 +182,23 @@ def migrate(url: str, rollback: bool = False) -> list[str]:
             with contextlib.closing(backend.connection), backend.exclusive():
                 return _run_migrations(backend, rollback)
         except (errors.LockNotAvailable, errors.DeadlockDetected):
-            log.warning("The migration waits for others that use the tables (a backup?), and lets calls through.")
+            log.warning("The migration waits for others that migrate or use the tables (a backup?), calls go on.")
             time.sleep(3)
-        except OperationalError as fault:
-            raise Unreachable(f"The database cannot be reached: {fault}") from None
+        except Error as fault:
+            raise (_explained(fault, f"{address['host']}, port {address['port']}") or fault) from None
     raise SchemaError(f"Others have used this database's tables for {MIGRATING} seconds; migrate when they are done.")
+
+
+def _explained(fault: Any, place: str) -> SchemaError | None:
+    if fault.sqlstate is None:  # libpq's own: no connection, or none any more
+        return Unreachable(f"The database cannot be reached: {place}: {str(fault).splitlines()[0]}")
+    return explained(fault, place)
 
 
 def _run_migrations(backend: Any, rollback: bool) -> list[str]:
     from yoyo import read_migrations
 
-    applied = {row[0] for row in backend.execute("select migration_id from _yoyo_migration").fetchall()}
-    if unknown := applied.difference(MIGRATIONS):
-        raise SchemaError(
-            f"The database has the migration {max(unknown)!r}, which BotFarm {VERSION} does not know: it was set up "
-            "by a newer version. Run that version, or take its migrations back with its `migrate --rollback`."
-        )
+    _check_known([row[0] for row in backend.execute("select migration_id from _yoyo_migration").fetchall()])
     known = read_migrations(str(FOLDER))
     if not rollback:
         chosen = backend.to_apply(known)
@@ -189,15 +228,16 @@ def prepared(settings: Settings) -> Iterator[str]:
 
 def _patiently(url: str) -> None:
     """Migrate; a database that starts up gets 30 s."""
-    end = time.monotonic() + 30
+    end, told = time.monotonic() + 30, ""
     while True:
         try:
-            migrate(url)
+            migrate(url, serves=True)
             return
         except Unreachable as fault:
             if time.monotonic() > end:
                 raise
-            log.warning("Waiting for the database: %s", fault)
+            if str(fault) != told:
+                log.warning("Waiting for the database: %s", told := str(fault))
             time.sleep(1)
 
 

@@ -6,7 +6,7 @@ its scope, its idempotency key, the limits of types as msgspec tells them, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ def openapi_document(settings: Settings, calls: tuple[HTTPRouteHandler, ...]) ->
             describe(operation, handler, settings)
             secured = settings.auth == "on" and "scope" in handler.opt
             refused = [] if path == "/token" else problems_of(handler, path, secured)
-            operation["responses"] = success_of(operation) | problem_responses(refused)
+            operation["responses"] = success_of(operation, handler.opt.get("media")) | problem_responses(refused)
     if settings.auth == "on":
         describe_token(document)
     return document
@@ -80,7 +80,7 @@ def describe(operation: dict[str, Any], handler: HTTPRouteHandler, settings: Set
     if data := handler.parsed_fn_signature.parameters.get("data"):
         operation["requestBody"]["required"] = not data.has_default
     elif handler.opt.get("upload"):
-        lines = {"schema": {"type": "string", "description": "a line for each user: ImportedUser"}}
+        lines = {"schema": {"type": "string", "description": "lines like ImportedUser, or of an export"}}
         operation["requestBody"] = {"required": True, "content": {NDJSON: lines, CSV: lines}}
     elif handler.opt.get("json"):
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": {}}}}
@@ -105,13 +105,13 @@ def parameter_schema(parameter: dict[str, Any], settings: Settings) -> dict[str,
     return words.limits(settings).get(parameter["name"], {}) | schema
 
 
-def success_of(operation: dict[str, Any]) -> dict[str, Any]:
-    """The good reply; one that is not JSON is text, whatever Litestar made of its type."""
+def success_of(operation: dict[str, Any], media: Iterable[str] | None) -> dict[str, Any]:
+    """The good reply; one that is not JSON is text, whatever Litestar made of its type, or of one of these."""
     done = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
     for answer in done.values():
         answer["description"] = "Done"
-        if (content := answer.get("content")) and JSON not in content:
-            answer["content"] = {media.partition(";")[0]: {"schema": {"type": "string"}} for media in content}
+        if (content := answer.get("content")) and (media or JSON not in content):
+            answer["content"] = {kind.partition(";")[0]: {"schema": {"type": "string"}} for kind in media or content}
     return done
 
 
@@ -119,7 +119,7 @@ def problems_of(handler: HTTPRouteHandler, path: str, secured: bool) -> list[typ
     """What a call can refuse: what it declares, and what its form brings along."""
     kinds = [*cast("list[type[Problem]]", handler.raises or [])]
     kinds += [problems.Invalid, problems.HeadTooLarge, problems.InternalError]
-    kinds += [problems.DatabaseUnavailable] if "scope" in handler.opt else []
+    kinds += [problems.DatabaseUnavailable, problems.Overloaded] if "scope" in handler.opt else []
     kinds += [problems.NotFound] if "{" in path else []
     kinds += [problems.Unauthenticated, problems.Forbidden] if secured else []
     takes_body = "data" in handler.parsed_fn_signature.parameters or "json" in handler.opt
@@ -151,6 +151,7 @@ def describe_token(document: dict[str, Any]) -> None:
     told = {
         "400": "RFC 6749 section 5.2",
         "401": "`invalid_client`",
+        "415": "a charset that is not UTF-8",
         "429": "too often",
         "503": "no database, or a crowd",
     }

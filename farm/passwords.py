@@ -13,9 +13,9 @@ import hmac
 import os
 import secrets
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, TypeVar
 
 import argon2
 from cryptography.exceptions import InvalidTag
@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from farm import embedded
 from farm.database import SQL, Connections
-from farm.problems import NotSealed
-from farm.settings import Secret, Settings, parse_keys
+from farm.problems import NotSealed, Overloaded
+from farm.settings import Secret, Settings, parse_keys, read_text
 
 # ---- Keys --------------------------------------------------------------------------------------------------
 
@@ -98,22 +98,39 @@ def matches(stored: str, clear: str) -> bool:
         return False
 
 
+R = TypeVar("R")
+
+
 class Passwords:
     """How this deployment stores passwords."""
 
+    CROWD = 100  # so many may wait for a hash, the last of them for a second
+    THREADS = 2
+
     def __init__(self, keyring: Keyring | None) -> None:
         self.keyring = keyring
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="argon2")
+        self._threads = ThreadPoolExecutor(self.THREADS, thread_name_prefix="argon2")
+        self._waiting = 0
 
-    async def store(self, owner: uuid.UUID, clear: str) -> str:
+    async def store(self, owner: uuid.UUID, clear: str, patient: bool = False) -> str:
+        """What to keep of a password. Overloaded where too many wait for a hash; who is patient waits, too."""
         if self.keyring:
             return self.keyring.seal(owner, clear)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, HASHER.hash, clear)
+        return await self._in_thread(patient, HASHER.hash, clear)
 
-    async def verify(self, owner: uuid.UUID, secret: str, clear: str) -> bool:
+    async def verify(self, owner: uuid.UUID, secret: str, clear: str, patient: bool = False) -> bool:
         if secret.startswith(SEALED):
             return hmac.compare_digest(self._open(owner, secret).encode(), clear.encode())
-        return await asyncio.get_running_loop().run_in_executor(self._threads, matches, secret, clear)
+        return await self._in_thread(patient, matches, secret, clear)
+
+    async def _in_thread(self, patient: bool, work: Callable[..., R], *texts: str) -> R:
+        if self._waiting >= self.CROWD and not patient:
+            raise Overloaded(f"{self._waiting} calls wait for the hash of a password already; try again in a moment.")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *texts)
+        finally:
+            self._waiting -= 1
 
     def reveal(self, owner: uuid.UUID, secret: str) -> str | None:
         """The clear password for the reply that grants a lock; None where only a hash is stored."""
@@ -204,7 +221,15 @@ def load_keys(settings: Settings) -> Secret | None:
             new.flush()
             os.fsync(new.fileno())
         file.with_suffix(".new").rename(file)
-    return Secret(file.read_text().strip())
+    try:
+        text = read_text(file)
+        parse_keys(text)
+    except ValueError as fault:
+        raise KeyFault(
+            f"{file}: {fault}. Passwords are sealed with what stood there: put it back from a backup. Where none is "
+            "stored yet, take the file away, and the next start makes a new one."
+        ) from None
+    return Secret(text)
 
 
 def keyring_of(keys: Secret | None) -> Keyring | None:

@@ -97,7 +97,6 @@ class BodyTooLarge(Problem, status=413, slug="body-too-large"):
 
     @classmethod
     def over(cls, limit: int, named: str) -> BodyTooLarge:
-        """Without an end of the connection, which would reset it under a caller that still sends."""
         return cls(f"The body is over {named}, {limit} bytes.")
 
 
@@ -187,7 +186,7 @@ class LoginTaken(Problem, status=409, slug="login-taken"):
 
 
 class UserLocked(Problem, status=409, slug="user-locked"):
-    """The user is held by another."""
+    """The user is held by another, or others take it in this very moment (then with `Retry-After`)."""
 
     @classmethod
     def of(cls, id: uuid.UUID, lock: Any) -> UserLocked:
@@ -195,6 +194,11 @@ class UserLocked(Problem, status=409, slug="user-locked"):
         holder, end = lock["holder"], lock["expires_at"]
         detail = f"The user {id} is held by {shown(holder)} until {end:%Y-%m-%dT%H:%M:%S.%fZ}."
         return cls(detail, holder=holder, expires_at=end)
+
+    @classmethod
+    def contended(cls, id: uuid.UUID) -> UserLocked:
+        detail = f"Other calls take or change the user {id} in this moment; try again."
+        return cls(detail, headers={"Retry-After": "1"}, holder=None, expires_at=None)
 
 
 class UserUnavailable(Problem, status=409, slug="user-unavailable"):
@@ -257,3 +261,7 @@ class ShuttingDown(Problem, status=503, slug="shutting-down", retry_after=1):
 
 class DatabaseUnavailable(Problem, status=503, slug="database-unavailable", retry_after=1):
     """The database does not answer; try again in a moment."""
+
+
+class Overloaded(Problem, status=503, slug="overloaded", retry_after=1):
+    """So many calls wait here already that this one would take too long; try again in a moment."""

@@ -10,6 +10,8 @@ import contextlib
 import fcntl
 import ipaddress
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import termios
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +31,7 @@ from uvicorn.supervisors import Multiprocess
 
 from farm.check import address
 from farm.database import open_pool
-from farm.locks import GONE
+from farm.locks import ANSWERS, GONE, WAITS
 from farm.migrations import prepared
 from farm.passwords import check_keys, keyring_of, load_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
@@ -44,16 +47,37 @@ CALLERS = logging.getLogger("botfarm.callers")  # what uvicorn says of callers; 
 CALLERS.setLevel(logging.ERROR)
 
 
+class _Way:
+    """The connection as a call has it whose caller has not sent all of its body, or sends nothing any more."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol = protocol
+        self.begun = 0  # bytes of the reply that are written already, see `Protocol._ask`
+
+    def is_closing(self) -> bool:
+        return self.protocol.transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        begun, self.begun = self.begun, 0
+        self.protocol.transport.write(data[begun:])
+
+    def close(self) -> None:
+        self.protocol.end(self.protocol.cycle.more_body)
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, which bounds what slow and endless callers hold, and tells a call that its caller is gone.
 
     uvicorn itself would keep for ever a connection that sends nothing or half a request, a reply that nobody reads,
-    and headers and trailers of any size.
+    and headers and trailers of any size. It would drop a call whose caller has closed its sending half, and take for
+    a body what comes after a refusal.
     """
 
     LATE = 40  # seconds for a head; in as many a body brings SLOW bytes, and some of a reply is read
     SLOW = 40 * 1024
     HEAD = 64 * 1024  # bytes of a head, of trailers, or of what else is no body
+    BEGINNING = b"HTTP/1.1 "  # of every reply
+    PROBE = 0.02  # seconds from the end of what a caller sends to a look whether it is there; the next ones are rarer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -61,6 +85,10 @@ class Protocol(HttpToolsProtocol):
         self._heads = self._brought = self._bodiless = 0
         self._running: RequestResponseCycle | None = None  # the call that is answered now, or was last
         self._owed: tuple[Any, float] = None, 0
+        self._way: Any = _Way(self)
+        self._keeps = True  # whether more requests may follow the one that is read
+        self._drops = self._is_half = False  # what comes goes nowhere; nothing comes any more
+        self._asking: asyncio.Task[None] | None = None
         self._look()
 
     def _look(self) -> None:
@@ -75,19 +103,29 @@ class Protocol(HttpToolsProtocol):
     def _owes(self) -> tuple[str, int] | None:
         """What the caller has to do next. As long as it gets on, the number changes."""
         if unsent := self.transport.get_write_buffer_size():  # then the system is full too, with up to megabytes
-            queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-            return "reading", unsent + int.from_bytes(queued, sys.byteorder)
+            return "reading", unsent + self._unread()
+        if self._drops:
+            return "end", self._brought // self.SLOW
         cycle = self.cycle
         if cycle is None or cycle.scope is not self.scope:
             return "head", self._heads
-        if cycle.response_complete:  # uvicorn's own timer is gone when an empty line came, or more of a refused body
+        if cycle.response_complete:  # uvicorn's own timer is gone when an empty line came
             return None if self.timeout_keep_alive_task else ("head", self._heads)
         return ("body", self._brought // self.SLOW) if cycle.more_body and not self.flow.read_paused else None
 
+    def _unread(self) -> int:
+        """Bytes that the system has, and that have not reached the caller."""
+        queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(queued, sys.byteorder)
+
     def data_received(self, data: bytes) -> None:
+        if self._drops:
+            self._brought += len(data)
+            self._unset_keepalive_if_required()
+            return
         self._bodiless += len(data)
         super().data_received(data)
-        if self._bodiless > self.HEAD and not self.transport.is_closing():
+        if self._bodiless > self.HEAD and not (self._drops or self.transport.is_closing()):
             self._refuse(HeadTooLarge())
 
     def on_headers_complete(self) -> None:
@@ -96,11 +134,80 @@ class Protocol(HttpToolsProtocol):
         if self.url.startswith(b"//"):  # else //users is read as the index page of a host named users
             self.url = b"/%252F" + self.url[2:]
         super().on_headers_complete()
+        cycle = self.cycle  # a reply before the end of the body ends the connection, as long as that end has not come
+        self._keeps, cycle.keep_alive, cycle.transport = cycle.keep_alive, False, self._way
+        if cycle.waiting_for_100_continue and cycle.scope["http_version"] != "1.1":
+            cycle.waiting_for_100_continue = False  # RFC 9110, section 10.1.1
 
     def on_body(self, body: bytes) -> None:
         self._brought += len(body)
         self._bodiless = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        cycle = self.cycle
+        if not cycle.response_started:
+            cycle.keep_alive, cycle.transport = self._keeps, self.transport
+
+    def shutdown(self) -> None:
+        self._keeps = False
+        super().shutdown()
+
+    # What a caller has sent is no sign that it is there, and that it sends no more is none that it is gone: the system
+    # tells the end of a half and that of a whole connection alike. But who is gone resets the connection when
+    # something is written, and who is not acknowledges it. So the bytes that every reply begins with are written one
+    # by one, and the last of them before a user is handed out. (An interim reply, 100, would do the same, but not
+    # over HTTP/1.0, and some clients take it for the reply.)
+
+    def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Whether somebody is still to be answered, and may be there to read it."""
+        cycle, running = self.cycle, self._running
+        if self._drops or cycle is None or running is None or cycle.response_complete or cycle.more_body:
+            return False
+        self._is_half, cycle.keep_alive = True, False
+        for asked in (running, *(waiting for waiting, _ in self.pipeline)):
+            asked.scope["state"][ANSWERS] = self.answers  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        self._follow(running)
+        return True
+
+    def _follow(self, cycle: RequestResponseCycle) -> None:
+        """Look whether the caller is there while it is answered."""
+        self._way.begun, cycle.transport = 0, self._way
+        self._asking = self.loop.create_task(self._ask(cycle))
+
+    async def _ask(self, cycle: RequestResponseCycle) -> None:
+        """At once where the call waits; most others are answered before a look would help."""
+        pause = 0 if WAITS in cycle.scope["state"] else self.PROBE  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        while not cycle.response_started and self._way.begun < len(self.BEGINNING) - 1:
+            await asyncio.sleep(pause)
+            if cycle.response_started or not await self.answers():
+                break
+            pause = max(4 * pause, self.PROBE)
+
+    def _begin(self) -> None:
+        begun = self._way.begun
+        self.transport.write(self.BEGINNING[begun : begun + 1])
+        self._way.begun = min(begun + 1, len(self.BEGINNING))
+
+    def _is_reset(self) -> bool:
+        return bool(self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    async def answers(self) -> bool:
+        """Whether a caller that sends nothing any more is there; where neither is known after a second it is."""
+        end = self.loop.time() + 1
+        if not self.transport.is_closing():
+            self._begin()
+        while not self.transport.is_closing() and self.loop.time() < end:
+            if self._is_reset():
+                self.transport.abort()
+            elif not self.transport.get_write_buffer_size() and not self._unread():
+                return True
+            else:
+                await asyncio.sleep(0.002)
+        return not self.transport.is_closing()
+
+    # -- The end
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedBody("The request is not HTTP."))
@@ -112,15 +219,30 @@ class Protocol(HttpToolsProtocol):
         headers += [(b"connection", b"close"), *self.server_state.default_headers]
         head = [STATUS_LINE[problem.status_code], *(b"%b: %b\r\n" % header for header in headers)]
         self.transport.write(b"".join([*head, b"\r\n", body]))
-        self.transport.close()
+        self.end(self._running is None or self._running.response_complete)
+
+    def end(self, more: bool) -> None:
+        """Close the connection after a reply; where its caller may send more, only our half.
+
+        Else the system would reset it when that comes, maybe before the caller has read the reply.
+        """
+        if more and not self.transport.is_closing():
+            self._drops = True
+            self.transport.write_eof()
+        else:
+            self.transport.close()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        if self._is_half:
+            self._follow(cycle)
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """uvicorn tells the last call that it has read, and the one that is answered may be one before that."""
         self._timer.cancel()
+        if self._asking:
+            self._asking.cancel()
         if running := self._running:
             running.scope.setdefault("state", {})[GONE] = True
             running.disconnected = running.disconnected or not running.response_complete
@@ -129,6 +251,22 @@ class Protocol(HttpToolsProtocol):
 
 
 # -- The process -----------------------------------------------------------------------------------------
+
+
+def end_with_parent() -> None:
+    """Let a worker end when the process that started it does, however that ends: else it would keep the port.
+
+    As at SIGTERM, but within three seconds.
+    """
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_after, args=(parent.sentinel,), name="parent", daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)
+    os._exit(1)
 
 
 def on_stop(stop: Callable[[], None]) -> None:
@@ -158,13 +296,15 @@ def banner(settings: Settings) -> str:
     user = f'{{"login": "bot-1", "password": "secret", "project_id": "{project}", "env": "stage"}}'
     wish = f'{{"project_id": "{project}", "env": "stage", "holder": "me"}}'
     return f"""BotFarm serves at {service}  (API: {service}/docs)
-create:  {json_post} {service}/users -d '{user}'
-acquire: {json_post} {service}/locks -d '{wish}'
+create:  {json_post} '{service}/users' -d '{user}'
+acquire: {json_post} '{service}/locks' -d '{wish}'
 release: curl -X DELETE{token} '{service}/locks?holder=me'"""
 
 
 def _greet() -> None:
-    print(banner(Settings.load()), flush=True)
+    """Whoever reads it, or not: the service serves on."""
+    with contextlib.suppress(OSError):
+        print(banner(Settings.load()), flush=True)
 
 
 class _Server(uvicorn.Server):

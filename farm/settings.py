@@ -53,6 +53,19 @@ def in_words(message: Any, rules: Mapping[str, str]) -> str:
     return next((rule for pattern, rule in rules.items() if repr(pattern) in str(message)), str(message))
 
 
+def read_text(path: Path) -> str:
+    """What people wrote into a file, without what editors put around it. ValueError shows nothing of it."""
+    try:
+        text = path.expanduser().read_bytes().decode("utf-8-sig").strip()
+    except OSError as fault:
+        raise ValueError(f"it cannot be read ({fault.strerror})") from None
+    except (UnicodeDecodeError, RuntimeError):  # the latter for the home of nobody
+        raise ValueError("it is not text in UTF-8") from None
+    if not text:
+        raise ValueError("it is empty")
+    return text
+
+
 KEY_PATTERN = re.compile(r"([A-Za-z0-9_.-]{1,32}):([A-Za-z0-9+/]{43}=)")
 
 
@@ -120,8 +133,9 @@ class Settings(Struct, frozen=True, kw_only=True):
                 text = _text_of(environ, variable, field in SECRET_SETTINGS)
                 if text is not None:
                     values[field] = _typed(field, text)
-            except (ValueError, OSError) as fault:
-                faults[variable] = fault
+            except ValueError as fault:
+                path = environ.get(f"{variable}_FILE") if field in SECRET_SETTINGS else None
+                faults[f"{variable}_FILE" if path else variable] = f"{path}: {fault}" if path else fault
         if values.get("auth") == "on" and "signing_keys" not in values:
             faults.setdefault(
                 "BOTFARM_SIGNING_KEYS", "needed when BOTFARM_AUTH=on; `python botfarm.py keygen` prints a key"
@@ -141,7 +155,7 @@ def _text_of(environ: Mapping[str, str], variable: str, is_secret: bool) -> str 
     if is_secret and (path := environ.get(f"{variable}_FILE")):
         if environ.get(variable):
             raise ValueError(f"set either {variable} or {variable}_FILE, not both")
-        return Path(path).read_text(encoding="utf-8").strip()
+        return read_text(Path(path))
     return environ.get(variable) or None
 
 
@@ -150,6 +164,10 @@ def _typed(field: str, text: str) -> Any:
         parse_keys(text)
     if field in ("database_url", "listen_url") and not re.match(r"postgres(ql)?://", text):
         raise ValueError("must begin with postgresql://")
+    if field == "home":
+        text = os.path.expanduser(text)
+    if field == "host":
+        text = text.strip("[]")
     kind = SETTING_TYPES[field]
     value: Any = [part.strip() for part in text.split(",")] if field in LIST_SETTINGS else text
     try:

@@ -33,7 +33,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from farm import VERSION
-from farm.database import DATABASE_FAULTS, SQL, Connections
+from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections
 from farm.passwords import SEALED
 from farm.problems import Problem, TokenRefusal
 from farm.settings import log
@@ -447,31 +447,33 @@ class Exporter:
         self._pool = pool
         self._here = here
         self._workers = Workers(FOLDER) if FOLDER else None
-        self._turn = asyncio.Lock()
+        self.text = Coalescer(self._texts, 1000)
         self._until = 0.0
         self._pools: list[asyncpg.Record] = []
 
-    async def text(self) -> bytes:
-        """As Prometheus reads it; made in a thread, because ten thousand pools take their time."""
+    async def _texts(self, asked: list[None]) -> list[bytes]:
+        """As Prometheus reads it, one for all who ask meanwhile.
+
+        Made in a thread, because ten thousand pools take their time.
+        """
         self._events.count_losses()
         pools = await self._census()
         others = self._workers.others() if self._workers else []
         scrape = Scrape(self._workers or self._events.registry, pools, [self._here(), *others])
-        return await asyncio.to_thread(generate_latest, scrape)
+        return [await asyncio.to_thread(generate_latest, scrape)] * len(asked)
 
     async def _census(self) -> list[asyncpg.Record]:
         """As list_pools.sql gives them; none where the database does not answer."""
-        async with self._turn:
-            began = time.monotonic()
-            if began >= self._until:
-                try:
-                    self._pools = await self._pool.fetch(SQL["list_pools"], None, None, timeout=5)
-                except (asyncpg.UndefinedTableError, *DATABASE_FAULTS) as fault:
-                    self._pools = []
-                    self._events.database_failed("No counts of users for a scrape", fault)
-                ended = time.monotonic()
-                self._until = ended + max(1, 4 * (ended - began))
-            return self._pools
+        began = time.monotonic()
+        if began >= self._until:
+            try:
+                self._pools = await self._pool.fetch(SQL["list_pools"], None, None, timeout=5)
+            except (asyncpg.UndefinedTableError, *DATABASE_FAULTS) as fault:
+                self._pools = []
+                self._events.database_failed("No counts of users for a scrape", fault)
+            ended = time.monotonic()
+            self._until = ended + max(1, 4 * (ended - began))
+        return self._pools
 
     async def keep_told(self) -> None:
         """Tell the other workers what there is here, for ever; nothing without others."""

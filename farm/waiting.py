@@ -24,18 +24,21 @@ import msgspec
 from cachetools import LRUCache, TTLCache
 from msgspec import Struct
 
-from farm.database import DATABASE_FAULTS, SQL, Busy, Connections, columns, new_id
-from farm.problems import ShuttingDown
+from farm.addresses import SchemaError, connect
+from farm.database import DATABASE_FAULTS, NO_CONNECTION, SQL, Busy, Connections, columns, new_id
+from farm.problems import Overloaded, ShuttingDown
 from farm.settings import jittered, log
 from farm.telemetry import NOWHERE, Cause, Events
 from farm.words import Wish, Wishes
 
 POLL = 0.2  # seconds between two looks while somebody waits
 EXCHANGE = 0.5  # seconds between two exchanges with the other replicas
+BEAT = 5  # seconds between two heartbeats of the connection that hears of other replicas
 HEAD_START = 0.5  # seconds by which one who waits here may overtake one who waits at another replica
 PATIENCE = 3.0  # seconds after which a waiting set goes before those who came later
 LOOK = 500  # distinct wishes that one look serves
 GROUPS = 200  # calls that one statement serves: it compares each with each
+CROWD = 20_000  # calls that may wait; each holds 24 KB and a connection
 BREADTH = 200  # free users that one look lists for a wish; at least as many as a set may have
 
 
@@ -297,6 +300,16 @@ class Desk:
         """How many calls wait here for users of this pool."""
         return sum(count for pools, count in self._pools.items() if any(pool.meets(other) for other in pools))
 
+    def longest_waits(self) -> dict[frozenset[Wish], float]:
+        """Pools, and when who waits longest for users of any of them came, by the monotonic clock."""
+        came: dict[frozenset[Wish], float] = {}
+        for ask in self.queue:
+            if len(came) == len(self._pools):
+                break
+            if ask.wait:
+                came.setdefault(ask.pools(), ask.arrived)
+        return came
+
     def crowd(self) -> list[tuple[list[Wish], int]]:
         """Who waits here: pools, and how many calls wait for users of any of them."""
         return [(list(pools), count) for pools, count in self._pools.items()]
@@ -304,8 +317,9 @@ class Desk:
     def join(self, ask: Ask) -> None:
         """Take a place in the queue; `ask.answer` will be its rows, none for one that has no time to wait."""
         ask.answer = asyncio.get_running_loop().create_future()
-        if self._closed:
-            ask.answer.set_exception(ShuttingDown())
+        if self._closed or len(self.queue) >= CROWD:
+            crowd = f"{CROWD} calls wait for users here already; try again in a moment."
+            ask.answer.set_exception(ShuttingDown() if self._closed else Overloaded(crowd))
             return
         if ask.wait and not self._pools:
             self._tell("waiting")
@@ -556,14 +570,13 @@ async def listen(desk: Desk, url: str) -> None:
     """Hear what other replicas tell (for ever). A connection that died without a word is noticed by its heartbeat."""
     while True:
         try:
-            connection = await asyncpg.connect(url, timeout=5)
+            connection = await connect(url, "BOTFARM_LISTEN_URL")
             try:
                 await connection.add_listener("botfarm", lambda *news: desk.hear(news[-1]))
-                while True:
-                    await asyncio.sleep(jittered(5))
-                    await connection.fetchval("select 1", timeout=3)
+                while await connection.fetchval(SQL["can_write"], timeout=3):
+                    await asyncio.sleep(jittered(BEAT))
             finally:
                 connection.terminate()
-        except (asyncpg.PostgresError, *DATABASE_FAULTS) as fault:
+        except (SchemaError, *NO_CONNECTION) as fault:
             desk.events.database_failed("No news of other replicas, polls go on", fault)
-        await asyncio.sleep(jittered(5))
+        await asyncio.sleep(jittered(BEAT))

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import asyncpg
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from farm.problems import FieldError, Invalid, MalformedBody, shown
-from farm.settings import WORD, Settings, in_words
+from farm.problems import FieldError, Invalid, shown
+from farm.settings import WORD, Settings
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
@@ -130,6 +129,14 @@ class ImportedUser(UserFields, frozen=True):
     totp: Totp | UnsetType | None = UNSET
 
 
+TELLING = ("id", "created_at", "state", "locktime", "lock", "quarantine", "available_at")
+
+
+def only_tells(field: str) -> bool:
+    """Whether an export may have a field that an import passes over."""
+    return field in TELLING or field.startswith("has_")
+
+
 class UserChanges(Body, frozen=True):
     login: Login | UnsetType = UNSET
     password: Password | UnsetType = UNSET
@@ -200,6 +207,7 @@ class UserFilter(Struct):
     holder: str | None
     login: str | None
     label: list[str]
+    login_prefix: str | None
 
     def columns(self, page: Sequence[Any], projects: tuple[uuid.UUID, ...] | None) -> list[Any]:
         """As list_users.sql takes them, for one page, and a caller who is limited to projects (null: all)."""
@@ -210,7 +218,9 @@ class UserFilter(Struct):
         project_id = self.project_id
         if projects and len(projects) == 1:  # which an index leads to
             project_id, projects = projects[0], None
-        return [project_id, self.env, self.domain, self.state, self.holder, self.login, labels, *page, projects]
+        prefix = None if self.login_prefix is None else re.sub(r"([\\%_])", r"\\\1", self.login_prefix) + "%"
+        asked = [project_id, self.env, self.domain, self.state, self.holder, self.login, labels]
+        return [*asked, *page, projects, prefix]
 
 
 # ---- What callers get --------------------------------------------------------------------------------------
@@ -240,6 +250,7 @@ class User(Struct):
     locktime: datetime | None
     lock: UserLock | None
     quarantine: str | None
+    available_at: datetime | UnsetType = UNSET  # the end of its rest, of one that rests
 
     @classmethod
     def of(cls, row: asyncpg.Record) -> User:
@@ -260,6 +271,7 @@ class User(Struct):
             locktime=row["acquired_at"] if locked else None,
             lock=UserLock(*held) if locked else None,
             quarantine=row["quarantine"],
+            available_at=row["ready_at"] if row["state"] == "resting" else UNSET,
         )
 
 
@@ -298,6 +310,54 @@ class Pool(Struct):
 
 class PoolList(Struct):
     items: list[Pool]
+
+
+class GlancedPool(Pool):
+    """`next_free_at` is null where some are free, and where none will come by itself."""
+
+    longest_wait_since: datetime | None
+    next_free_at: datetime | None
+
+
+class GlancedLock(Struct):
+    user_id: uuid.UUID
+    login: str
+    project_id: uuid.UUID
+    env: str
+    domain: str
+    holder: str
+    note: str
+    acquired_at: datetime
+    expires_at: datetime
+
+    @classmethod
+    def of(cls, pool: Pool, user_id: uuid.UUID, login: str, *rest: Any) -> GlancedLock:
+        return cls(user_id, login, pool.project_id, pool.env, pool.domain, *rest)
+
+
+class GlancedLocks(Struct):
+    """How many there are, and those of them that end first."""
+
+    total: int
+    items: list[GlancedLock]
+
+
+class GlancedEnd(Struct):
+    """The login is null where the user is deleted."""
+
+    user_id: uuid.UUID
+    login: str | None
+    holder: str
+    acquired_at: datetime
+    ended_at: datetime
+    ended_by: Literal["released", "expired", "forced"]
+    outcome: Outcome | None
+
+
+class Overview(Struct):
+    pools: list[GlancedPool]
+    locks: GlancedLocks
+    ended: list[GlancedEnd]
 
 
 class LockedUser(Struct, omit_defaults=True):
@@ -433,8 +493,8 @@ def forbidden(settings: Settings, body: Any) -> Iterator[FieldError]:
         seconds = getattr(body, field, None)
         if isinstance(seconds, int) and seconds > longest:
             yield FieldError(field, f"{seconds} is over the longest {field} of {longest} seconds")
-    if isinstance(body, AcquireSet):
-        yield from _forbidden_in_set(settings, body.users)
+    if users := getattr(body, "users", None):
+        yield from _forbidden_in_set(settings, users)
 
 
 def _forbidden_in_set(settings: Settings, parts: list[SetPart]) -> Iterator[FieldError]:
@@ -449,113 +509,3 @@ def check_words(settings: Settings, body: Any) -> None:
     """Invalid where settings forbid something in a body, or a filter, that is otherwise well formed."""
     if faults := list(forbidden(settings, body)):
         raise Invalid(faults)
-
-
-# ---- Reading a body ----------------------------------------------------------------------------------------
-
-# What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
-UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
-SECRETS = ("password", "totp")
-
-
-def told(text: str, place: str, value: Any) -> str:
-    """What msgspec says of a value, in words, and with the value where that is no secret."""
-    text = in_words(text, RULES)
-    return text if not place or place.endswith(SECRETS) else f"{shown(value)} is not allowed: {text}"
-
-
-def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError:
-    for key, value in labels.items():
-        if not re.match(WORD, key):
-            return FieldError(place, f"the key {shown(key)} is not 1 to 63 of A-Z a-z 0-9 _ . -")
-        if not isinstance(value, str) or len(value) > 255 or not re.match(PLAIN, value):
-            rule = "must be a text of up to 255 characters without control characters"
-            return FieldError(f"{place}.{key}", f"{shown(value)} {rule}")
-    return FieldError(place, message)
-
-
-def _value_at(raw: Any, place: str) -> Any:
-    """What stands at a place such as users[0].env."""
-    for part in re.findall(r"[^.\[\]]+", place):
-        raw = raw[int(part) if isinstance(raw, list) else part]
-    return raw
-
-
-UNKNOWN = "unknown field"
-
-
-def _fault(error: msgspec.ValidationError, raw: Any) -> FieldError:
-    """The field that a failed validation is about, and what is wrong with it."""
-    text, _, where = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
-    path = re.search(r"`\$\.?(.*)`", where)
-    place = path[1].removesuffix("[...]") if path else ""
-    if found := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", text):
-        message = UNKNOWN if found[1] == "contains unknown" else "required, but missing"
-        return FieldError(f"{place}.{found[2]}".removeprefix("."), message)
-    try:
-        value = _value_at(raw, place)
-    except (LookupError, ValueError, TypeError):  # not a place, but a name that was sent and reads like one
-        return FieldError(None, text)
-    if place.endswith("labels") and isinstance(value, dict):
-        return _label_error(place, value, text)
-    return FieldError(place or None, told(text, place, value))
-
-
-def _unknown_fields(raw: Any, kind: type, place: str = "") -> Iterator[FieldError]:
-    if not isinstance(raw, dict):
-        return
-    for name, value in raw.items():
-        if name not in kind.__struct_fields__:  # pyright: ignore[reportAttributeAccessIssue]
-            yield FieldError(f"{place}{name}", UNKNOWN)
-        elif kind is AcquireSet and name == "users" and isinstance(value, list):
-            for number, part in enumerate(value):
-                yield from _unknown_fields(part, SetPart, f"users[{number}].")
-
-
-def field_errors(error: msgspec.ValidationError, raw: Any, kind: type) -> list[FieldError]:
-    """All unknown fields, and the first fault, with the value that was sent (but for secrets)."""
-    unknown, fault = list(_unknown_fields(raw, kind))[:20], _fault(error, raw)
-    return unknown if unknown and fault.message == UNKNOWN else [*unknown, fault]
-
-
-def _number(text: str) -> float:
-    """60.0 is 60: in JSON they are the same."""
-    number = float(text)
-    if math.isinf(number):
-        raise msgspec.DecodeError("a number is out of range")
-    return int(number) if number.is_integer() else number
-
-
-UNTYPED = msgspec.json.Decoder(float_hook=_number)
-
-
-def _convert(raw: Any, kind: type[T]) -> T:
-    try:
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        raise Invalid(field_errors(error, raw, kind)) from None
-
-
-def _no_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def check_json(body: bytes) -> None:
-    """MalformedBody where this is no JSON. (msgspec would refuse half of a surrogate pair, too, and 1e999.)"""
-    try:
-        json.loads(body.decode(), parse_int=str, parse_float=str, parse_constant=_no_json)
-    except (ValueError, RecursionError) as error:  # without its text, which shows a part of what was sent
-        why = "nested too deep" if isinstance(error, RecursionError) else "not JSON in UTF-8"
-        raise MalformedBody(f"The body can't be read: it is {why}.") from None
-
-
-def decode_body(body: bytes, kind: type[T]) -> T:
-    """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
-    try:
-        try:
-            return msgspec.json.decode(body, type=kind)
-        except msgspec.ValidationError:  # once more: for what was sent, and maybe it was just a 60.0
-            return _convert(UNTYPED.decode(body), kind)
-    except UNREADABLE as error:
-        why = str(error) or "nested too deep"
-        raise MalformedBody(f"The body is not JSON in UTF-8 that can be read: {why}.") from None

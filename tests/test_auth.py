@@ -433,12 +433,13 @@ def test_no_header_and_no_form_is_more_than_refused(secured, blocking, kind, sen
 
 # ---- Scopes -----------------------------------------------------------------------------------------------
 
-READ = {"list_users", "get_user", "list_history", "list_pools", "export_users"}
+READ = {"list_users", "get_user", "list_history", "list_pools", "get_overview", "export_users"}
 WRITE = READ | {
     "create_user", "update_user", "delete_user", "verify_password", "quarantine_user", "end_quarantine",
     "import_users",
 }  # fmt: skip
 LOCKS = {"acquire_lock", "acquire_user", "acquire_set", "get_lock", "extend_lock", "release_lock", "release_holder"}
+LOCKS |= {"put_session", "get_session", "delete_session", "give_code"}
 ADMIN = WRITE | LOCKS | {"force_release"}
 
 
@@ -601,7 +602,9 @@ async def test_however_a_lock_ends_its_record_says_whose_it_was(empty_database):
         events = farm.telemetry.Events(None)
         own_farm = farm.locks.Locks(settings(empty_database), pool, pool, cast("Any", None), events)
         secret = "$argon2id$"
-        await pool.fetch(farm.database.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}")
+        await pool.fetch(
+            farm.database.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}", *farm.codes.NO_CODES
+        )
 
         async def take(client):
             (row,) = await own_farm._acquire_locks(
@@ -712,7 +715,7 @@ async def test_a_client_that_is_limited_to_projects_sees_nothing_else(secured, s
         items = (await api.get("/users", params={"cursor": outside})).json()["items"]
         assert {user["project_id"] for user in items} <= projects
 
-        for path in ("/users", "/users/export", "/pools"):
+        for path in ("/users", "/users/export", "/pools", "/overview"):
             assert slug(await api.get(f"{path}?project_id={foreign}")) == "forbidden"
             assert (await api.get(f"{path}?project_id={own}")).status_code == 200
 
@@ -931,7 +934,7 @@ async def test_what_was_read_of_clients_counts_for_less_than_a_minute(empty_data
 
             async def away(self, sql, *values, **options):
                 if "clients_gone" in sql:
-                    raise OSError("away")
+                    raise ConnectionError("away")
                 return await failing(self, sql, *values, **options)
 
             monkeypatch.setattr(farm.database.Connections, "fetch", away)

@@ -114,6 +114,9 @@ def test_an_import_is_stored_whole_or_not_at_all(http, file):
     if answer.status_code == 200:
         assert stored(http) == before + told["created"]
         return
+    if "utf-16" in media:
+        assert answer.status_code == 415
+        return
     assert answer.status_code == 422, answer.text
     assert 1 <= len(told["errors"]) <= 100
     assert all(error["line"] >= 1 and error["message"] for error in told["errors"])

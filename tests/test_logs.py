@@ -557,6 +557,8 @@ async def test_nobody_waits_for_a_slow_reader_and_all_is_there_at_the_end(empty_
         await asyncio.to_thread(service.process.wait, 20)
     lines = [json.loads(line) for line in (await reader).splitlines()]
     os.close(reading)
+    if "fsync" in lines[0].get("message", ""):  # which is off in the tests' own server
+        del lines[0]
     assert Counter(line["event"] for line in lines) == {
         "user-created": 20, "lock-acquired": 240, "lock-released": 240,
     }  # fmt: skip
@@ -636,10 +638,12 @@ async def test_no_secret_is_in_any_line(empty_database, project, tmp_path):
             assert lock["user"]["password"] == canary + "3"
             await api.patch(f"/locks/{lock['id']}")
             await api.delete(f"/locks/{lock['id']}?quarantine=x")
-            await execute(empty_database, "alter table locks rename to hidden")
+            fails = "create function fails() returns trigger language plpgsql as 'begin perform 1 / 0; end'"
+            on_locks = "create trigger fails before update on locks execute function fails()"
+            await execute(empty_database, fails, on_locks)
             assert (await api.patch(f"/locks/{lock['id']}", json={"ttl": 5})).status_code == 500
             assert (await acquire(api, project)).status_code == 500
-            await execute(empty_database, "alter table hidden rename to locks")
+            await execute(empty_database, "drop trigger fails on locks")
     text = path.read_text()
     assert '"revealed":true' in text
     assert '"traceback"' in text

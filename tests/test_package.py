@@ -29,7 +29,10 @@ def test_a_wheel_holds_all_of_the_program(tmp_path):
     (file,) = tmp_path.glob("botfarm-*.whl")
     with zipfile.ZipFile(file) as packed:
         held = {name: packed.read(name) for name in packed.namelist() if ".dist-info/" not in name}
-    there = {"botfarm.py": ROOT / "botfarm.py"} | {f"farm/{path.name}": path for path in ROOT.glob("farm/*.py")}
+    there = {"botfarm.py": ROOT / "botfarm.py"}
+    there |= {
+        f"farm/{path.name}": path for path in ROOT.glob("farm/*.*") if path.suffix in (".py", ".html", ".css", ".js")
+    }
     for folder in ("sql", "migrations"):
         there |= {f"farm/{folder}/{path.name}": path for path in ROOT.glob(f"{folder}/*.sql")}
     assert held == {name: path.read_bytes() for name, path in there.items()}

@@ -101,7 +101,12 @@ def values(canaries, project):
         "users": [{"project_id": project}],
     }
     user = {"login": uuid.uuid4().hex, "password": canaries.password, "totp": canaries.totp, "reason": "broken"}
-    return form | wish | user | {"ttl": 60, "wait": 0, "holder": "canary", "note": "canary", "scope": "admin"}
+    return (
+        form
+        | wish
+        | user
+        | {"ttl": 60, "wait": 0, "holder": "canary", "note": "canary", "prefer": "any", "scope": "admin"}
+    )
 
 
 def bodies(canaries, body):

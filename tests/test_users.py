@@ -77,39 +77,35 @@ async def test_a_bad_value_is_named(api, project, changes, field):
 @pytest.mark.parametrize(
     ("path", "body", "errors"),
     [
-        (
-            "/users",
-            {"login": "a\n", "password": "\0", "env": "x", "shoe": 1, "labels": {"k": None}},
-            [
-                ("shoe", "unknown field"),
-                ("login", '"a\\n" is not allowed: no control characters here'),
-            ],
-        ),
-        ("/users", {"login": "a", "password": "\0"}, [("password", "no U+0000 here")]),
-        (
-            "/users",
-            {"login": "a", "labels": {"k": None}, "x": 1, "y": 2},
-            [
-                ("x", "unknown field"),
-                ("y", "unknown field"),
-                ("labels.k", "null must be a text of up to 255 characters without control characters"),
-            ],
-        ),
-        ("/locks/sets", {"users": [{}], "ttl": 0}, [
-            ("users[0].project_id", "required, but missing"),
+        ("/users", {"login": "a\n", "password": "\0", "env": "x", "shoe": 1, "labels": {"k": None}}, [
+            ("shoe", "unknown field"),
+            ("login", '"a\\n" is not allowed: no control characters here'),
+            ("project_id", "required, but missing"),
+            ("labels.k", "null must be a text of up to 255 characters without control characters"),
+            ("password", "no U+0000 here"),
+            ("env", '"x" is not one of prod, preprod, stage'),
         ]),
-        ("/locks/sets", {"users": [{"project_id": "1" * 32}, {"x": 1}]}, [("users[1].x", "unknown field")]),
+        ("/users", {"login": "a", "x": 1, "y": 2, "project_id": "1" * 32, "env": "prod"}, [
+            ("x", "unknown field"), ("y", "unknown field"), ("password", "required, but missing"),
+        ]),
+        ("/locks/sets", {"users": [{}], "ttl": 0}, [
+            ("ttl", "0 is not allowed: Expected `int` >= 1"), ("users[0].project_id", "required, but missing"),
+        ]),
+        ("/locks/sets", {"users": [{"project_id": "1" * 32}, {"project_id": "1" * 32, "x": 1, "env": "y"}]}, [
+            ("users[1].x", "unknown field"), ("users[1].env", '"y" is not one of prod, preprod, stage'),
+        ]),
         ("/locks/sets", {"users": [{"project_id": "1" * 32, "labels": {"a b": "c"}}]}, [
             ("users[0].labels", 'the key "a b" is not 1 to 63 of A-Z a-z 0-9 _ . -'),
         ]),
         ("/locks/sets", {"users": [{"project_id": 5}]}, [
             ("users[0].project_id", "5 is not allowed: Expected `uuid`, got `int`"),
         ]),
+        ("/locks/sets", {"users": [5]}, [("users[0]", "5 is not allowed: Expected `object`, got `int`")]),
         ("/locks", [], [(None, "Expected `object`, got `array`")]),
         ("/locks", {"project_id": "1" * 32, "ttl": 60.0, "shoe": 1}, [("shoe", "unknown field")]),
     ],
 )  # fmt: skip
-async def test_unknown_fields_and_the_first_fault_are_told_with_place_value_and_rule(api, path, body, errors):
+async def test_all_faults_of_a_body_are_told_with_place_value_and_rule(api, path, body, errors):
     answer = await api.post(path, json=body)
     assert slug(answer) == "invalid"
     assert [(error["field"], error["message"]) for error in answer.json()["errors"]] == errors

@@ -22,11 +22,12 @@ import resource
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter
@@ -537,6 +538,64 @@ def logging(bench: Bench) -> Sequence[float]:
             "cycle, quiet": partial(cycle, quiet, CONNECTIONS),
         })  # fmt: skip
     return [ratio(runs[0], runs[1])]
+
+
+@row(20, Target("p50 of a GET /overview that looks at the database: 1,000,000 users, 300 pools, 5,000 locks", 100, None,
+                " ms", at_most=True),
+     Target("CPU of the service for 500 pages, while locks come and go", 15, None, "%", at_most=True),
+     Target("cycle requests/s beside 500 pages to alone", 0.95, None))  # fmt: skip
+def pages(bench: Bench) -> Sequence[float]:
+    """The first look of all counts every user, and is not among those that are timed."""
+    pools, count = bench.length(300, 20), bench.length(500, 50)
+    with ExitStack() as stack:
+        many = bench.length(1_000_000, 6_000)
+        service = bench.fill(bench.start(stack), many, pools, locked=bench.length(5000, 200))
+        service.call("GET", "/overview")
+        taken = statistics.median(look(service) for _ in range(bench.length(20, 2)))
+        used = busy_with_pages(service, count, bench.length(20, 2))
+        runs = bench.alternate({
+            "cycle, 1,000,000 users in 300 pools, beside 500 pages": partial(cycle_beside, service, pools, count),
+            "cycle, 1,000,000 users in 300 pools": partial(cycle, service, CONNECTIONS, pools=pools),
+        }, bench.length(8, 1))  # fmt: skip
+    return [taken, used, ratio(runs[0], runs[1])]
+
+
+def look(service: Service) -> float:
+    """Milliseconds of the answer that looks at the database, because the one before is over a second old."""
+    time.sleep(1.1)
+    begin = time.perf_counter()
+    service.call("GET", "/overview")
+    return (time.perf_counter() - begin) * 1e3
+
+
+@contextmanager
+def looked_at(service: Service, count: int, seconds: float) -> Iterator[None]:
+    """So many pages look on for so long; BenchError where one was refused."""
+    command = [sys.executable, str(harness.LOAD / "pages.py"), str(service.port), str(count), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as looking:
+        time.sleep(2)  # all have looked once
+        yield
+        answers = json.loads(looking.communicate()[0] or "{}")
+    say(f"  {count} pages were answered with {answers}")
+    if not answers or answers.keys() - {"200", "304"}:
+        raise BenchError(f"the pages were answered with {answers}")
+
+
+def busy_with_pages(service: Service, count: int, seconds: int) -> float:
+    """% of a core that the service uses while pages look on and four locks a second come and go."""
+    wish = json.dumps({"project_id": harness.project(1), "holder": harness.HOLDER})
+    with looked_at(service, count, seconds + 2):
+        before, end = service.cpu(), time.monotonic() + seconds
+        while time.monotonic() < end:
+            lock = json.loads(service.call("POST", "/locks", wish))
+            time.sleep(0.25)
+            service.call("DELETE", f"/locks/{lock['id']}")
+        return 100 * (service.cpu() - before) / seconds
+
+
+def cycle_beside(service: Service, pools: int, count: int, seconds: int) -> Run:
+    with looked_at(service, count, seconds + 3):
+        return cycle(service, CONNECTIONS, seconds, pools=pools)
 
 
 # ---- Against another checkout alone ------------------------------------------------------------------------

@@ -1,0 +1,168 @@
+"""What pages show at a glance: one look at the database a second, for all who look on.
+
+A *look* is what get_overview.sql finds for callers who may see the same projects. Those who come while it is taken wait
+for it, and it counts for a second. A *view* is what they get of it: everything, or one project; it is made and encoded
+once, however many ask. A look is *split* where it has the first locks and the latest ends of each project, and not only
+of all. With 5,000 locks that takes twice as long, so with over MANY it is done only where projects are asked for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import msgspec
+from cachetools import TLRUCache, TTLCache
+from msgspec import Struct
+
+from farm.database import SQL, Coalescer, Connections
+from farm.waiting import Desk
+from farm.words import GlancedEnd, GlancedLock, GlancedLocks, GlancedPool, Overview, Wish
+
+Projects = frozenset[uuid.UUID] | None  # what a caller is limited to; null: all
+
+
+class View(Struct):
+    """A reply to many, its name, and packed: 500 pages would else be sent 30 MB a second of a farm of 300 pools."""
+
+    etag: str
+    body: bytes
+    packed: bytes
+
+    @classmethod
+    def of(cls, overview: Overview) -> View:
+        body = msgspec.json.encode(overview)
+        name = hashlib.blake2b(body, digest_size=16).hexdigest()
+        return cls(f'W/"{name}"', body, gzip.compress(body, 1, mtime=0))
+
+    def is_known(self, sent: str | None) -> bool:
+        """Whether who sent this If-None-Match has it (RFC 9110 section 13.1.2)."""
+        known = [name.strip().removeprefix("W/") for name in (sent or "").split(",")]
+        return self.etag.removeprefix("W/") in known or known == ["*"]
+
+
+class Look:
+    """What was found for callers who may see the same projects."""
+
+    LOCKS, ENDS = 200, 50
+
+    def __init__(self, pools: dict[int, GlancedPool], row: asyncpg.Record, is_split: bool, seconds: float) -> None:
+        self.is_split = is_split
+        self.seconds = seconds  # that it took
+        self._pools = [pool for pool in pools.values() if pool.total]
+        self._locks = [(pools[pool_id], lock) for pool_id, *lock in row["locks"]]
+        self._ended = [(project_id, GlancedEnd(*end)) for project_id, *end in row["ended"]]
+        self._views: dict[uuid.UUID | None, View] = {}
+
+    def view(self, project_id: uuid.UUID | None) -> View:
+        """Of everything, or of one project. All that have no pool share one, so nobody fills the memory with views."""
+        if found := self._views.get(project_id):
+            return found
+        pools = [pool for pool in self._pools if project_id in (None, pool.project_id)]
+        key = project_id if pools else uuid.UUID(int=0)
+        if key not in self._views:
+            held = [(pool, lock) for pool, lock in self._locks if project_id in (None, pool.project_id)]
+            items = [GlancedLock.of(pool, *lock) for pool, lock in held[: self.LOCKS]]
+            ended = [end for project, end in self._ended if project_id in (None, project)]
+            locks = GlancedLocks(sum(pool.locked for pool in pools), items)
+            self._views[key] = View.of(Overview(pools, locks, ended[: self.ENDS]))
+        return self._views[key]
+
+
+class Total(Struct):
+    """The users of a pool, as they were counted."""
+
+    project_id: uuid.UUID
+    users: int
+    counted_at: float
+
+
+class Glances:
+    """Answers GET /overview."""
+
+    COUNTED = 100_000  # users that one look counts; a million takes ten of them, each of 15 ms for it
+    MANY = 1000  # locks
+    KEPT = 60  # seconds after which it is forgotten what was looked at: totals, and that projects were
+
+    def __init__(self, pool: Connections, desk: Desk) -> None:
+        self._pool = pool
+        self._desk = desk
+        self._totals: dict[int, Total] = {}
+        self._looked_at = 0.0
+        self._locked = 0  # users, in the last look
+        self._since = datetime.now(UTC) - timedelta(seconds=time.monotonic())  # what the desk's clock began at
+        # Where a look takes long it counts for four times as long, so that no page keeps the database busy.
+        self._looks: TLRUCache[Projects, Look] = TLRUCache(
+            1000, ttu=lambda _, look, now: now + max(1, 4 * look.seconds), timer=time.monotonic
+        )
+        self._split: TTLCache[Projects, bool] = TTLCache(1000, self.KEPT)  # of whom views of projects are asked for
+        self._look = Coalescer(self._take, 10_000)
+
+    async def view(self, projects: tuple[uuid.UUID, ...] | None, project_id: uuid.UUID | None) -> View:
+        """What a caller who is limited to these projects sees, of all or of one of them."""
+        key = None if projects is None else frozenset(projects)
+        if project_id is not None:
+            self._split[key] = True
+        return (self._taken(key) or await self._look(key)).view(project_id)
+
+    def _taken(self, projects: Projects) -> Look | None:
+        """The last look, where it still counts and has what is asked for."""
+        look = self._looks.get(projects)
+        return look if look and look.is_split >= (projects in self._split) else None
+
+    async def _take(self, asked: list[Projects]) -> list[Look]:
+        looks = {}
+        for projects in set(asked):
+            look = self._taken(projects)
+            if look is None:
+                look = self._looks[projects] = await self._read(projects)
+            looks[projects] = look
+        return [looks[projects] for projects in asked]
+
+    async def _read(self, projects: Projects) -> Look:
+        now = time.monotonic()
+        if now > self._looked_at + self.KEPT:
+            self._totals.clear()
+        self._looked_at = now
+        limit = None if projects is None else list(projects)
+        is_split = self._locked <= self.MANY or projects in self._split
+        row = await self._pool.fetchrow(SQL["get_overview"], limit, self._still_known(projects), is_split)
+        assert row
+        for pool in row["pools"]:
+            pool_id, project_id, _, _, total, *_ = pool
+            if total is not None:
+                self._totals[pool_id] = Total(project_id, total, now)
+        waits = self._desk.longest_waits()
+        pools = {pool[0]: self._glanced(pool, waits) for pool in row["pools"]}
+        self._locked = sum(pool.locked for pool in pools.values())
+        return Look(pools, row, is_split, time.monotonic() - now)
+
+    def _still_known(self, projects: Projects) -> list[int]:
+        """The pools that are not counted this time: all but those whose turn it is."""
+        known = [id for id, total in self._totals.items() if projects is None or total.project_id in projects]
+        known.sort(key=lambda id: self._totals[id].counted_at)
+        counted = 0
+        for place, id in enumerate(known):
+            counted += self._totals[id].users
+            if place and counted > self.COUNTED:
+                return known[place:]
+        return []
+
+    def _glanced(self, found: Any, waits: dict[frozenset[Wish], float]) -> GlancedPool:
+        """A pool with what else is known of it. Who is neither locked nor resting nor quarantined is free."""
+        id, project_id, env, domain, _, locked, resting, quarantined, failing, next_free_at = found
+        total = max(self._totals[id].users, locked + resting + quarantined)
+        free = total - locked - resting - quarantined
+        wish = Wish(None, project_id, env, domain)
+        arrived = [since for pools, since in waits.items() if any(wish.meets(other) for other in pools)]
+        return GlancedPool(
+            project_id, env, domain, total, free, locked, resting, quarantined, failing,
+            self._desk.waiting(wish),
+            longest_wait_since=self._since + timedelta(seconds=min(arrived)) if arrived else None,
+            next_free_at=None if free else next_free_at,
+        )  # fmt: skip

@@ -1,0 +1,9 @@
+-- What pages show at a glance. None of these indexes holds what a renewal changes, so renewals stay HOT updates.
+-- The latest ends.
+create index history_by_end on history (ended_at);
+
+-- Users that are quarantined: few among many, counted once a second for pages that are open.
+create index locks_quarantined on locks (pool_id) where quarantine is not null;
+
+-- Logins by how they begin, whatever the database's collation is.
+create index users_by_login on users (login text_pattern_ops);

@@ -1,0 +1,41 @@
+-- What the service needs of the database and does not find, in words: tables and views with their columns, rights.
+-- A test compares the columns with those that the migrations make.
+with needed (name, columns, rights) as (
+    values
+        ('_yoyo_migration', '{migration_id}', '{select}'),
+        ('users', '{id,created_at,project_id,env,domain,login,labels,secret}', '{select,insert,update,delete}'),
+        ('pools', '{id,project_id,env,domain}', '{select,insert}'),
+        ('locks', '{user_id,pool_id,fence,lock_id,ready_at,acquired_at,expires_at,ttl,holder,quarantine,client_id}',
+            '{select,insert,update,delete}'),
+        ('history', '{lock_id,user_id,fence,holder,acquired_at,ended_at,ended_by,client_id}', '{select,insert,delete}'),
+        ('idempotency_keys', '{key,lock_ids,bound_at}', '{select,insert,delete}'),
+        ('sealing_keys', '{id,proof}', '{select,insert}'),
+        ('waiting', '{replica,told_at,queue}', '{select,insert,update,delete}'),
+        ('clients', '{id,name,created_at,secret_hash,previous_hash,previous_until,scopes,projects}', '{select}'),
+        ('token_requests', '{caller,since,requests,failures}', '{select,insert,update,delete}'),
+        ('lock_states', '{user_id,state}', '{select}'),
+        ('free_users', '{place,user_id}', '{select,update}')
+),
+found as (
+    select name, columns::text[] as columns, rights::text[] as rights, to_regclass(quote_ident(name)) as relation
+    from needed
+)
+select 'the table ' || name as lack
+from found
+where relation is null
+union all
+select 'the column ' || wanted || ' of ' || name
+from found, unnest(columns) as wanted
+where relation is not null
+    and not exists (
+        select
+        from pg_attribute
+        where attrelid = relation and attname = wanted and not attisdropped
+    )
+union all
+select 'the right to ' || wanted || ' in ' || name || ' for the user ' || current_user
+from found, unnest(rights) as wanted
+where relation is not null and not has_table_privilege(relation, wanted)
+union all
+select 'the right to make temporary tables in ' || current_database() || ' for the user ' || current_user
+where not has_database_privilege(current_database(), 'temporary')
