@@ -18,13 +18,16 @@ each of which imports only those below it:
     farm/imports.py      NDJSON and CSV in, NDJSON out
     farm/locks.py        the statements of locks, shared by the calls that arrive together; refusals and why
     farm/overview.py     what pages show at a glance
+    farm/sessions.py     what a test needs to be logged in already
     farm/waiting.py      who gets whom when calls wait
     farm/clients.py      who may call: clients, tokens, scopes, projects
     farm/telemetry.py    what happened: the log, which is the audit trail, and the metrics
+    farm/codes.py        one-time codes, each given out once
     farm/passwords.py    sealing and hashing
     farm/migrations.py   the schema of the database, brought up to date
     farm/database.py     the SQL files, the two pools, statements that calls share
     farm/addresses.py    the database's URL, and what it means when nobody answers there
+    farm/bodies.py       reading a body, and what is wrong with it
     farm/words.py        what callers send and get, with limits
     farm/problems.py     all that can be refused
     farm/settings.py     what can be configured
@@ -78,13 +81,15 @@ from msgspec import UNSET
 
 from farm import problems, words
 from farm.addresses import RIGHTS, SchemaError, read_address
-from farm.calls import Call, Farm, echo, enter, fail, refusal, refuse, reply
+from farm.bodies import media_of
+from farm.calls import Call, Farm, echo, enter, fail, idempotency_key, refusal, refuse, reply
 from farm.clients import (
     LONGEST_FORM,
     Gate,
     grant_token,
     read_form,
 )
+from farm.codes import sealed_codes
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
 from farm.embedded import EmbeddedError
 from farm.imports import CsvFile, NdjsonFile, exported, labels_of, wants_csv
@@ -93,6 +98,7 @@ from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
 from farm.passwords import Passwords, check_keys, keyring_of, load_keys
 from farm.server import end_with_parent, on_stop
+from farm.sessions import LONGEST
 from farm.settings import Secret, Settings, jittered, log
 from farm.telemetry import JOURNAL, Events, log_as_lines
 from farm.waiting import Ask, listen
@@ -153,16 +159,17 @@ async def find_user(farm: Farm, id: uuid.UUID) -> User:
     return User.of(row)
 
 
-@post("/users", **WRITING, raises=[problems.LoginTaken])
+@post("/users", **WRITING, raises=[problems.LoginTaken, problems.NotSealed])
 async def create_user(request: Call, data: JSONBody[words.NewUser]) -> Response[User]:
     """Create a user.
 
     The login is unique within project and env. The password is stored sealed or hashed.
     """
     farm, id = request.farm, new_id()
+    totp = sealed_codes(farm.passwords, id, data.totp)
     secret = await farm.passwords.store(id, data.password)
     labels = msgspec.json.encode(data.labels).decode()
-    made = (id, data.login, secret, data.project_id, data.env, data.domain, labels)
+    made = (id, data.login, secret, data.project_id, data.env, data.domain, labels, *totp)
     if (row := await farm.pool.fetchrow(SQL["create_user"], *made)) is None:
         raise problems.LoginTaken.of(data.login)
     farm.events.user("created", id, request.cause)
@@ -193,7 +200,7 @@ async def get_user(request: Call, id: Id) -> User:
     return await find_user(request.farm, id)
 
 
-@patch("/users/{id:uuid}", **WRITING, raises=[problems.UserNotFound, problems.LoginTaken])
+@patch("/users/{id:uuid}", **WRITING, raises=[problems.UserNotFound, problems.LoginTaken, problems.NotSealed])
 async def update_user(request: Call, id: Id, data: JSONBody[words.UserChanges]) -> User:
     """Change a user.
 
@@ -201,10 +208,11 @@ async def update_user(request: Call, id: Id, data: JSONBody[words.UserChanges]) 
     """
     farm = request.farm
     login, password, domain = (None if v is UNSET else v for v in (data.login, data.password, data.domain))
+    totp = data.totp is not UNSET, *sealed_codes(farm.passwords, id, data.totp)
     secret = await farm.passwords.store(id, password) if password is not None else None
     labels = None if data.labels is UNSET else msgspec.json.encode(data.labels).decode()
     try:
-        changed = await farm.pool.fetchval(SQL["update_user"], id, login, secret, domain, labels)
+        changed = await farm.pool.fetchval(SQL["update_user"], id, login, secret, domain, labels, *totp)
     except asyncpg.UniqueViolationError:
         raise problems.LoginTaken.of(login) from None
     if changed:
@@ -312,16 +320,17 @@ async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = 
 
 @post(
     "/users/import", status_code=200, **UPLOADING, request_max_body_size=None,
-    raises=[problems.UnsupportedMediaType, problems.BodyTooLarge, problems.MalformedBody, problems.LoginTaken],
+    raises=[problems.UnsupportedMediaType, problems.BodyTooLarge, problems.MalformedBody, problems.LoginTaken,
+        problems.NotSealed],
 )  # fmt: skip
 async def import_users(request: Call) -> words.Imported:
     """Create or replace many users by project, env and login.
 
     NDJSON (`application/x-ndjson`) or CSV (`text/csv`, labels as `label.<key>` columns), all or nothing. A known
-    user keeps its lock, and its password when its line has none.
+    user keeps its lock, and its password and its one-time codes when its line has none.
     """
     farm, settings = request.farm, request.farm.settings
-    media = words.media_of(request.header(b"content-type") or "")
+    media = media_of(request.header(b"content-type") or "")
     if media not in (NDJSON, CSV):
         raise problems.UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
     if (encoding := request.header(b"content-encoding") or "identity") != "identity":
@@ -360,8 +369,8 @@ NO_WISHES, LAST_TTL = words.AcquireUser(), words.ExtendLock()  # what a call wit
 def ask_of(request: Call, wishes: words.Wishes, data: words.AcquireLock | words.AcquireUser | words.AcquireSet) -> Ask:
     client, key = request.caller.client, idempotency_key(request)
     return Ask(
-        wishes=wishes, holder=data.holder, ttl=data.ttl, wait=data.wait, cause=request.cause, client=client,
-        sent_key=key, key=uuid.uuid5(client, str(key)) if client and key else key,
+        wishes=wishes, holder=data.holder, note=data.note, ttl=data.ttl, wait=data.wait, cause=request.cause,
+        client=client, sent_key=key, key=uuid.uuid5(client, str(key)) if client and key else key,
     )  # fmt: skip
 
 
@@ -374,19 +383,6 @@ def grant(
     return reply(kind(granted), 201, NO_STORE)
 
 
-def idempotency_key(request: Call) -> uuid.UUID | None:
-    """The key that was sent. As it is stored it is derived from the client, so that two clients never share one."""
-    sent = [value.decode("latin-1") for name, value in request.scope["headers"] if name == b"idempotency-key"]
-    if not sent:
-        return None
-    if len(sent) > 1:
-        raise problems.Invalid.field("Idempotency-Key", "is given twice")
-    try:
-        return msgspec.convert(sent[0], uuid.UUID)
-    except msgspec.ValidationError:
-        raise problems.Invalid.field("Idempotency-Key", f"{problems.shown(sent[0])} is not a UUID") from None
-
-
 @post(
     "/locks", **KEYED,
     raises=[problems.NoMatchingUser, problems.PoolExhausted, problems.LockEnded, problems.ShuttingDown],
@@ -395,9 +391,12 @@ async def acquire_lock(request: Call, data: JSONBody[words.AcquireLock]) -> Resp
     """Acquire a lock on any free user that matches.
 
     The reply carries the user's password, and the lock's id, which is the proof of holding. With an
-    `Idempotency-Key` a repeat answers with the same lock, so no user is lost to a lost reply.
+    `Idempotency-Key` a repeat answers with the same lock, so no user is lost to a lost reply. With `prefer` one that
+    has a live session comes first, among those that are free.
     """
-    granted = await request.farm.locks.acquire(request, ask_of(request, (data.wish(),), data))
+    ask = ask_of(request, (data.wish(),), data)
+    ask.prefers_session = data.prefer == "session"
+    granted = await request.farm.locks.acquire(request, ask)
     return grant(request, granted)
 
 
@@ -445,10 +444,11 @@ async def get_lock(request: Call, id: Id) -> Lock:
 async def extend_lock(request: Call, id: Id, data: JSONBody[words.ExtendLock] = LAST_TTL) -> Response[Lock]:
     """Heartbeat: the lock now ends `ttl` seconds from now.
 
-    Without a ttl the last one is used again.
+    Without a ttl the last one is used again. `holder` and `note` tell who has it from now on, and why.
     """
     owner = request.caller.owner
-    row = await request.farm.locks.extend(Renewal(id, data.ttl, owner, request.cause))
+    holder, note = (None if v is UNSET else v for v in (data.holder, data.note))
+    row = await request.farm.locks.extend(Renewal(id, data.ttl, owner, holder, note, request.cause))
     if row is None:
         raise await request.farm.locks.not_held(id, owner)
     return reply(Lock.of(row))
@@ -460,14 +460,76 @@ async def release_lock(
     id: Id,
     cooldown: Annotated[int, QueryParameter(ge=0, le=86400, description="seconds that the user rests")] = 0,
     quarantine: Annotated[str | None, QueryParameter(min_length=1, max_length=500, pattern=words.PLAIN)] = None,
+    outcome: FromQuery[words.Outcome | None] = None,
 ) -> None:
     """Give the user back.
 
-    `cooldown` lets it rest first; `quarantine` takes it out, with the reason, when the test found it broken.
+    `cooldown` lets it rest first; `quarantine` takes it out, with the reason, when the test found it broken. `outcome`
+    tells how it went: a user whose locks end in `bad-login` again and again is quarantined.
     """
     owner = request.caller.owner
-    if not await request.farm.locks.release(Release(id, cooldown, quarantine, owner, request.cause)):
+    if not await request.farm.locks.release(Release(id, cooldown, quarantine, owner, outcome, request.cause)):
         raise await request.farm.locks.not_held(id, owner)
+
+
+# ---- With a lock: sessions and one-time codes, for its holder alone ------------------------------------------
+
+SessionTtl = Annotated[int, QueryParameter(ge=1, le=2_592_000, description="seconds for which it is worth something")]
+KEPT: dict[str, Any] = LOCKING | {"opt": {"scope": "locks", "limit": "what a session may have", "json": True}}
+
+
+@put(
+    "/locks/{id:uuid}/session", status_code=204, request_max_body_size=LONGEST, **KEPT,
+    raises=[problems.LockNotHeld, problems.NotSealed],
+)  # fmt: skip
+async def put_session(request: Call, id: Id, ttl: SessionTtl = 86400) -> None:
+    """Keep what a test needs to be logged in: cookies, tokens, a browser's storage state.
+
+    Any JSON of up to 256 KiB, for this user's next holders. It ends with its ttl, with a new password or login of the
+    user, and when a quarantine begins.
+    """
+    session, client = await request.any_json(), request.caller.client
+    if not await request.farm.sessions.put(id, client, session, ttl, request.cause):
+        raise await request.farm.locks.not_held(id, client)
+
+
+@get(
+    "/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NoSession, problems.NotSealed],
+)  # fmt: skip
+async def get_session(request: Call, id: Id) -> Response[Any]:
+    """The session of the user, byte for byte as it was stored."""
+    client = request.caller.client
+    found = await request.farm.sessions.get(id, client, request.cause)
+    if found is None:
+        raise await request.farm.locks.not_held(id, client)
+    session, headers = found
+    return Response(session, media_type=words.JSON, headers=NO_STORE | headers)
+
+
+@delete("/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NotSealed])
+async def delete_session(request: Call, id: Id) -> None:
+    """Forget the session. Also when there is none."""
+    client = request.caller.client
+    if not await request.farm.sessions.delete(id, client, request.cause):
+        raise await request.farm.locks.not_held(id, client)
+
+
+@post(
+    "/locks/{id:uuid}/totp", status_code=200, **LOCKING,
+    raises=[problems.LockNotHeld, problems.NoTotp, problems.CodeSpent, problems.NotSealed, problems.ShuttingDown],
+)  # fmt: skip
+async def give_code(request: Call, id: Id) -> Response[words.Code]:
+    """Get a one-time code of the user.
+
+    Each is given out once. Where the present one was given, or is about to end, the call waits for the next.
+    """
+    farm, client = request.farm, request.caller.client
+    given = await farm.codes.give(id, client)
+    if given is None:
+        raise await farm.locks.not_held(id, client)
+    row, code = given
+    farm.events.log("code-told", request.cause, row)
+    return reply(words.Code(code, row["valid_until"]), 200, NO_STORE)
 
 
 @delete("/locks", status_code=200, **LOCKING)
@@ -592,6 +654,8 @@ async def prune(farm: Farm) -> None:
     for statement in ("prune_history", "prune_keys"):
         while await farm.pool.execute(SQL[statement], farm.settings.history_days, 1000) == "DELETE 1000":
             await asyncio.sleep(0.05)
+    while await farm.pool.execute(SQL["prune_sessions"], 100) == "DELETE 100":
+        await asyncio.sleep(0.05)
     if farm.gate:
         await farm.pool.execute(SQL["prune_token_requests"])
 
@@ -687,9 +751,9 @@ def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
     """All calls, flat: Litestar's OPTIONS would not know all methods of a path that is spread over routers."""
     calls = [
         create_user, list_users, import_users, export_users, get_user, update_user, delete_user, verify_password,
-        quarantine_user, end_quarantine, list_history, list_pools, get_overview, acquire_lock,
-        acquire_user, acquire_set, get_lock, extend_lock, release_lock, release_holder, force_release, livez, readyz,
-        metrics,
+        quarantine_user, end_quarantine, list_history, list_pools, get_overview, acquire_lock, acquire_user,
+        acquire_set, get_lock, extend_lock, release_lock, put_session, get_session, delete_session, give_code,
+        release_holder, force_release, livez, readyz, metrics,
     ]  # fmt: skip
     return calls + ([issue_token] if settings.auth == "on" else [])
 
@@ -743,7 +807,7 @@ async def running(app: Litestar) -> AsyncIterator[None]:
             stack.callback(gate.close)
         app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
         tasks = [asyncio.create_task(job) for job in jobs_of(farm, database)]
-        on_stop(farm.locks.stop)
+        on_stop(farm.stop)
         collect_seldom()
         try:
             yield

@@ -7,6 +7,7 @@ the struct that the handler declares. Out: `reply` for what was done, and a prob
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
@@ -24,6 +25,7 @@ from msgspec import Struct
 
 from farm import problems
 from farm.addresses import RIGHTS
+from farm.bodies import check_json, decode_body, media_of, told
 from farm.clients import (
     CALLER,
     Caller,
@@ -31,22 +33,17 @@ from farm.clients import (
     caller_of,
     cause_of,
 )
+from farm.codes import Codes
 from farm.database import DATABASE_FAULTS, SCHEMA_FAULTS, SQL, Connections
 from farm.imports import Imports
 from farm.locks import Locks
 from farm.overview import Glances
 from farm.passwords import KeyFault, Passwords
 from farm.problems import Problem
+from farm.sessions import Sessions
 from farm.settings import Settings, log
 from farm.telemetry import Cause, Events, Exporter, Snapshot
-from farm.words import (
-    JSON,
-    Body,
-    check_words,
-    decode_body,
-    media_of,
-    told,
-)
+from farm.words import JSON, Body, check_words
 
 # ---- What the handlers share -------------------------------------------------------------------------------
 
@@ -73,7 +70,14 @@ class Farm:
         self.desk = self.locks.desk
         self.glances = Glances(pool, self.desk)
         self.exporter = Exporter(events, pool, self.snapshot)
+        self.codes = Codes(pool, passwords)
+        self.sessions = Sessions(pool, passwords, events)
         self.imports = Imports(settings, hot, pool, passwords)
+
+    def stop(self) -> None:
+        """The service ends: those who wait are told."""
+        self.locks.stop()
+        self.codes.stop()
 
     def snapshot(self) -> Snapshot:
         """What this worker has at this moment, for the metrics."""
@@ -172,6 +176,13 @@ class Call(Request[Any, Any, State]):
         Litestar would take "60" for 60 and "null" for null, which widens a filter: so bodies are read here.
         """
         return self.decode(await self.body(), data_of(self.route_handler))
+
+    async def any_json(self) -> bytes:
+        """The body as it was sent, which is JSON of any form."""
+        self.check_media()
+        body = await self.body()
+        check_json(body)
+        return body
 
     def check_media(self) -> None:
         """Refuse what is announced as no JSON before any of it is sent."""
@@ -273,6 +284,19 @@ def check_query(query: bytes, known: Mapping[str, Any], path: Mapping[str, Any])
         raise problems.Invalid(faults)
 
 
+def idempotency_key(request: Call) -> uuid.UUID | None:
+    """The key that was sent. As it is stored it is derived from the client, so that two clients never share one."""
+    sent = [value.decode("latin-1") for name, value in request.scope["headers"] if name == b"idempotency-key"]
+    if not sent:
+        return None
+    if len(sent) > 1:
+        raise problems.Invalid.field("Idempotency-Key", "is given twice")
+    try:
+        return msgspec.convert(sent[0], uuid.UUID)
+    except msgspec.ValidationError:
+        raise problems.Invalid.field("Idempotency-Key", f"{problems.shown(sent[0])} is not a UUID") from None
+
+
 async def echo(message: Message, scope: Scope) -> None:
     """Every reply has the id and the trace that its caller sent."""
     if message["type"] == "http.response.start" and (headers := cause_of(scope).echo):
@@ -333,7 +357,7 @@ def fail(request: Call, error: Exception) -> Response[Any]:
         case KeyFault():
             log.error("%s", error, extra={"cause": cause})
             return refusal(
-                request, problems.DatabaseUnavailable("A password is sealed with a key that this replica lacks.")
+                request, problems.DatabaseUnavailable("What is needed is sealed with a key that this replica lacks.")
             )
         case _ if isinstance(error, SCHEMA_FAULTS):
             request.farm.events.database_failed("The database lacks something", error, cause)

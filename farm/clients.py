@@ -28,12 +28,13 @@ import msgspec
 from cachetools import TLRUCache
 from msgspec import Struct
 
+from farm.bodies import media_of
 from farm.database import SQL, Coalescer, Connections
 from farm.passwords import HASHER, matches
 from farm.problems import Forbidden, TokenRefusal, Unauthenticated, UnsupportedMediaType, shown
 from farm.settings import Secret, log, parse_keys
 from farm.telemetry import Cause
-from farm.words import Token, media_of
+from farm.words import Token
 
 # ---- Who calls, and what for -------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ def migrate_command(rollback: bool, rest: int | None) -> None:
 @commands.command("reseal")
 @setting_flags("home")
 def reseal_command() -> None:
-    """Seal all passwords under the first of BOTFARM_KEYS."""
+    """Seal all passwords, sessions and secrets of codes under the first of BOTFARM_KEYS."""
     settings = Settings.load()
     from farm.migrations import migrate
     from farm.passwords import keyring_of, load_keys
@@ -136,7 +136,7 @@ def reseal_command() -> None:
         migrate(url)
         total = asyncio.run(_reseal(settings, url, keyring))
     tell("passwords-resealed", total)
-    print(f"{total} passwords are now sealed under the key {keyring.first!r}")
+    print(f"{total} secrets are now sealed under the key {keyring.first!r}")
 
 
 async def _reseal(settings: Settings, url: str, keyring: Keyring) -> int:
@@ -147,7 +147,7 @@ async def _reseal(settings: Settings, url: str, keyring: Keyring) -> int:
         await check_keys(pool, keyring)
         total = 0
         async for total in reseal(pool, keyring):
-            click.echo(f"\r{total} passwords", nl=False, err=True)
+            click.echo(f"\r{total} secrets", nl=False, err=True)
         click.echo(err=True)
         return total
 

@@ -20,7 +20,10 @@ from typing import Any
 import asyncpg
 import msgspec
 from litestar.exceptions import ClientException
+from msgspec import UNSET
 
+from farm.bodies import UNREADABLE, field_errors
+from farm.codes import NO_CODES, Columns, Timed, opened, read_totp, sealed
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id
 from farm.passwords import Passwords
 from farm.problems import (
@@ -34,19 +37,7 @@ from farm.problems import (
     shown,
 )
 from farm.settings import WORD, Settings
-from farm.words import (
-    CSV,
-    NDJSON,
-    TELLING,
-    UNREADABLE,
-    Imported,
-    ImportedUser,
-    User,
-    UserFilter,
-    field_errors,
-    forbidden,
-    only_tells,
-)
+from farm.words import CSV, NDJSON, TELLING, Imported, ImportedUser, User, UserFilter, forbidden, only_tells
 
 PAUSE = 30  # seconds that a body may take, and an import pause
 SLOWEST = 16 * 1024  # bytes a second that an import has to bring, after its first PAUSE
@@ -55,8 +46,8 @@ CHUNK = 500  # users that are staged at once
 
 # ---- Lines to users ----------------------------------------------------------------------------------------
 
-FIELDS = ("login", "password", "project_id", "env", "domain")
-Numbered = tuple[int, ImportedUser]  # a user and the line it began on
+FIELDS = ("login", "password", "project_id", "env", "domain", "totp")
+Numbered = tuple[int, ImportedUser, Timed | None]  # the line that a user began on, the user, and its codes
 
 
 class ImportFile:
@@ -116,7 +107,10 @@ class ImportFile:
             raise Forbidden.project(user.project_id, f"Line {number}: ")
         for fault in forbidden(self.settings, user):
             return self.fail(number, fault.field, fault.message)
-        return number, user
+        try:
+            return number, user, read_totp(user.totp) if user.totp else None
+        except ValueError as error:
+            return self.fail(number, "totp", str(error))
 
 
 class NdjsonFile(ImportFile):
@@ -168,7 +162,7 @@ def separator_of(header: str) -> str | None:
 
 
 class CsvFile(ImportFile):
-    """RFC 4180 with a header line. Empty cells of password, domain and labels count as left out."""
+    """RFC 4180 with a header line. Empty cells of password, domain, totp and labels count as left out."""
 
     header: list[str] | None = None  # before it was read; empty: it is bad, and no line is looked at
 
@@ -279,7 +273,10 @@ async def chunks(body: AsyncIterator[bytes], file: ImportFile, limit: int) -> As
 
 # ---- Users to the database ---------------------------------------------------------------------------------
 
-COLUMNS = ("line", "kind", "id", "project_id", "env", "domain", "login", "labels", "secret")
+COLUMNS = (
+    *("line", "kind", "id", "project_id", "env", "domain", "login", "labels", "secret"),
+    *("has_codes", "code_key", "code_sealed", "code_period"),
+)
 TAKEN = "Other calls made, renamed or deleted users of this file meanwhile, and nothing was stored: send it again."
 
 
@@ -294,15 +291,15 @@ class Import:
 
     async def stage(self, users: list[Numbered]) -> None:
         """Compare with the users that are known, seal the passwords that are new, and keep both for `apply`."""
-        keys = [(user.project_id, user.env, user.login) for _, user in users]
+        keys = [(user.project_id, user.env, user.login) for _, user, _ in users]
         found = await self.connection.fetch(SQL["import_known"], *zip(*keys, strict=True))
         known = {row["ordinal"]: row for row in found}
         rows: list[tuple[Any, ...] | None] = []
         left = enumerate(users, 1)
 
         async def work() -> None:
-            for place, (line, user) in left:
-                rows.append(await self._row(line, user, known.get(place)))
+            for place, numbered in left:
+                rows.append(await self._row(*numbered, known.get(place)))
 
         # Each hash in a thread, so that as many are made at once: 200 users in 2.2 s instead of 4.3
         await asyncio.gather(*(work() for _ in range(self.passwords.THREADS)))
@@ -310,24 +307,39 @@ class Import:
             "import_rows", schema_name="pg_temp", columns=COLUMNS, records=[row for row in rows if row]
         )
 
-    async def _row(self, line: int, user: ImportedUser, known: asyncpg.Record | None) -> tuple[Any, ...] | None:
+    async def _row(
+        self, line: int, user: ImportedUser, timed: Timed | None, known: asyncpg.Record | None
+    ) -> tuple[Any, ...] | None:
         if known is None and user.password is None:
             return self.file.fail(line, "password", "a password is needed: this user is new")
         id = known["id"] if known else new_id()
         secret = await self._secret(id, user.password, known)
+        codes = self._codes(id, user, timed, known)
         kind = "created"
         if known:
             same = known["domain"] == user.domain and msgspec.json.decode(known["labels"]) == user.labels
-            kind = "unchanged" if same and secret is None else "updated"
+            kind = "unchanged" if same and secret is None and codes is None else "updated"
         self.kinds[kind] += 1
         labels = msgspec.json.encode(user.labels).decode()
-        return line, kind, id, user.project_id, user.env, user.domain, user.login, labels, secret
+        place = user.project_id, user.env, user.domain, user.login
+        return line, kind, id, *place, labels, secret, codes is not None, *(codes or NO_CODES)
 
     async def _secret(self, id: uuid.UUID, password: str | None, known: asyncpg.Record | None) -> str | None:
         """What to store; None keeps what stands, without a password or where that is the same."""
         if password is None or (known and await self.passwords.verify(id, known["secret"], password, patient=True)):
             return None
         return await self.passwords.store(id, password, patient=True)
+
+    def _codes(
+        self, id: uuid.UUID, user: ImportedUser, timed: Timed | None, known: asyncpg.Record | None
+    ) -> Columns | None:
+        """What to store; None keeps what stands, without a totp or where that is the same. NotSealed without keys."""
+        if user.totp is UNSET:
+            return None
+        self.passwords.sealing()
+        if timed == (opened(self.passwords, known) if known and known["sealed"] else None):
+            return None
+        return sealed(self.passwords, id, timed) if timed else NO_CODES
 
     async def check(self) -> None:
         """Invalid when the file has errors, logins that stand in it twice among them."""
@@ -354,6 +366,7 @@ class Import:
             await self.connection.execute(SQL["import_create"], timeout=3600)
         except asyncpg.UniqueViolationError:
             raise LoginTaken(TAKEN) from None
+        await self.connection.execute(SQL["import_codes"], timeout=3600)
         await self.connection.execute(SQL["import_move"], timeout=3600)
 
 

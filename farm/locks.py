@@ -46,14 +46,24 @@ class Release(Struct):
     cooldown: int = 0
     quarantine: str | None = None
     client: uuid.UUID | None = None  # whose lock it has to be; null: anybody's
+    outcome: str | None = None
     cause: Cause = NOWHERE
 
 
 class Renewal(Struct):
+    """What it leaves null stays as it is."""
+
     lock_id: uuid.UUID
-    ttl: int | None
+    ttl: int | None = None
     client: uuid.UUID | None = None  # whose lock it has to be; null: anybody's
+    holder: str | None = None
+    note: str | None = None
     cause: Cause = NOWHERE
+
+    def after(self, earlier: Renewal) -> Renewal:
+        """Both in one: what it leaves as it is, is as the earlier one wanted it."""
+        pairs = ((getattr(self, name), getattr(earlier, name)) for name in self.__struct_fields__)
+        return Renewal(*(mine if mine is not None else theirs for mine, theirs in pairs))
 
 
 class Refusal(Struct):
@@ -102,7 +112,9 @@ class Locks:
         self.events = events
         self.gate = gate
         self.stopping = False
+        self.bad_logins = settings.bad_logins
         self.claim = self._coalesced(settings, self._claim_or_wait, "acquire_locks")
+        self.claim_with_session = Coalescer(self._claim_with_sessions, settings.batch)
         self.release = self._coalesced(settings, self._release, "release_locks")
         self.extend = self._coalesced(settings, self._extend, "extend_locks")
         self.keyed = self._coalesced(settings, partial(find_keyed, hot), "get_keyed_locks")
@@ -163,6 +175,8 @@ class Locks:
     async def _claim(self, request: Request, ask: Ask) -> list[asyncpg.Record]:
         """The rows of the users that it got, maybe none."""
         ask.answer, ask.leaving = None, False
+        if ask.prefers_session and not self.desk.crowded(ask) and (rows := await self.claim_with_session(ask)):
+            return rows
         if len(ask.wishes) == 1:
             rows = await self.claim(ask)
             if rows is not None:
@@ -298,6 +312,28 @@ class Locks:
                 break
         return granted
 
+    async def _claim_with_sessions(self, asks: list[Ask]) -> list[list[asyncpg.Record]]:
+        """The row of each that got a user with a live session, none for the others."""
+        granted: dict[Ask, list[asyncpg.Record]] = {}
+        for _ in range(5):  # another replica may take those that were found
+            left = [ask for ask in asks if ask not in granted and not ask.leaving]
+            try:
+                if not (chosen := match(left, await self._find_with_sessions(left), 0)):
+                    break
+                granted |= await self.desk.hand_out(chosen)
+            except Exception:
+                if not granted:
+                    raise
+                break  # as in `_claim_for`
+        return [granted.get(ask, []) for ask in asks]
+
+    async def _find_with_sessions(self, asks: list[Ask]) -> dict[Wish, list[uuid.UUID]]:
+        wishes = list(dict.fromkeys(ask.wishes[0] for ask in asks))
+        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in wishes}
+        for row in await self.hot.fetch(SQL["find_with_sessions"], *columns(wishes, Wish), len(asks)):
+            fitting[wishes[row["filter"] - 1]].append(row["id"])
+        return fitting
+
     async def _acquire_locks(self, asks: list[Ask]) -> list[asyncpg.Record]:
         wanted = Counter(ask.wishes[0] for ask in asks)
         wishes = {wish: ordinal for ordinal, wish in enumerate(wanted, 1)}
@@ -313,6 +349,7 @@ class Locks:
                 [ask.ttl for ask in asks],
                 [ask.key for ask in asks],
                 [ask.client for ask in asks],
+                [ask.note for ask in asks],
             )
         asked = {ask.lock_ids[0]: ask for ask in asks}
         for row in rows:
@@ -340,28 +377,34 @@ class Locks:
         once: dict[tuple[uuid.UUID, uuid.UUID | None], Release] = {}
         for release in releases:
             once.setdefault((release.lock_id, release.client), release)
-        rows = await self.hot.fetch(SQL["release_locks"], *columns(sorted(once.values(), key=BY_LOCK), Release))
+        asked = columns(sorted(once.values(), key=BY_LOCK), Release)
+        rows = await self.hot.fetch(SQL["release_locks"], *asked, self.bad_logins)
         freed = {id(once[row["lock_id"], row["client"]]) for row in rows}
         for row in rows:
             release = once[row["lock_id"], row["client"]]
-            self.events.ended("released", row, release.cause, release.cooldown)
-            if release.quarantine is not None:
-                self.events.quarantined(row["user_id"], release.quarantine, release.cause)
+            self.events.ended("released", row, release.cause, release.cooldown, release.outcome)
+            if row["quarantined"]:
+                self.events.quarantined(row["user_id"], row["quarantined"], release.cause)
         if freed:
             self.desk.freed()
         return [id(release) in freed for release in releases]
 
     async def _extend(self, renewals: list[Renewal]) -> list[asyncpg.Record | None]:
-        """Rows of those that are held. Of several renewals of one lock at once, the last one counts."""
-        last = {(renewal.lock_id, renewal.client): renewal for renewal in renewals}
-        rows = await self.hot.fetch(SQL["extend_locks"], *columns(sorted(last.values(), key=BY_LOCK), Renewal))
-        extended = {row["lock_id"]: row for row in rows}
-        for row in rows:
-            renewal = last.get((row["lock_id"], row["client_id"])) or last[row["lock_id"], None]
-            self.events.extended(row, renewal.cause)
-        found = [extended.get(renewal.lock_id) for renewal in renewals]
-        pairs = zip(renewals, found, strict=True)
-        return [row if row and renewal.client in (None, row["client_id"]) else None for renewal, row in pairs]
+        """Rows of those that are held. Several renewals of one lock by one client at once are made as one."""
+        merged: dict[tuple[uuid.UUID, uuid.UUID | None], Renewal] = {}
+        for renewal in renewals:
+            place = renewal.lock_id, renewal.client
+            merged[place] = renewal.after(merged[place]) if place in merged else renewal
+        extended: dict[tuple[uuid.UUID, uuid.UUID | None], asyncpg.Record] = {}
+        left = sorted(merged.values(), key=BY_LOCK)
+        while left:  # a statement changes a row once, so two clients of one lock have one each
+            turn = {renewal.lock_id: renewal for renewal in left}
+            for row in await self.hot.fetch(SQL["extend_locks"], *columns(turn.values(), Renewal)):
+                renewal = turn[row["lock_id"]]
+                self.events.extended(row, renewal.cause)
+                extended[renewal.lock_id, renewal.client] = row
+            left = [renewal for renewal in left if renewal is not turn[renewal.lock_id]]
+        return [extended.get((renewal.lock_id, renewal.client)) for renewal in renewals]
 
     async def sweep(self) -> None:
         """Record expired locks, and give back those whose grant was never answered."""

@@ -82,6 +82,8 @@ def describe(operation: dict[str, Any], handler: HTTPRouteHandler, settings: Set
     elif handler.opt.get("upload"):
         lines = {"schema": {"type": "string", "description": "lines like ImportedUser, or of an export"}}
         operation["requestBody"] = {"required": True, "content": {NDJSON: lines, CSV: lines}}
+    elif handler.opt.get("json"):
+        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": {}}}}
     parameters = operation.setdefault("parameters", [])
     for parameter in parameters:
         parameter["schema"] = parameter_schema(parameter, settings)
@@ -100,7 +102,7 @@ def parameter_schema(parameter: dict[str, Any], settings: Settings) -> dict[str,
     if parameter["name"] == "label":
         schema["items"] = msgspec.json.schema(words.LabelPair)
     schema = {key: int(value) if isinstance(value, float) else value for key, value in schema.items()}
-    return schema | words.limits(settings).get(parameter["name"], {})
+    return words.limits(settings).get(parameter["name"], {}) | schema
 
 
 def success_of(operation: dict[str, Any], media: Iterable[str] | None) -> dict[str, Any]:
@@ -120,7 +122,8 @@ def problems_of(handler: HTTPRouteHandler, path: str, secured: bool) -> list[typ
     kinds += [problems.DatabaseUnavailable, problems.Overloaded] if "scope" in handler.opt else []
     kinds += [problems.NotFound] if "{" in path else []
     kinds += [problems.Unauthenticated, problems.Forbidden] if secured else []
-    if "data" in handler.parsed_fn_signature.parameters or "DELETE" in handler.http_methods:
+    takes_body = "data" in handler.parsed_fn_signature.parameters or "json" in handler.opt
+    if takes_body or "DELETE" in handler.http_methods:
         kinds += [problems.MalformedBody, problems.UnsupportedMediaType, problems.BodyTooLarge]
     return list(dict.fromkeys(kinds))
 

@@ -155,13 +155,14 @@ class Glances:
 
     def _glanced(self, found: Any, waits: dict[frozenset[Wish], float]) -> GlancedPool:
         """A pool with what else is known of it. Who is neither locked nor resting nor quarantined is free."""
-        id, project_id, env, domain, _, locked, resting, quarantined, next_free_at = found
+        id, project_id, env, domain, _, locked, resting, quarantined, failing, next_free_at = found
         total = max(self._totals[id].users, locked + resting + quarantined)
         free = total - locked - resting - quarantined
         wish = Wish(None, project_id, env, domain)
         arrived = [since for pools, since in waits.items() if any(wish.meets(other) for other in pools)]
         return GlancedPool(
-            project_id, env, domain, total, free, locked, resting, quarantined, self._desk.waiting(wish),
+            project_id, env, domain, total, free, locked, resting, quarantined, failing,
+            self._desk.waiting(wish),
             longest_wait_since=self._since + timedelta(seconds=min(arrived)) if arrived else None,
             next_free_at=None if free else next_free_at,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """How passwords are kept: sealed under keys (AES-256-GCM), so that a lock can tell them, or without keys as hashes.
 
-What is sealed opens only for the user that it belongs to. The database remembers a proof of each key, so that a wrong
+Sessions and the secrets of one-time codes are sealed as they are, or not kept at all. What is sealed opens only for the
+user that it belongs to, and only as what it is. The database remembers a proof of each key, so that a wrong
 or a missing one is found at the start.
 """
 
@@ -14,7 +15,7 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import argon2
 from cryptography.exceptions import InvalidTag
@@ -22,12 +23,13 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from farm import embedded
 from farm.database import SQL, Connections
-from farm.problems import Overloaded
+from farm.problems import NotSealed, Overloaded
 from farm.settings import Secret, Settings, parse_keys, read_text
 
 # ---- Keys --------------------------------------------------------------------------------------------------
 
 SEALED = "$aes-256-gcm$"
+Kind = Literal["password", "session", "totp"]
 
 
 class KeyFault(Exception):
@@ -37,8 +39,9 @@ class KeyFault(Exception):
 class Keyring:
     """The sealing keys: the first seals, all unseal.
 
-    A sealed secret reads $aes-256-gcm$KEY-ID$base64(nonce + ciphertext + tag). The nonce is random (96 bits,
-    NIST SP 800-38D), and the user's id is associated data, so a secret moved to another user does not open.
+    Sealed is nonce + ciphertext + tag. The nonce is random (96 bits, NIST SP 800-38D), and the user's id and the kind
+    are associated data, so a secret that is moved to another user, or to another kind's place, does not open. A
+    password reads $aes-256-gcm$KEY-ID$base64(sealed).
     """
 
     def __init__(self, keys: str) -> None:
@@ -47,22 +50,32 @@ class Keyring:
         self.ids = list(self._ciphers)
         self.first = self.ids[0]
 
-    def seal(self, owner: uuid.UUID, clear: str, key_id: str | None = None) -> str:
-        key_id = key_id or self.first
+    def seal_as(self, kind: Kind, owner: uuid.UUID, clear: bytes, key_id: str | None = None) -> bytes:
         nonce = os.urandom(12)
-        sealed = nonce + self._ciphers[key_id].encrypt(nonce, clear.encode(), owner.bytes)
-        return f"{SEALED}{key_id}${base64.b64encode(sealed).decode()}"
+        return nonce + self._ciphers[key_id or self.first].encrypt(nonce, clear, _bound_to(kind, owner))
+
+    def open_as(self, kind: Kind, owner: uuid.UUID, key_id: str, sealed: bytes) -> bytes:
+        """KeyFault when the key is not there, or is another one, or this is another user's or of another kind."""
+        try:
+            return self._ciphers[key_id].decrypt(sealed[:12], sealed[12:], _bound_to(kind, owner))
+        except KeyError:
+            raise KeyFault(f"No key {key_id!r} in BOTFARM_KEYS, but a {kind} is sealed with it.") from None
+        except InvalidTag:
+            raise KeyFault(f"The key {key_id!r} does not open a {kind} that was sealed under that id.") from None
+
+    def seal(self, owner: uuid.UUID, clear: str, key_id: str | None = None) -> str:
+        sealed = self.seal_as("password", owner, clear.encode(), key_id)
+        return f"{SEALED}{key_id or self.first}${base64.b64encode(sealed).decode()}"
 
     def open(self, owner: uuid.UUID, secret: str) -> str:
-        """KeyFault when the key is not there, or is another one, or the secret is another user's."""
+        """The password. KeyFault as of `open_as`."""
         key_id, _, text = secret.removeprefix(SEALED).partition("$")
-        sealed = base64.b64decode(text)
-        try:
-            return self._ciphers[key_id].decrypt(sealed[:12], sealed[12:], owner.bytes).decode()
-        except KeyError:
-            raise KeyFault(f"No key {key_id!r} in BOTFARM_KEYS, but a password is sealed with it.") from None
-        except InvalidTag:
-            raise KeyFault(f"The key {key_id!r} does not open a password that was sealed under that id.") from None
+        return self.open_as("password", owner, key_id, base64.b64decode(text)).decode()
+
+
+def _bound_to(kind: Kind, owner: uuid.UUID) -> bytes:
+    """The associated data. Passwords were there before the other kinds."""
+    return owner.bytes + (b"" if kind == "password" else kind.encode())
 
 
 def generate_key() -> str:
@@ -123,6 +136,12 @@ class Passwords:
         """The clear password for the reply that grants a lock; None where only a hash is stored."""
         return self._open(owner, secret) if secret.startswith(SEALED) else None
 
+    def sealing(self) -> Keyring:
+        """What seals all that is not kept as a hash. NotSealed where there are no keys."""
+        if not self.keyring:
+            raise NotSealed
+        return self.keyring
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -135,6 +154,7 @@ class Passwords:
 # ---- Keys and the database ---------------------------------------------------------------------------------
 
 PROOF_OWNER = uuid.UUID(int=0)
+EXTRAS = 50  # sessions and secrets of codes that are sealed anew at once; a session may have 256 KiB
 
 
 async def _prove(pool: Connections, keyring: Keyring, key_id: str) -> None:
@@ -158,13 +178,13 @@ async def check_keys(pool: Connections, keyring: Keyring | None) -> None:
     for key_id in [row["id"] for row in await pool.fetch(SQL["list_proofs"]) if row["id"] not in known]:
         if not await pool.fetchval(SQL["forget_proof"], key_id, f"{SEALED}{key_id}$"):
             raise KeyFault(
-                f"BOTFARM_KEYS: the key {key_id!r} is missing, but passwords are sealed with it. Add it (after the "
-                "first key), and run `python botfarm.py reseal` before you take it out."
+                f"BOTFARM_KEYS: the key {key_id!r} is missing, but secrets are sealed with it. Add it (after the first "
+                "key), and run `python botfarm.py reseal` before you take it out."
             )
 
 
 async def reseal(pool: Connections, keyring: Keyring) -> AsyncIterator[int]:
-    """Seal everything under the first key, 500 users at a time. Safe to stop and to start again at any time.
+    """Seal everything under the first key, some of it at a time. Safe to stop and to start again at any time.
 
     Tells how many are done so far.
     """
@@ -176,6 +196,14 @@ async def reseal(pool: Connections, keyring: Keyring) -> AsyncIterator[int]:
         new = [keyring.seal(row["id"], keyring.open(row["id"], row["secret"])) for row in rows]
         total += len(await pool.fetch(SQL["reseal_users"], ids, old, new))
         last = ids[-1]
+        yield total
+    place = uuid.UUID(int=0), ""
+    while rows := await pool.fetch(SQL["list_sealed_extras"], *place, keyring.first, EXTRAS):
+        kinds, ids, old = ([row[name] for row in rows] for name in ("kind", "user_id", "sealed"))
+        clear = (keyring.open_as(row["kind"], row["user_id"], row["key_id"], row["sealed"]) for row in rows)
+        new = [keyring.seal_as(kind, id, text) for kind, id, text in zip(kinds, ids, clear, strict=True)]
+        total += len(await pool.fetch(SQL["reseal_extras"], kinds, ids, old, new, keyring.first))
+        place = ids[-1], kinds[-1]
         yield total
 
 

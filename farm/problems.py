@@ -220,6 +220,22 @@ class LockNotHeld(Problem, status=404, slug="lock-not-held"):
         return cls(detail, ended_at=end["ended_at"], ended_by=end["ended_by"])
 
 
+class NoSession(Problem, status=404, slug="no-session"):
+    """The user has no session, or it has ended: log in, and keep one with PUT."""
+
+
+class NoTotp(Problem, status=404, slug="no-totp"):
+    """The user has no secret of one-time codes: set its `totp`."""
+
+
+class CodeSpent(Problem, status=409, slug="code-spent"):
+    """The codes of this user are given to others who ask; each is given out once. Try again for the next one."""
+
+
+class NotSealed(Problem, status=409, slug="not-sealed"):
+    """Hashes alone are stored here, and sessions and codes need keys: set BOTFARM_KEYS to what `keygen` prints."""
+
+
 class NoMatchingUser(Problem, status=404, slug="no-matching-user"):
     """No user at all matches the filter, so waiting would not help: create one, or ask for less."""
 

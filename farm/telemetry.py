@@ -73,6 +73,7 @@ class Entry(Struct, omit_defaults=True):
     revealed: bool = False  # the password leaves with the reply
     held_seconds: float | None = None
     cooldown_seconds: int | None = None
+    outcome: str | None = None  # as the test told it
     changed: list[str] | None = None
     reason: str | None = None
     valid: bool | None = None
@@ -309,12 +310,14 @@ class Events:
         self._extensions.inc()
         self.log("lock-extended", cause, row, ttl_seconds=row["ttl"])
 
-    def ended(self, how: str, lock: Row, cause: Cause = NOWHERE, cooldown: int | None = None) -> None:
+    def ended(
+        self, how: str, lock: Row, cause: Cause = NOWHERE, cooldown: int | None = None, outcome: str | None = None
+    ) -> None:
         """A lock has ended: released, expired or forced."""
         held = lock["held_seconds"]
         self._ends[how].inc()
         self._holds.observe(held)
-        self.log(f"lock-{how}", cause, lock, held_seconds=held, cooldown_seconds=cooldown or None)
+        self.log(f"lock-{how}", cause, lock, held_seconds=held, cooldown_seconds=cooldown or None, outcome=outcome)
 
     def user(self, event: str, user_id: uuid.UUID, cause: Cause, **members: Any) -> None:
         """A user was created, changed, deleted or freed, or its password was checked."""

@@ -47,12 +47,14 @@ class Ask(Struct, eq=False, kw_only=True):
 
     wishes: Wishes
     holder: str = ""
+    note: str = ""
     ttl: int = 0
     wait: int = 0
     cause: Cause = NOWHERE
     key: uuid.UUID | None = None  # the idempotency key as it is stored
     sent_key: uuid.UUID | None = None  # and as it was sent
     client: uuid.UUID | None = None  # whose the lock will be; null: authentication is off
+    prefers_session: bool = False  # a user that is logged in already; who waits gets whoever comes free
     home: Wish | None = None  # the pool of the very user that is wished for, where that is known
     foreign: bool = False  # waits at another replica, and only holds its place here
     arrived: float = msgspec.field(default_factory=time.monotonic)
@@ -253,7 +255,7 @@ def _users_wanted(kinds: Mapping[Wishes, int]) -> int:
 def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
     """As acquire_users.sql takes them."""
     rows = [
-        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client, wish.domain, wish.labels)
+        (number, user, lock_id, ask.holder, ask.ttl, ask.key, ask.client, wish.domain, wish.labels, ask.note)
         for number, (ask, users) in enumerate(chosen.items())
         for user, lock_id, wish in zip(users, ask.lock_ids, ask.wishes, strict=True)
     ]
@@ -481,23 +483,29 @@ class Desk:
     async def _take(self, chosen: dict[Ask, list[uuid.UUID]]) -> None:
         if not chosen:
             return
-        for ask, users in chosen.items():
-            ask.lock_ids = [new_id() for _ in users]
         self._taking = set(chosen)
         try:
-            self.events.batched("acquire_users", len(chosen))
-            with self.unanswered.unless_answered(chosen):
-                rows = {row["lock_id"]: row for row in await self.hot.fetch(SQL["acquire_users"], *_groups(chosen))}
-            for ask in chosen:
-                granted = [rows[id] for id in ask.lock_ids if id in rows]
-                for row in granted:
-                    self.events.acquired(row, ask.cause, ask.seconds(), waited=ask.wait > 0)
-                if granted:
-                    self._answer(ask, granted)
+            for ask, granted in (await self.hand_out(chosen)).items():
+                self._answer(ask, granted)
             await self._find_repeats([ask for ask in chosen if ask in self.queue])
         finally:
             self._taking = set()
             self._dismiss(chosen)
+
+    async def hand_out(self, chosen: dict[Ask, list[uuid.UUID]]) -> dict[Ask, list[asyncpg.Record]]:
+        """The rows of those who got the users that were chosen for them."""
+        for ask, users in chosen.items():
+            ask.lock_ids = [new_id() for _ in users]
+        self.events.batched("acquire_users", len(chosen))
+        with self.unanswered.unless_answered(chosen):
+            rows = {row["lock_id"]: row for row in await self.hot.fetch(SQL["acquire_users"], *_groups(chosen))}
+        asked = {id: ask for ask in chosen for id in ask.lock_ids}
+        granted: dict[Ask, list[asyncpg.Record]] = {}
+        for id, ask in asked.items():
+            if row := rows.get(id):
+                self.events.acquired(row, ask.cause, ask.seconds(), waited=ask in self.queue and ask.wait > 0)
+                granted.setdefault(ask, []).append(row)
+        return granted
 
     def _dismiss(self, chosen: Iterable[Ask]) -> None:
         """Those who wanted to go, or have to, and had to wait for the outcome."""

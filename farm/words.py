@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from email.message import Message
-from itertools import islice
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import asyncpg
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from farm.problems import FieldError, Invalid, MalformedBody, UnsupportedMediaType, shown
-from farm.settings import WORD, Settings, in_words
+from farm.problems import FieldError, Invalid, shown
+from farm.settings import WORD, Settings
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
@@ -50,13 +46,30 @@ LabelPair = Annotated[str, Meta(pattern=LABEL_PAIR, examples=["role:admin"])]
 Login = Annotated[str, Meta(min_length=1, max_length=254, pattern=PLAIN, examples=["bot-1"])]
 Password = Annotated[str, Meta(min_length=1, max_length=1024, pattern=NO_NUL, examples=["correct horse"])]
 Holder = Annotated[str, Meta(max_length=200, pattern=PLAIN, description="who asks, for people and bulk release")]
+Note = Annotated[str, Meta(max_length=500, pattern=PLAIN, description="why, where, a link to the run; for people")]
 Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=PLAIN, examples=["login page says: blocked"])]
+# As the OpenAPI document tells it: `read_totp` takes the URI's parameters in any order, and others beside them.
+_L = "([A-Za-z2-7] *)"
+_BASE32 = f"{_L}{{8}}({_L}{{8}})+({_L}{{2}}|{_L}{{4}}|{_L}{{5}}|{_L}{{7}})?"
+_PARAMETERS = "(&algorithm=SHA(1|256|512))?(&digits=[6-8])?(&period=(1[5-9]|[2-9][0-9]|1[01][0-9]|120))?"
+TOTP = rf"^({_BASE32}|otpauth://totp/[A-Za-z0-9:@.]*\?secret={_BASE32.replace(' *', '')}{_PARAMETERS})$"
+Totp = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=2000,
+        description="an otpauth://totp/ URI, or its secret in base32",
+        examples=["JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP"],
+        extra_json_schema={"writeOnly": True, "pattern": TOTP},
+    ),
+]
 ProjectId = Annotated[uuid.UUID, Meta(examples=["11111111-1111-4111-8111-111111111111"])]
 Ttl = Annotated[int, Meta(ge=1, description="seconds until the lock ends by itself")]
 Wait = Annotated[int, Meta(ge=0, description="seconds to wait for a user that comes free")]
 Env = Annotated[str, Meta(description="one of BOTFARM_ENVS", examples=["stage"])]
 Domain = Annotated[str, Meta(description="one of BOTFARM_DOMAINS", examples=["regular"])]
 UserState = Literal["free", "locked", "resting", "quarantined"]
+Outcome = Literal["passed", "failed", "bad-login"]
 T = TypeVar("T")
 
 
@@ -106,12 +119,14 @@ class UserFields(Body, frozen=True):
 
 class NewUser(UserFields, frozen=True, kw_only=True):
     password: Password
+    totp: Totp | UnsetType | None = UNSET
 
 
 class ImportedUser(UserFields, frozen=True):
-    """A line of an import: a known user keeps its password when there is none."""
+    """A line of an import: a known user keeps its password when there is none, and its codes when there is no totp."""
 
     password: Password | None = None
+    totp: Totp | UnsetType | None = UNSET
 
 
 TELLING = ("id", "created_at", "state", "locktime", "lock", "quarantine", "available_at")
@@ -127,6 +142,7 @@ class UserChanges(Body, frozen=True):
     password: Password | UnsetType = UNSET
     domain: Domain | UnsetType = UNSET
     labels: Labels | UnsetType = UNSET
+    totp: Totp | UnsetType | None = UNSET
 
 
 class PasswordCheck(Body, frozen=True):
@@ -152,12 +168,15 @@ class AcquireLock(Filter, frozen=True):
     ttl: Ttl = 300
     wait: Wait = 0
     holder: Holder = ""
+    note: Note = ""
+    prefer: Literal["any", "session"] = "any"
 
 
 class AcquireUser(Body, frozen=True):
     ttl: Ttl = 300
     wait: Wait = 0
     holder: Holder = ""
+    note: Note = ""
 
 
 class SetPart(Filter, frozen=True):
@@ -174,6 +193,8 @@ class AcquireSet(AcquireUser, frozen=True, kw_only=True):
 
 class ExtendLock(Body, frozen=True):
     ttl: Ttl | None = None
+    holder: Holder | UnsetType = UNSET
+    note: Note | UnsetType = UNSET
 
 
 class UserFilter(Struct):
@@ -209,6 +230,7 @@ class UserLock(Struct):
     """The current lock of a user as everybody may see it: never its id."""
 
     holder: str
+    note: str
     fence: int
     acquired_at: datetime
     expires_at: datetime
@@ -222,6 +244,8 @@ class User(Struct):
     env: str
     domain: str
     labels: dict[str, str]
+    has_session: bool
+    has_totp: bool
     state: UserState
     locktime: datetime | None
     lock: UserLock | None
@@ -232,7 +256,7 @@ class User(Struct):
     def of(cls, row: asyncpg.Record) -> User:
         """A row of get_user.sql or list_users.sql."""
         locked = row["state"] == "locked"
-        lock = UserLock(row["holder"], row["fence"], row["acquired_at"], row["expires_at"]) if locked else None
+        held = [row[name] for name in UserLock.__struct_fields__]
         return cls(
             id=row["id"],
             created_at=row["created_at"],
@@ -241,9 +265,11 @@ class User(Struct):
             env=row["env"],
             domain=row["domain"],
             labels=cast("Any", msgspec.Raw(row["labels"].encode())),
+            has_session=row["has_session"],
+            has_totp=row["has_totp"],
             state=row["state"],
             locktime=row["acquired_at"] if locked else None,
-            lock=lock,
+            lock=UserLock(*held) if locked else None,
             quarantine=row["quarantine"],
             available_at=row["ready_at"] if row["state"] == "resting" else UNSET,
         )
@@ -257,9 +283,11 @@ class UserPage(Struct):
 class Ended(Struct):
     fence: int
     holder: str
+    note: str
     acquired_at: datetime
     ended_at: datetime | None
     ended_by: Literal["released", "expired", "forced"] | None
+    outcome: Outcome | None
 
 
 class HistoryPage(Struct):
@@ -276,6 +304,7 @@ class Pool(Struct):
     locked: int
     resting: int
     quarantined: int
+    failing: int
     waiting: int
 
 
@@ -297,6 +326,7 @@ class GlancedLock(Struct):
     env: str
     domain: str
     holder: str
+    note: str
     acquired_at: datetime
     expires_at: datetime
 
@@ -321,6 +351,7 @@ class GlancedEnd(Struct):
     acquired_at: datetime
     ended_at: datetime
     ended_by: Literal["released", "expired", "forced"]
+    outcome: Outcome | None
 
 
 class Overview(Struct):
@@ -345,6 +376,7 @@ class Lock(Struct):
     id: uuid.UUID
     fence: int
     holder: str
+    note: str
     ttl: int
     acquired_at: datetime
     expires_at: datetime
@@ -362,7 +394,16 @@ class Lock(Struct):
             labels=cast("Any", msgspec.Raw(row["labels"].encode())),
             password=password,
         )
-        return cls(row["lock_id"], row["fence"], row["holder"], row["ttl"], row["acquired_at"], row["expires_at"], user)
+        return cls(
+            id=row["lock_id"],
+            fence=row["fence"],
+            holder=row["holder"],
+            note=row["note"],
+            ttl=row["ttl"],
+            acquired_at=row["acquired_at"],
+            expires_at=row["expires_at"],
+            user=user,
+        )
 
 
 class LockSet(Struct):
@@ -373,6 +414,11 @@ class LockSet(Struct):
 
 class Health(Struct):
     status: str
+
+
+class Code(Struct):
+    code: str
+    valid_until: datetime
 
 
 class Valid(Struct):
@@ -463,109 +509,3 @@ def check_words(settings: Settings, body: Any) -> None:
     """Invalid where settings forbid something in a body, or a filter, that is otherwise well formed."""
     if faults := list(forbidden(settings, body)):
         raise Invalid(faults)
-
-
-# ---- Reading a body ----------------------------------------------------------------------------------------
-
-# What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
-UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
-UTF8 = ("utf-8", "utf8", "us-ascii")  # as Content-Type names it
-
-
-def told(text: str, place: str, value: Any) -> str:
-    """What msgspec says of a value, in words, and with the value but for passwords."""
-    text = in_words(text, RULES)
-    return f"{shown(value)} is not allowed: {text}" if place and not place.endswith("password") else text
-
-
-def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError:
-    for key, value in labels.items():
-        if not re.match(WORD, key):
-            return FieldError(place, f"the key {shown(key)} is not 1 to 63 of A-Z a-z 0-9 _ . -")
-        if not isinstance(value, str) or len(value) > 255 or not re.match(PLAIN, value):
-            rule = "must be a text of up to 255 characters without control characters"
-            return FieldError(f"{place}.{key}", f"{shown(value)} {rule}")
-    return FieldError(place, message)
-
-
-UNKNOWN, MISSING = "unknown field", "required, but missing"
-
-
-def _fault(error: msgspec.ValidationError, name: str, value: Any) -> FieldError:
-    """What is wrong with a field, or with a body, whose name is empty."""
-    text, _, where = str(error).partition(" - at ")
-    if name == "labels" and isinstance(value, dict):
-        return _label_error(name, value, text)
-    if found := re.search(r"\$\[(\d+)\]", where):
-        name, value = f"{name}[{found[1]}]", value[int(found[1])]
-    return FieldError(name or None, told(text, name, value))
-
-
-def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[FieldError]:
-    """Every unknown field, and of each other field the first fault, be it by its type or by the settings."""
-    fields = {field.name: field for field in msgspec.structs.fields(kind)}
-    yield from (FieldError(name, UNKNOWN) for name in raw if name not in fields)
-    good = SimpleNamespace()
-    for name, field in fields.items():
-        if name not in raw:
-            yield from [FieldError(name, MISSING)] * field.required
-            continue
-        try:
-            setattr(good, name, msgspec.convert(raw[name], field.type))
-        except msgspec.ValidationError as error:
-            inner = list(_faults_in_set(raw[name], settings)) if name == "users" else []
-            yield from inner or [_fault(error, name, raw[name])]
-    yield from forbidden(settings, good)
-
-
-def _faults_in_set(parts: Any, settings: Settings) -> Iterator[FieldError]:
-    for number, part in enumerate(parts if isinstance(parts, list) else ()):
-        for fault in _faults(part, SetPart, settings) if isinstance(part, dict) else ():
-            yield FieldError(f"users[{number}].{fault.field}", fault.message)
-
-
-def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, settings: Settings) -> list[FieldError]:
-    """What is wrong with a body, with the values that were sent (but for passwords)."""
-    return list(islice(_faults(raw, kind, settings), 100)) if isinstance(raw, dict) else [_fault(error, "", raw)]
-
-
-def _number(text: str) -> float:
-    """60.0 is 60: in JSON they are the same."""
-    number = float(text)
-    if math.isinf(number):
-        raise msgspec.DecodeError("a number is out of range")
-    return int(number) if number.is_integer() else number
-
-
-UNTYPED = msgspec.json.Decoder(float_hook=_number)
-
-
-def _convert(raw: Any, kind: type[T], settings: Settings) -> T:
-    try:
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        raise Invalid(field_errors(error, raw, kind, settings)) from None
-
-
-def decode_body(body: bytes, kind: type[T], settings: Settings) -> T:
-    """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
-    try:
-        try:
-            return msgspec.json.decode(body, type=kind)
-        except msgspec.ValidationError:  # once more: for what was sent, and maybe it was just a 60.0
-            return _convert(UNTYPED.decode(body), kind, settings)
-    except UNREADABLE as error:
-        why = str(error) or "nested too deep"
-        raise MalformedBody(f"The body is not JSON in UTF-8 that can be read: {why}.") from None
-
-
-def media_of(content_type: str) -> str:
-    """The media type that a Content-Type names. UnsupportedMediaType where it declares another charset than UTF-8."""
-    media, _, parameters = content_type.partition(";")
-    header = Message()
-    header["Content-Type"] = content_type
-    for name, value in header.get_params([]) if parameters else ():
-        charset = value if isinstance(value, str) else value[-1]  # a tuple: RFC 2231
-        if name.lower() == "charset" and charset.lower() not in UTF8:
-            raise UnsupportedMediaType(f"The charset is {shown(charset)}, but bodies are read in UTF-8: send it so.")
-    return media.strip().lower()

@@ -2,7 +2,8 @@
 --   $1-$6   filters, one a distinct wish: the user itself, or project, env, domain, labels (null: any),
 --           and how many users are wanted
 --   $7-$9   where to look first: filter (its ordinal), pool, since when free
---   $10-$15 requests: filter (its ordinal), lock id, holder, ttl in seconds, idempotency key or null, client or null
+--   $10-$16 requests: filter (its ordinal), lock id, holder, ttl in seconds, idempotency key or null, client or null,
+--           note
 -- A row comes back for each request that got a user; its ordinal is `request`, and `expired` the lock that this ended.
 -- Atomic because the candidates are locked with skip locked, which also checks them again in their
 -- newest version, and stay locked until the commit. A lock that has expired is taken over here, and its
@@ -98,15 +99,15 @@ candidates as materialized (
 ),
 requests as materialized (
     select asked.*, row_number() over (partition by asked.filter order by asked.request) as turn
-    from unnest($10::bigint[], $11::uuid[], $12::text[], $13::int[], $14::uuid[], $15::uuid[])
-        with ordinality as asked (filter, lock_id, holder, ttl, key, client_id, request)
+    from unnest($10::bigint[], $11::uuid[], $12::text[], $13::int[], $14::uuid[], $15::uuid[], $16::text[])
+        with ordinality as asked (filter, lock_id, holder, ttl, key, client_id, note, request)
     where (select bound.key from idempotency_keys as bound where bound.key = asked.key) is null
 ),
 paired as materialized (
     select requests.request, requests.lock_id, requests.holder, requests.ttl, requests.key,
-        requests.client_id, clock_timestamp() as acquired_at, candidates.place, candidates.user_id,
+        requests.client_id, requests.note, clock_timestamp() as acquired_at, candidates.place, candidates.user_id,
         candidates.ready_at as since, candidates.lock_id as old_lock_id, candidates.holder as old_holder,
-        candidates.client_id as old_client_id,
+        candidates.client_id as old_client_id, candidates.note as old_note,
         candidates.acquired_at as old_acquired_at, candidates.expires_at as old_expires_at,
         candidates.fence as old_fence
     from requests
@@ -132,6 +133,7 @@ taken as (
         lock_id = paired.lock_id,
         client_id = paired.client_id,
         holder = paired.holder,
+        note = paired.note,
         ttl = paired.ttl,
         acquired_at = paired.acquired_at,
         expires_at = paired.acquired_at + paired.ttl * interval '1 second',
@@ -141,11 +143,12 @@ taken as (
         and locks.user_id = paired.user_id
         and (paired.key is null or paired.lock_id in (select bound.lock_id from bound))
     returning locks.user_id, locks.pool_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at,
-        locks.ttl, locks.holder
+        locks.ttl, locks.holder, locks.note
 ),
 expired as (
-    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-    select old_lock_id, user_id, old_client_id, old_fence, old_holder, old_acquired_at, old_expires_at, 'expired'
+    insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
+    select old_lock_id, user_id, old_client_id, old_fence, old_holder, old_note, old_acquired_at, old_expires_at,
+        'expired'
     from paired
     where old_lock_id is not null
         and paired.lock_id in (select taken.lock_id from taken)

@@ -8,18 +8,20 @@
 --   $7  clients   uuid[]    (whose it will be, or null)
 --   $8  domains   text[]    (what was asked for, null: any; $9 too)
 --   $9  labels    jsonb[]
+--   $10 notes     text[]
 -- Atomic as acquire_locks.sql is: the users are locked with skip locked, checked in their newest version, and
 -- stay locked until the commit; a group of which one is not free any more, or was changed so that it does not fit,
 -- gets none. A row comes back for each user that was taken; `expired` is the lock that this ended.
 with chosen as materialized (
     select *
     from unnest(
-        $1::bigint[], $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::uuid[], $7::uuid[], $8::text[], $9::jsonb[]
-    ) with ordinality as chosen (call, user_id, lock_id, holder, ttl, key, client_id, domain, labels, turn)
+        $1::bigint[], $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::uuid[], $7::uuid[], $8::text[], $9::jsonb[],
+        $10::text[]
+    ) with ordinality as chosen (call, user_id, lock_id, holder, ttl, key, client_id, domain, labels, note, turn)
 ),
 candidates as materialized (
     select chosen.call, chosen.lock_id as new_lock_id, chosen.holder as new_holder, chosen.ttl as new_ttl, chosen.key,
-        chosen.client_id as new_client_id, chosen.turn, clock_timestamp() as taken_at, found.*
+        chosen.client_id as new_client_id, chosen.note as new_note, chosen.turn, clock_timestamp() as taken_at, found.*
     from chosen
     cross join lateral (
         select *
@@ -63,6 +65,7 @@ taken as (
         lock_id = candidates.new_lock_id,
         client_id = candidates.new_client_id,
         holder = candidates.new_holder,
+        note = candidates.new_note,
         ttl = candidates.new_ttl,
         acquired_at = candidates.taken_at,
         expires_at = candidates.taken_at + candidates.new_ttl * interval '1 second',
@@ -73,12 +76,12 @@ taken as (
         and locks.user_id = candidates.user_id
         and (complete.key is null or complete.lock_ids in (select bound.lock_ids from bound))
     returning locks.user_id, locks.pool_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at,
-        locks.ttl, locks.holder
+        locks.ttl, locks.holder, locks.note
 ),
 expired as (
-    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
+    insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
     select candidates.lock_id, candidates.user_id, candidates.client_id, candidates.fence, candidates.holder,
-        candidates.acquired_at, candidates.expires_at, 'expired'
+        candidates.note, candidates.acquired_at, candidates.expires_at, 'expired'
     from candidates
     where candidates.lock_id is not null
         and candidates.new_lock_id in (select taken.lock_id from taken)

@@ -29,9 +29,14 @@ unlocked as (
     using deleted
     where locks.user_id = deleted.id
 ),
+logged_out as (
+    delete from user_sessions
+    using deleted
+    where user_sessions.user_id = deleted.id
+),
 recorded as (
-    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-    select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at,
+    insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at,
         case when held then 'forced' else 'expired' end
     from found
     where lock_id is not null

@@ -1,17 +1,22 @@
--- Let locks end later (or sooner): the heartbeat.
+-- Let locks end later (or sooner), and tell who holds them now and why: the heartbeat.
 --   $1  lock ids  uuid[]  (sorted, so that two batches can't wait for each other)
 --   $2  ttls      int[]   (seconds from now; null repeats the last one)
 --   $3  clients   uuid[]  (whose lock it has to be; null: anybody's)
+--   $4  holders   text[]  (null leaves it)
+--   $5  notes     text[]  (null leaves it)
 -- Only a lock that is still held is extended. ready_at, which is indexed, moves only when the lock now
 -- ends before it, so a renewal is a HOT update.
 -- The ids are compared with the whole array too, see release_locks.sql.
 with asked as (
-    select lock_id, ttl, client_id
-    from unnest($1::uuid[], $2::int[], $3::uuid[]) as asked (lock_id, ttl, client_id)
+    select lock_id, ttl, client_id, holder, note
+    from unnest($1::uuid[], $2::int[], $3::uuid[], $4::text[], $5::text[])
+        as asked (lock_id, ttl, client_id, holder, note)
 ),
 extended as (
     update locks
     set ttl = coalesce(asked.ttl, locks.ttl),
+        holder = coalesce(asked.holder, locks.holder),
+        note = coalesce(asked.note, locks.note),
         expires_at = clock_timestamp() + coalesce(asked.ttl, locks.ttl) * interval '1 second',
         ready_at = least(
             locks.ready_at,
@@ -23,7 +28,7 @@ extended as (
         and (asked.client_id is null or locks.client_id = asked.client_id)
         and locks.expires_at > clock_timestamp()
     returning locks.user_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at, locks.ttl,
-        locks.holder, locks.client_id
+        locks.holder, locks.note, locks.client_id
 )
 select extended.*, users.login, users.project_id, users.env, users.domain, users.labels
 from extended

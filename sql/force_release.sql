@@ -17,12 +17,12 @@ freed as (
     from reached
     where locks.user_id = reached.user_id
         and reached.is_held
-    returning reached.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.acquired_at,
-        locks.ready_at as ended_at
+    returning reached.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.note,
+        locks.acquired_at, locks.ready_at as ended_at
 ),
 recorded as (
-    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-    select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, 'forced'
+    insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, 'forced'
     from freed
 )
 select users.id as user_id, reached.user_id is not null as is_reached, freed.lock_id, freed.fence, freed.holder,

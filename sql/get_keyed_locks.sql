@@ -2,7 +2,8 @@
 -- for, without its user where the lock has ended.
 --   $1  keys  uuid[]
 select keys.key, keys.bound_id, locks.user_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at,
-    locks.ttl, locks.holder, users.login, users.secret, users.project_id, users.env, users.domain, users.labels
+    locks.ttl, locks.holder, locks.note, users.login, users.secret, users.project_id, users.env, users.domain,
+    users.labels
 from (
     select key, bound_id, place
     from idempotency_keys

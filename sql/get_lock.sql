@@ -2,7 +2,7 @@
 --   $1  lock id  uuid
 --   $2  client   uuid: whose lock it has to be; null: anybody's
 select locks.user_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at, locks.ttl, locks.holder,
-    users.login, users.project_id, users.env, users.domain, users.labels
+    locks.note, users.login, users.project_id, users.env, users.domain, users.labels
 from locks
 join users on users.id = locks.user_id
 where locks.lock_id = $1::uuid

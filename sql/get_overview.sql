@@ -12,7 +12,7 @@ with shown as materialized (
         or project_id = any($1::uuid[])
 ),
 held as materialized (
-    select pool_id, user_id, holder, acquired_at, expires_at, ready_at, quarantine, state
+    select pool_id, user_id, holder, note, acquired_at, expires_at, ready_at, quarantine, state
     from lock_states
     where lock_id is not null
         and holder is not null
@@ -35,6 +35,12 @@ quarantining as (
         and lock_id is null
     group by pool_id
 ),
+failing as (
+    select pool_id, count(*) as total
+    from locks
+    where last_outcome = 'bad-login'
+    group by pool_id
+),
 counted as (
     select shown.id, shown.project_id, shown.env, shown.domain,
         case when shown.id <> all($2::int[]) then (
@@ -47,10 +53,12 @@ counted as (
         coalesce(holding.locked, 0) as locked,
         resting.total + coalesce(holding.resting, 0) as resting,
         coalesce(quarantining.quarantined, 0) + coalesce(holding.quarantined, 0) as quarantined,
+        coalesce(failing.total, 0) as failing,
         least(holding.next_free_at, resting.next_free_at) as next_free_at
     from shown
     left join holding on holding.pool_id = shown.id
     left join quarantining on quarantining.pool_id = shown.id
+    left join failing on failing.pool_id = shown.id
     cross join lateral (
         select count(*) as total, min(ready_at) as next_free_at
         from locks
@@ -61,7 +69,7 @@ counted as (
     ) as resting
 ),
 ranked as (
-    select held.user_id, held.pool_id, held.holder, held.acquired_at, held.expires_at,
+    select held.user_id, held.pool_id, held.holder, held.note, held.acquired_at, held.expires_at,
         row_number() over (
             partition by case when $3::boolean then shown.project_id end
             order by held.expires_at, held.user_id
@@ -71,13 +79,14 @@ ranked as (
     where held.state = 'locked'
 ),
 ending as (
-    select ranked.pool_id, ranked.user_id, users.login, ranked.holder, ranked.acquired_at, ranked.expires_at
+    select ranked.pool_id, ranked.user_id, users.login, ranked.holder, ranked.note, ranked.acquired_at,
+        ranked.expires_at
     from ranked
     join users on users.id = ranked.user_id
     where ranked.place <= 200
 ),
 latest as materialized (
-    select user_id, holder, acquired_at, ended_at, ended_by
+    select user_id, holder, acquired_at, ended_at, ended_by, outcome
     from history
     order by ended_at desc
     limit 500
@@ -94,7 +103,7 @@ dated as (
         or users.project_id = any($1::uuid[])
 ),
 ended as (
-    select project_id, user_id, login, holder, acquired_at, ended_at, ended_by
+    select project_id, user_id, login, holder, acquired_at, ended_at, ended_by, outcome
     from dated
     where place <= 50
 )

@@ -8,5 +8,9 @@ create temporary table import_rows (
     domain text not null,
     login text not null,
     labels jsonb not null,
-    secret text
+    secret text,
+    has_codes boolean not null,
+    code_key text,
+    code_sealed bytea,
+    code_period integer
 ) on commit drop

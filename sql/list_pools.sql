@@ -5,7 +5,8 @@ select pools.project_id, pools.env, pools.domain, count(*) as total,
     count(*) filter (where state = 'free') as free,
     count(*) filter (where state = 'locked') as locked,
     count(*) filter (where state = 'resting') as resting,
-    count(*) filter (where state = 'quarantined') as quarantined
+    count(*) filter (where state = 'quarantined') as quarantined,
+    count(*) filter (where last_outcome = 'bad-login') as failing
 from pools
 join lock_states on lock_states.pool_id = pools.id
 where ($1::uuid is null or pools.project_id = $1::uuid)

@@ -23,10 +23,10 @@ freed as (
     from held
     where locks.lock_id = held.lock_id
         and locks.expires_at > clock_timestamp()
-    returning held.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.acquired_at,
-        locks.ready_at as ended_at
+    returning held.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.note,
+        locks.acquired_at, locks.ready_at as ended_at
 )
-insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-select lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, 'released'
+insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
+select lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, 'released'
 from freed
 returning lock_id, user_id, fence, holder, extract(epoch from ended_at - acquired_at)::float8 as held_seconds

@@ -4,7 +4,7 @@
 -- The fences move ahead by the milliseconds since 1970, so that those of two restores of one backup differ.
 -- Locks that the backup knew end as forced, unless they had expired; their users rest until they would have ended.
 with moved as (
-    select user_id, client_id, fence, lock_id, holder, acquired_at, expires_at
+    select user_id, client_id, fence, lock_id, holder, note, acquired_at, expires_at
     from locks
     for update
 ),
@@ -22,8 +22,9 @@ rested as (
     returning locks.user_id
 ),
 recorded as (
-    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-    select lock_id, user_id, client_id, fence, holder, acquired_at, least(expires_at, greatest(clock_timestamp(), acquired_at)),
+    insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, note, acquired_at,
+        least(expires_at, greatest(clock_timestamp(), acquired_at)),
         case when expires_at <= clock_timestamp() then 'expired' else 'forced' end
     from moved
     where lock_id is not null

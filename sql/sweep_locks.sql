@@ -19,12 +19,12 @@ swept as (
     from due
     where locks.ctid = due.place
         and locks.user_id = due.user_id
-    returning due.is_over, due.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.acquired_at,
-        locks.expires_at
+    returning due.is_over, due.lock_id, locks.user_id, locks.client_id, locks.fence, locks.holder, locks.note,
+        locks.acquired_at, locks.expires_at
 ),
 recorded as (
-    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
-    select lock_id, user_id, client_id, fence, holder, acquired_at, expires_at, 'expired'
+    insert into history (lock_id, user_id, client_id, fence, holder, note, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, note, acquired_at, expires_at, 'expired'
     from swept
     where is_over
 )

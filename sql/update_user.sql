@@ -1,5 +1,7 @@
--- Change a user; a current lock stays.
+-- Change a user; a current lock stays. A session ends with a new login or password.
 --   $1 id  $2 login  $3 secret  $4 domain  $5 labels  (null leaves a value as it is)
+--   $6  whether its one-time codes change  boolean
+--   $7 key id  $8 sealed  $9 period  of these (null: it has none any more)
 -- A user of another domain belongs to another pool, so its lock row moves in the same statement.
 -- What has changed comes back; a password that is given counts, though it may be the same.
 with before as materialized (
@@ -20,7 +22,8 @@ changed as (
         case when users.login <> before.login then 'login' end,
         case when users.secret <> before.secret then 'password' end,
         case when users.domain <> before.domain then 'domain' end,
-        case when users.labels <> before.labels then 'labels' end
+        case when users.labels <> before.labels then 'labels' end,
+        case when $6::boolean then 'totp' end
     ], null) as names
 ),
 new_pool as (
@@ -35,11 +38,33 @@ new_pool as (
     on conflict (project_id, env, domain) do update set env = excluded.env
     returning id
 ),
+with_codes as (
+    insert into user_codes (user_id, key_id, sealed, period)
+    select id, $7::text, $8::bytea, $9::int
+    from changed
+    where $8::bytea is not null
+    on conflict (user_id) do update
+    set key_id = excluded.key_id,
+        sealed = excluded.sealed,
+        period = excluded.period
+),
+without_codes as (
+    delete from user_codes
+    using changed
+    where user_codes.user_id = changed.id
+        and $6::boolean
+        and $8::bytea is null
+),
 moved as (
     update locks
     set pool_id = pool.id,
-        ready_at = case when lock_id is null then greatest(ready_at, clock_timestamp()) else ready_at end
-    from (
+        ready_at = case
+            when lock_id is null and pool_id <> pool.id then greatest(ready_at, clock_timestamp())
+            else ready_at
+        end,
+        session_until = case when changed.names && array['login', 'password'] then null else session_until end
+    from changed
+    cross join (
         select pools.id
         from pools
         join changed using (project_id, env, domain)
@@ -47,7 +72,10 @@ moved as (
         select id from new_pool
     ) as pool
     where locks.user_id = $1::uuid
-        and locks.pool_id <> pool.id
+        and (
+            locks.pool_id <> pool.id
+            or (locks.session_until is not null and changed.names && array['login', 'password'])
+        )
 )
 select names
 from changed

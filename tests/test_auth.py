@@ -439,6 +439,7 @@ WRITE = READ | {
     "import_users",
 }  # fmt: skip
 LOCKS = {"acquire_lock", "acquire_user", "acquire_set", "get_lock", "extend_lock", "release_lock", "release_holder"}
+LOCKS |= {"put_session", "get_session", "delete_session", "give_code"}
 ADMIN = WRITE | LOCKS | {"force_release"}
 
 
@@ -545,6 +546,23 @@ async def test_calls_of_two_clients_for_one_lock_do_not_meet_in_a_batch(secured,
             assert [answer.status_code for answer in released] == [404, 204, 404]
 
 
+async def test_sessions_and_codes_are_the_holders_alone(secured, project):
+    """Not even an admin's, who may else look at, renew and end that lock."""
+    async with caller(secured, ALL) as mine, caller(secured, ALL) as other, caller(secured, "admin") as admin:
+        await make_users(mine, project, totp="JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP")
+        lock = (await acquire(mine, project)).json()
+        path = f"/locks/{lock['id']}"
+        assert (await mine.put(f"{path}/session", json={"sid": 1})).status_code == 204
+        assert (await admin.get(path)).status_code == 200
+        for api in (other, admin):
+            calls = [api.put(f"{path}/session", json={"sid": 2}), api.get(f"{path}/session")]
+            calls += [api.delete(f"{path}/session"), api.post(f"{path}/totp")]
+            for answer in await asyncio.gather(*calls):
+                assert slug(answer) == "lock-not-held"
+        assert (await mine.get(f"{path}/session")).json() == {"sid": 1}
+        assert (await mine.post(f"{path}/totp")).status_code == 200
+
+
 async def test_the_batch_itself_keeps_clients_apart(secured, project):
     async with caller(secured, ALL) as mine, caller(secured, ALL) as other:
         await make_users(mine, project)
@@ -584,7 +602,9 @@ async def test_however_a_lock_ends_its_record_says_whose_it_was(empty_database):
         events = farm.telemetry.Events(None)
         own_farm = farm.locks.Locks(settings(empty_database), pool, pool, cast("Any", None), events)
         secret = "$argon2id$"
-        await pool.fetch(farm.database.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}")
+        await pool.fetch(
+            farm.database.SQL["create_user"], made, "a", secret, project, "stage", "regular", "{}", *farm.codes.NO_CODES
+        )
 
         async def take(client):
             (row,) = await own_farm._acquire_locks(

@@ -104,6 +104,7 @@ RUN_BY = {
     ("docs/clients.md", "Any command: `botfarm exec`", 0): ("tests/test_docs.py", CLIENTS),
     ("docs/clients.md", "Any command: `botfarm exec`", 1): ("tests/test_docs.py", CLIENTS),
     ("docs/clients.md", "In CI", 0): ("tests/test_docs.py", CLIENTS),
+    ("docs/sessions.md", "Sessions", 0): ("tests/test_docs.py", CURL),
     ("docs/waiting.md", "Waiting and sets", 0): ("tests/test_docs.py", CURL),
     ("docs/waiting.md", "Sets", 0): ("tests/test_docs.py", CURL),
     ("docs/security.md", "Authentication", 0): (
@@ -173,7 +174,7 @@ def shell(script: str, **options: Any) -> str:
 
 
 @needs_curl
-@pytest.mark.parametrize("name", ["README.md", "docs/calls.md", "docs/waiting.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/calls.md", "docs/sessions.md", "docs/waiting.md"])
 def test_the_curl_lines_work(empty_database, name):
     """Those of the README's first minute, then those of the page."""
     first = blocks("README.md")["README.md", "The first minute", 0]
@@ -238,7 +239,7 @@ def test_the_lines_that_move_an_embedded_database_to_a_server_work(server):
             shell(lines, cwd=folder, env={"PATH": os.environ["PATH"], "DATABASE_URL": url}, timeout=60)
         old = Path(folder, ".botfarm", "keys").read_text().strip()
         resealed = command("reseal", env={"DATABASE_URL": url, "BOTFARM_KEYS": f"{KEY},{old}"})
-        assert resealed.stdout.startswith("1 passwords are now sealed"), resealed.stderr
+        assert resealed.stdout.startswith("1 secrets are now sealed"), resealed.stderr
 
 
 # Tables, beside the program
@@ -407,7 +408,7 @@ async def test_the_example_of_a_problem_is_what_a_full_pool_answers(api, project
 @every_call
 def test_the_body_of_a_call_is_that_of_the_program(name):
     body = calls()[name].get("requestBody", {}).get("content", {}).get("application/json")
-    schema = resolved(body["schema"]) if body else {"properties": {}}
+    schema = {"properties": {}} | (resolved(body["schema"]) if body else {})
     rows = told_fields(name, "field | value")
     assert rows.keys() == schema["properties"].keys()
     for field, (value, default, _) in rows.items():

@@ -27,7 +27,7 @@ async def test_a_lock_is_answered_whole_with_the_password(api, project):
     lock = answer.json()
     assert answer.status_code == 201
     assert lock == {
-        "id": lock["id"], "fence": 1, "holder": "ci 7", "ttl": 60, "acquired_at": lock["acquired_at"],
+        "id": lock["id"], "fence": 1, "holder": "ci 7", "note": "", "ttl": 60, "acquired_at": lock["acquired_at"],
         "expires_at": lock["expires_at"],
         "user": {
             "id": user["id"], "login": "bot-0", "password": "pw-0", "project_id": project, "env": "stage",
@@ -39,7 +39,7 @@ async def test_a_lock_is_answered_whole_with_the_password(api, project):
     assert (await api.get(f"/locks/{lock['id']}")).json() == lock
     shown = (await api.get(f"/users/{user['id']}")).json()
     assert (shown["state"], shown["locktime"]) == ("locked", lock["acquired_at"])
-    assert shown["lock"] == {name: lock[name] for name in ("holder", "fence", "acquired_at", "expires_at")}
+    assert shown["lock"] == {name: lock[name] for name in ("holder", "note", "fence", "acquired_at", "expires_at")}
 
 
 async def test_refusals_say_why(api, project):

@@ -122,9 +122,9 @@ async def test_each_change_of_a_lock_is_one_line(api, project, log):
     told(extended, "lock-extended", **of_lock(first), ttl_seconds=90)
 
     begin = len(log.lines())
-    await api.delete(f"/locks/{first['id']}?cooldown=5&quarantine=login page says: blocked")
+    await api.delete(f"/locks/{first['id']}?cooldown=5&outcome=failed&quarantine=login page says: blocked")
     released, quarantined = log.after(begin)
-    told(released, "lock-released", **of_lock(first), cooldown_seconds=5)
+    told(released, "lock-released", **of_lock(first), cooldown_seconds=5, outcome="failed")
     told(quarantined, "user-quarantined", user_id=first["user"]["id"], reason="login page says: blocked")
 
     second = (await acquire(api, project, holder="ci", key=(key := uuid.uuid4()))).json()
@@ -158,6 +158,26 @@ async def test_each_change_of_a_lock_is_one_line(api, project, log):
     forced, deleted = log.after(begin)
     told(forced, "lock-forced", **of_lock(fifth))
     told(deleted, "user-deleted", user_id=fifth["user"]["id"])
+
+
+async def test_a_session_or_a_code_that_comes_or_goes_is_one_line(api, project, log):
+    await make_users(api, project, totp="JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP")
+    lock = (await acquire(api, project, holder="ci")).json()
+    path = f"/locks/{lock['id']}/session"
+    begin = len(log.lines())
+    await api.put(path, json={"sid": 1}, params={"ttl": 60})
+    await api.get(path)
+    await api.delete(path)
+    await api.get(path)
+    stored, read, deleted = log.after(begin)
+    told(stored, "session-stored", **of_lock(lock), ttl_seconds=60)
+    told(read, "session-told", **of_lock(lock))
+    told(deleted, "session-deleted", **of_lock(lock))
+
+    begin = len(log.lines())
+    assert (await api.post(f"/locks/{lock['id']}/totp")).status_code == 200
+    (code,) = log.after(begin)
+    told(code, "code-told", **of_lock(lock))
 
 
 async def test_each_change_of_a_user_is_one_line(api, project, log):
@@ -637,5 +657,5 @@ async def test_no_secret_is_in_any_line(empty_database, project, tmp_path):
 def test_the_table_of_events_lists_each_with_its_members():
     """As the tests above have seen them."""
     assert len(SEEN) > 5, "run the whole file"
-    rows = re.findall(r"^\| `((?:lock|users?|passwords?)-[a-z]+)` \|(.*?)\|", OPERATING, re.M)
+    rows = re.findall(r"^\| `((?:lock|session|code|users?|passwords?)-[a-z]+)` \|(.*?)\|", OPERATING, re.M)
     assert {event: set(re.findall(r"`([a-z_]+)`", members)) for event, members in rows} == SEEN

@@ -50,6 +50,7 @@ PINNED = {
     "0007.labels": "db2f46fd2035485a",
     "0008.free_users": "7dd649367414832c",
     "0009.glances": "fa95d4d86bd5d5a5",
+    "0010.more_than_a_password": "7e8e595cf4d460ab",
 }
 
 
@@ -139,6 +140,77 @@ async def test_a_migration_beside_a_backup_holds_up_no_call_and_ends_after_it(ba
     finally:
         await backup.close()
     assert await migrating == NAMES[5:]
+
+
+MORE = "0010.more_than_a_password"
+# What a replica of the version before it does, with its own columns alone.
+OLD_CYCLE = """
+    with taken as (
+        update locks
+        set fence = fence + 1, lock_id = gen_random_uuid(), holder = 'old', ttl = 60, acquired_at = clock_timestamp(),
+            expires_at = clock_timestamp() + interval '1 minute'
+        where user_id = (
+            select user_id from locks where lock_id is null order by ready_at limit 1 for update skip locked
+        )
+        returning *
+    )
+    insert into history (lock_id, user_id, client_id, fence, holder, acquired_at, ended_at, ended_by)
+    select lock_id, user_id, client_id, fence, holder, acquired_at, acquired_at, 'released' from taken
+    returning user_id
+"""
+OLD_RELEASE = "update locks set lock_id = null, ready_at = clock_timestamp() where user_id = $1"
+
+
+async def test_a_database_of_the_version_before_migrates_under_load_and_back_with_its_data(bare_database, short_pauses):
+    """Replicas of that version go on meanwhile, and after it."""
+    await asyncio.to_thread(farm.migrations.migrate, bare_database)
+    while (await asyncio.to_thread(farm.migrations.migrate, bare_database, rollback=True))[0] != MORE:
+        pass
+    users = (
+        "insert into users (id, project_id, env, domain, login, secret) select gen_random_uuid(), gen_random_uuid(),"
+    )
+    users += " 'stage', 'regular', n, '$argon2id$' from generate_series(1, 50000) n"
+    await execute(bare_database, users, "insert into locks (user_id, pool_id) select id, 1 from users", "select 1")
+    many = "insert into history select gen_random_uuid(), user_id, n, 'h', now(), now(), 'released', null"
+    await execute(bare_database, f"{many} from locks cross join generate_series(1000001, 1000003) n", "select 1")
+    slowest, done, cycles = 0.0, False, 0
+
+    async def load():
+        nonlocal slowest, cycles
+        connection = await asyncpg.connect(bare_database)
+        while not done:
+            begun = time.monotonic()
+            with contextlib.suppress(asyncpg.DeadlockDetectedError):  # which a replica tries again
+                user = await connection.fetchval(OLD_CYCLE)
+                await connection.execute(OLD_RELEASE, user)
+            slowest, cycles = max(slowest, time.monotonic() - begun), cycles + 1
+        await connection.close()
+
+    loads = [asyncio.create_task(load()) for _ in range(4)]
+    facts = "select count(*), count(distinct note), count(outcome) from history where fence > 1000000"
+    for _ in range(2):
+        await asyncio.sleep(0.3)
+        applied = await asyncio.to_thread(farm.migrations.migrate, bare_database)
+        assert applied[0] == MORE
+        assert tuple((await execute(bare_database, facts))[0]) == (150_000, 1, 0)
+        before = cycles
+        while cycles < before + 20:
+            await asyncio.sleep(0.05)
+        store = (
+            "insert into user_sessions select user_id, 'k1', sha256('') || sha256(''), now(), now() from locks limit 9"
+        )
+        codes = "insert into user_codes select id, 'k1', sha256('') || sha256(''), 30 from users limit 9"
+        notes = "update locks set note = 'n', bad_logins = 2, last_outcome = 'failed', session_until = now()"
+        await execute(bare_database, store, codes, f"{notes} where fence = 0 and lock_id is null", "select 1")
+        for _ in applied:
+            await asyncio.to_thread(farm.migrations.migrate, bare_database, rollback=True)
+    done = True
+    await asyncio.gather(*loads)
+    assert (
+        tuple((await execute(bare_database, "select count(*), count(distinct user_id) from locks"))[0]) == (50_000,) * 2
+    )
+    assert (await execute(bare_database, "select count(*) from history where fence > 1000000"))[0][0] == 150_000
+    assert slowest < 4, "calls stood behind the migration"
 
 
 async def test_a_newer_schema_is_refused_with_a_clear_message(bare_database):

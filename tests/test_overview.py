@@ -31,21 +31,23 @@ def moment(text):
 async def test_it_tells_pools_locks_and_ends(service, api, project):
     users = await make_users(api, project, 4)
     await make_users(api, project, 1, env="prod", domain="canary")
-    held = (await acquire(api, project, env="stage", holder="ada", ttl=60)).json()
+    held = (await acquire(api, project, env="stage", holder="ada", note="run 7", ttl=60)).json()
     longer = (await acquire(api, project, env="stage", holder="bob", ttl=600)).json()
     given_back = (await acquire(api, project, env="stage", holder="eve")).json()
-    assert (await api.delete(f"/locks/{given_back['id']}", params={"cooldown": 60})).status_code == 204
+    assert (
+        await api.delete(f"/locks/{given_back['id']}", params={"cooldown": 60, "outcome": "bad-login"})
+    ).status_code == 204
     (rest,) = {user["id"] for user in users} - {lock["user"]["id"] for lock in (held, longer, given_back)}
     await api.post(f"/users/{rest}/quarantine", json={"reason": "broken"})
 
     (ended,) = (await api.get(f"/users/{given_back['user']['id']}/history")).json()["items"]
     pool = {"project_id": project, "env": "stage", "domain": "regular", "total": 4, "free": 0, "locked": 2}
     other = {"project_id": project, "env": "prod", "domain": "canary", "total": 1, "free": 1, "locked": 0}
-    nobody = {"waiting": 0, "longest_wait_since": None}
+    nobody = {"failing": 0, "waiting": 0, "longest_wait_since": None}
     assert await overview(service, api, project_id=project) == {
         "pools": [
             other | nobody | {"resting": 0, "quarantined": 0, "next_free_at": None},
-            pool | nobody | {"resting": 1, "quarantined": 1, "next_free_at": held["expires_at"]},
+            pool | nobody | {"failing": 1, "resting": 1, "quarantined": 1, "next_free_at": held["expires_at"]},
         ],
         "locks": {
             "total": 2,
@@ -53,14 +55,14 @@ async def test_it_tells_pools_locks_and_ends(service, api, project):
                 {
                     "user_id": lock["user"]["id"],
                     **{name: lock["user"][name] for name in ("login", "project_id", "env", "domain")},
-                    **{name: lock[name] for name in ("holder", "acquired_at", "expires_at")},
+                    **{name: lock[name] for name in ("holder", "note", "acquired_at", "expires_at")},
                 }
                 for lock in (held, longer)
             ],
         },
         "ended": [
             {"user_id": given_back["user"]["id"], "login": given_back["user"]["login"]}
-            | {name: ended[name] for name in ("holder", "acquired_at", "ended_at", "ended_by")}
+            | {name: ended[name] for name in ("holder", "acquired_at", "ended_at", "ended_by", "outcome")}
         ],
     }
     await api.post(f"/users/{held['user']['id']}/quarantine", json={"reason": "broken"})  # does not come free then

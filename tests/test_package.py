@@ -142,7 +142,7 @@ def test_a_lock_lives_in_the_one_file(run):
             assert httpx.get(f"{url}{asset}").status_code == 200
     assert done(run, "migrate") == "nothing to do\n"
     keys = f"{done(run, 'keygen').strip()},{key}"
-    assert "1 passwords are now sealed" in done(run, "reseal", more={"BOTFARM_KEYS": keys})
+    assert "1 secrets are now sealed" in done(run, "reseal", more={"BOTFARM_KEYS": keys})
     made = json.loads(done(run, "client", "add", "ci", "--scope", "locks"))
     assert json.loads(done(run, "client", "list"))["client_id"] == made["client_id"]
     assert "/locks" in json.loads(done(run, "openapi"))["paths"]

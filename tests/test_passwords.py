@@ -174,7 +174,7 @@ async def test_keys_are_rotated_while_locks_are_taken(empty_database, project):
                 seen.add((lock["user"]["login"], lock["user"]["password"]))
                 await api.delete(f"/locks/{lock['id']}")
             done = await job
-            assert (done.returncode, done.stdout) == (0, "5 passwords are now sealed under the key 'k2'\n"), done.stderr
+            assert (done.returncode, done.stdout) == (0, "5 secrets are now sealed under the key 'k2'\n"), done.stderr
             assert seen == {(f"bot-{n}", f"pw-{n}") for n in range(5)}
     with serving(settings(empty_database, keys=farm.settings.Secret(OTHER))) as alone:
         async with client(alone.url) as api:

@@ -266,8 +266,8 @@ async def test_every_statement_of_locks_reads_by_its_own_index_whatever_the_stat
             pool.acquire() as connection,
         ):
             for name, count in (
-                ("release_locks", 4), ("extend_locks", 3), ("get_keyed_locks", 1), ("sweep_locks", 1),
-                ("find_free", 7), ("acquire_users", 9), ("acquire_locks", 15),
+                ("release_locks", 6), ("extend_locks", 5), ("get_keyed_locks", 1), ("sweep_locks", 1),
+                ("find_free", 7), ("find_with_sessions", 6), ("acquire_users", 10), ("acquire_locks", 16),
             ):  # fmt: skip
                 await connection.execute(f"prepare {name} as {farm.database.SQL[name]}")
                 explain = f"explain (format json) execute {name}({', '.join(['null'] * count)})"

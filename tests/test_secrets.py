@@ -59,10 +59,13 @@ def canaries(server, empty_database):
         database=database,
         password=f"pw-{secrets.token_hex(12)}",
         secret=f"cs-{secrets.token_hex(12)}",
+        session=f"ss-{secrets.token_hex(12)}",
+        totp=base64.b32encode(secrets.token_bytes(20)).decode(),
         sealing=new_key("k1"),
         signing=new_key("s1"),
         client=str(uuid.uuid4()),
         locks=[],
+        codes=[],
         server=server,
     )
 
@@ -97,8 +100,13 @@ def values(canaries, project):
         "labels": {},
         "users": [{"project_id": project}],
     }
-    user = {"login": uuid.uuid4().hex, "password": canaries.password, "reason": "broken"}
-    return form | wish | user | {"ttl": 60, "wait": 0, "holder": "canary", "scope": "admin"}
+    user = {"login": uuid.uuid4().hex, "password": canaries.password, "totp": canaries.totp, "reason": "broken"}
+    return (
+        form
+        | wish
+        | user
+        | {"ttl": 60, "wait": 0, "holder": "canary", "note": "canary", "prefer": "any", "scope": "admin"}
+    )
 
 
 def bodies(canaries, body):
@@ -107,6 +115,7 @@ def bodies(canaries, body):
     yield {"json": body}
     for bad in ([secret], {"clear": secret}, secret * 60, f"{secret}\x00", {secret: 1}):
         yield {"json": body | {"password": bad}}
+        yield {"json": body | {"totp": json.loads(json.dumps(bad).replace(secret, canaries.totp + "1"))}}
     for text in (
         f'{{"password": "{secret}"',
         f'["{secret}"]',
@@ -142,6 +151,13 @@ def imports(canaries, project):
         yield {"content": text, "headers": {"Content-Type": "text/csv"}}
 
 
+def sessions(canaries):
+    secret = canaries.session
+    for text in (f'{{"sid": "{secret}"}}', f'{{"sid": "{secret}"', secret, f'"{secret}\udcff"', f'"{secret * 11000}"'):
+        yield {"content": text.encode("utf-8", "surrogateescape"), "headers": {"Content-Type": "application/json"}}
+    yield {"content": secret, "headers": {"Content-Type": "text/plain"}}
+
+
 def forms(canaries, body):
     for form in (
         body,
@@ -162,6 +178,8 @@ def requests(canaries, path, operation, schemas, project):
     content = operation.get("requestBody", {}).get("content", {})
     if path == "/users/import":
         yield from imports(canaries, project)
+    elif content and path.endswith("/session"):
+        yield from sessions(canaries)
     elif content:
         (media,) = content.values()
         schema = media["schema"]
@@ -186,10 +204,11 @@ async def plan(api, canaries, project):
         for method, operation in operations.items():
             ids = []
             for login in (uuid.uuid4().hex, uuid.uuid4().hex):
-                (user,) = await make_users(api, project, login=login, password=canaries.password)
+                (user,) = await make_users(api, project, login=login, password=canaries.password, totp=canaries.totp)
                 ids.append(user["id"])
             lock = (await api.put(f"/users/{ids[0]}/lock")).json()["id"]
             canaries.locks.append(lock)
+            await api.put(f"/locks/{lock}/session", json={"sid": canaries.session})
             target = path.replace("{id}", lock if path.startswith("/locks") else ids[operation["operationId"] in FREE])
             target += "?holder=canary" if (method, path) == ("delete", "/locks") else ""
             for request in requests(canaries, path, operation, document["components"]["schemas"], project):
@@ -207,6 +226,10 @@ async def carry_out(api, canaries, planned):
         answer = await api.send(sent)
         hidden = [canaries.secret, canaries.sealing, canaries.signing, canaries.database]
         hidden += [canaries.token] if name != "issue_token" or answer.status_code != 200 else []
+        hidden += [canaries.session] if name != "get_session" or answer.status_code != 200 else []
+        hidden += [canaries.totp, base64.b32decode(canaries.totp).hex()]
+        if name == "give_code" and answer.status_code == 200:
+            canaries.codes.append(answer.json()["code"])
         if name.startswith("acquire_") and answer.status_code == 201:
             locks = answer.json().get("locks", [answer.json()])
             canaries.locks += [lock["id"] for lock in locks]
@@ -253,11 +276,14 @@ async def test_no_reply_log_line_metric_or_dump_holds_a_secret(canaries, project
             assert {name for name, status in away if status == 503} > {"create_user", "acquire_lock", "get_lock"}
             await execute(canaries.server, f"alter database {name} allow_connections true")
     hidden = [canaries.password, canaries.secret, canaries.token, canaries.sealing, canaries.signing, canaries.database]
+    hidden += [canaries.session, canaries.totp, base64.b32decode(canaries.totp).hex()]
     farm.telemetry.JOURNAL.flush(10)
     seen = logged(caplog) + "".join(capfd.readouterr())
     for told in ("unforeseen, with", '"event":"lock-acquired"', '"revealed":true'):
         assert told in seen
     assert not leaks(seen, *hidden)
+    assert canaries.codes
+    assert not [code for code in canaries.codes if f'"{code}"' in seen]
     own = "\n".join(line for line in seen.splitlines() if "unforeseen, with" not in line)
     assert not [lock for lock in canaries.locks if lock in own]  # a lock's id is the proof of holding
     dump = subprocess.run([pg_dump(), canaries.url], capture_output=True, text=True, check=True, timeout=60).stdout

@@ -22,7 +22,7 @@ async def test_a_created_user_is_answered_whole_and_without_its_password(api, pr
     assert user == {
         "id": user["id"], "created_at": user["created_at"], "login": "ada", "project_id": project, "env": "prod",
         "domain": "regular", "labels": {"role": "admin"}, "state": "free", "locktime": None, "lock": None,
-        "quarantine": None,
+        "quarantine": None, "has_session": False, "has_totp": False,
     }  # fmt: skip
     assert (await api.get(answer.headers["location"])).json() == user
 
@@ -320,7 +320,7 @@ async def test_pools_count_their_users_by_state(api, project):
     await acquire(api, project, domain="regular")
     await api.delete(f"/locks/{lock['id']}?cooldown=60")
     pools = (await api.get("/pools", params={"project_id": project})).json()["items"]
-    common = {"project_id": project, "env": "stage", "waiting": 0}
+    common = {"project_id": project, "env": "stage", "failing": 0, "waiting": 0}
     assert pools == [
         common | {"domain": "canary", "total": 1, "free": 1, "locked": 0, "resting": 0, "quarantined": 0},
         common | {"domain": "regular", "total": 3, "free": 1, "locked": 1, "resting": 1, "quarantined": 0},

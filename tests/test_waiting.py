@@ -769,7 +769,7 @@ async def test_a_user_that_is_changed_between_the_choice_and_the_grant_goes_to_n
 
     async def changed_meanwhile(sql, *args):
         if sql == farm.database.SQL["acquire_users"] and not changes:
-            change = admin["id"], None, None, domain, labels
+            change = admin["id"], None, None, domain, labels, False, None, None, None
             changes.append(await service.farm.pool.fetchval(farm.database.SQL["update_user"], *change))
         return await fetch(sql, *args)
 

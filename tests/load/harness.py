@@ -369,8 +369,9 @@ def direct_script(url: str) -> str:
     cursor = ["array[1]::bigint[]", f"array[{pool}]::int[]", f"array[{since}]::timestamptz[]"]
     claim = ["array[1]::bigint[]", f"array[{lock_id}]::uuid[]", f"array['{HOLDER}']::text[]", "array[3600]::int[]"]
     nobody = "array[null]::uuid[]"
-    acquire = filled_in("acquire_locks", [*wish, *cursor, *claim, nobody, nobody])
-    release = filled_in("release_locks", ["array[:lock_id]::uuid[]", "array[0]::int[]", "array[null]::text[]", nobody])
+    acquire = filled_in("acquire_locks", [*wish, *cursor, *claim, nobody, nobody, "array['']::text[]"])
+    untold = "array[null]::text[]"
+    release = filled_in("release_locks", ["array[:lock_id]::uuid[]", "array[0]::int[]", untold, nobody, untold, "3"])
     return f"\\if :request\n\\set request 0\n{release};\n\\else\n{acquire}\n\\aset\n\\endif\n"
 
 

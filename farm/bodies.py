@@ -1,0 +1,140 @@
+"""Reading a body: what it says as a struct, or what is wrong with it, in words.
+
+A secret that was sent is never a part of what is told.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from email.message import Message
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from farm.problems import FieldError, Invalid, MalformedBody, UnsupportedMediaType, shown
+from farm.settings import WORD, Settings, in_words
+from farm.words import PLAIN, RULES, SetPart, forbidden
+
+T = TypeVar("T")
+
+# What msgspec raises for what is no JSON, is no UTF-8, or is nested too deep.
+UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
+SECRETS = ("password", "totp")
+UTF8 = ("utf-8", "utf8", "us-ascii")  # as Content-Type names it
+
+
+def told(text: str, place: str, value: Any) -> str:
+    """What msgspec says of a value, in words, and with the value where that is no secret."""
+    text = in_words(text, RULES)
+    return text if not place or place.endswith(SECRETS) else f"{shown(value)} is not allowed: {text}"
+
+
+def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError:
+    for key, value in labels.items():
+        if not re.match(WORD, key):
+            return FieldError(place, f"the key {shown(key)} is not 1 to 63 of A-Z a-z 0-9 _ . -")
+        if not isinstance(value, str) or len(value) > 255 or not re.match(PLAIN, value):
+            rule = "must be a text of up to 255 characters without control characters"
+            return FieldError(f"{place}.{key}", f"{shown(value)} {rule}")
+    return FieldError(place, message)
+
+
+UNKNOWN, MISSING = "unknown field", "required, but missing"
+
+
+def _fault(error: msgspec.ValidationError, name: str, value: Any) -> FieldError:
+    """What is wrong with a field, or with a body, whose name is empty."""
+    text, _, where = str(error).partition(" - at ")
+    if name == "labels" and isinstance(value, dict):
+        return _label_error(name, value, text)
+    if found := re.search(r"\$\[(\d+)\]", where):
+        name, value = f"{name}[{found[1]}]", value[int(found[1])]
+    return FieldError(name or None, told(text, name, value))
+
+
+def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[FieldError]:
+    """Every unknown field, and of each other field the first fault, be it by its type or by the settings."""
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    yield from (FieldError(name, UNKNOWN) for name in raw if name not in fields)
+    good = SimpleNamespace()
+    for name, field in fields.items():
+        if name not in raw:
+            yield from [FieldError(name, MISSING)] * field.required
+            continue
+        try:
+            setattr(good, name, msgspec.convert(raw[name], field.type))
+        except msgspec.ValidationError as error:
+            inner = list(_faults_in_set(raw[name], settings)) if name == "users" else []
+            yield from inner or [_fault(error, name, raw[name])]
+    yield from forbidden(settings, good)
+
+
+def _faults_in_set(parts: Any, settings: Settings) -> Iterator[FieldError]:
+    for number, part in enumerate(parts if isinstance(parts, list) else ()):
+        for fault in _faults(part, SetPart, settings) if isinstance(part, dict) else ():
+            yield FieldError(f"users[{number}].{fault.field}", fault.message)
+
+
+def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, settings: Settings) -> list[FieldError]:
+    """What is wrong with a body, with the values that were sent (but for secrets)."""
+    return list(islice(_faults(raw, kind, settings), 100)) if isinstance(raw, dict) else [_fault(error, "", raw)]
+
+
+def _number(text: str) -> float:
+    """60.0 is 60: in JSON they are the same."""
+    number = float(text)
+    if math.isinf(number):
+        raise msgspec.DecodeError("a number is out of range")
+    return int(number) if number.is_integer() else number
+
+
+UNTYPED = msgspec.json.Decoder(float_hook=_number)
+
+
+def _convert(raw: Any, kind: type[T], settings: Settings) -> T:
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise Invalid(field_errors(error, raw, kind, settings)) from None
+
+
+def _no_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def check_json(body: bytes) -> None:
+    """MalformedBody where this is no JSON. (msgspec would refuse half of a surrogate pair, too, and 1e999.)"""
+    try:
+        json.loads(body.decode(), parse_int=str, parse_float=str, parse_constant=_no_json)
+    except (ValueError, RecursionError) as error:  # without its text, which shows a part of what was sent
+        why = "nested too deep" if isinstance(error, RecursionError) else "not JSON in UTF-8"
+        raise MalformedBody(f"The body can't be read: it is {why}.") from None
+
+
+def decode_body(body: bytes, kind: type[T], settings: Settings) -> T:
+    """A body as its struct. MalformedBody when it is no JSON, Invalid when a value breaks a rule."""
+    try:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError:  # once more: for what was sent, and maybe it was just a 60.0
+            return _convert(UNTYPED.decode(body), kind, settings)
+    except UNREADABLE as error:
+        why = str(error) or "nested too deep"
+        raise MalformedBody(f"The body is not JSON in UTF-8 that can be read: {why}.") from None
+
+
+def media_of(content_type: str) -> str:
+    """The media type that a Content-Type names. UnsupportedMediaType where it declares another charset than UTF-8."""
+    media, _, parameters = content_type.partition(";")
+    header = Message()
+    header["Content-Type"] = content_type
+    for name, value in header.get_params([]) if parameters else ():
+        charset = value if isinstance(value, str) else value[-1]  # a tuple: RFC 2231
+        if name.lower() == "charset" and charset.lower() not in UTF8:
+            raise UnsupportedMediaType(f"The charset is {shown(charset)}, but bodies are read in UTF-8: send it so.")
+    return media.strip().lower()

@@ -1,0 +1,156 @@
+"""One-time codes (TOTP, RFC 6238): their secrets, and who is given which code.
+
+A code is good for one step, of `period` seconds, and systems refuse its second use. So a step is spent in the database
+before its code is told: each code is given out once, however many ask for it at how many replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import math
+import re
+import time
+import uuid
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlsplit
+
+import asyncpg
+import msgspec
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.twofactor.totp import TOTP
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from farm.database import SQL, Connections
+from farm.passwords import Passwords
+from farm.problems import CodeSpent, Invalid, NoTotp, ShuttingDown
+
+# ---- Secrets -----------------------------------------------------------------------------------------------
+
+ALGORITHMS: dict[str, Any] = {"SHA1": hashes.SHA1, "SHA256": hashes.SHA256, "SHA512": hashes.SHA512}
+SHORTEST = 10  # bytes of a secret
+
+
+class Generator(Struct, frozen=True):
+    """What makes codes: all of it but the period is sealed."""
+
+    secret: bytes
+    algorithm: str = "SHA1"
+    digits: Annotated[int, Meta(ge=6, le=8)] = 6
+
+    def code(self, began: int, period: int) -> str:
+        """The code of the step that began then."""
+        algorithm = ALGORITHMS[self.algorithm]()
+        return TOTP(self.secret, self.digits, algorithm, period, enforce_key_length=False).generate(began).decode()
+
+
+class Timed(Struct, frozen=True):
+    generator: Generator
+    period: Annotated[int, Meta(ge=15, le=120)] = 30
+
+
+def read_totp(text: str) -> Timed:
+    """An otpauth URI, or a bare secret in base32. ValueError says what is wrong with it, and shows nothing of it."""
+    if not text[:8].lower().startswith("otpauth:"):
+        return Timed(Generator(_secret(text)))
+    uri = urlsplit(text)
+    if uri.netloc.lower() != "totp":
+        raise ValueError("the URI must begin with otpauth://totp/")
+    pairs = parse_qsl(uri.query)
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise ValueError("a parameter of the URI is there twice")
+    algorithm = given.get("algorithm", "SHA1").upper()
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}")
+    generator = Generator(_secret(given.get("secret", "")), algorithm, _whole(given, "digits", 6, 6, 8))
+    return Timed(generator, _whole(given, "period", 30, 15, 120))
+
+
+def _secret(text: str) -> bytes:
+    """Base32, which may be small, spaced or without padding."""
+    text = re.sub(r"\s", "", text).rstrip("=")
+    try:
+        secret = base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
+    except ValueError:
+        raise ValueError("the secret is not base32: A to Z and 2 to 7") from None
+    if len(secret) < SHORTEST:
+        raise ValueError(f"the secret must have {SHORTEST} bytes at least, which are 16 characters")
+    return secret
+
+
+def _whole(given: dict[str, str], name: str, default: int, least: int, most: int) -> int:
+    text = given.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,3}", text) or not least <= int(text) <= most:
+        raise ValueError(f"the {name} must be {least} to {most}")
+    return int(text)
+
+
+Columns = tuple[str | None, bytes | None, int | None]  # key id, sealed, period: as user_codes has them
+NO_CODES: Columns = (None, None, None)
+
+
+def sealed(passwords: Passwords, owner: uuid.UUID, timed: Timed) -> Columns:
+    """NotSealed where there are no keys."""
+    keyring = passwords.sealing()
+    text = msgspec.json.encode(timed.generator)
+    return keyring.first, keyring.seal_as("totp", owner, text), timed.period
+
+
+def opened(passwords: Passwords, row: asyncpg.Record) -> Timed:
+    """What a row of user_codes makes codes of."""
+    text = passwords.sealing().open_as("totp", row["user_id"], row["key_id"], row["sealed"])
+    return Timed(msgspec.json.decode(text, type=Generator), row["period"])
+
+
+def sealed_codes(passwords: Passwords, owner: uuid.UUID, totp: str | UnsetType | None) -> Columns:
+    """Of what a caller sent. NotSealed where hashes alone are stored, whatever that is."""
+    if totp is not UNSET:
+        passwords.sealing()
+    try:
+        return sealed(passwords, owner, read_totp(totp)) if totp else NO_CODES
+    except ValueError as error:
+        raise Invalid.field("totp", str(error)) from None
+
+
+# ---- Who is given which --------------------------------------------------------------------------------------
+
+SPARE = 5  # seconds before its end from which a code is not given any more: it would come too late
+
+
+class Codes:
+    """Gives codes to holders, each once. Who comes when the present one is gone waits for the next."""
+
+    def __init__(self, pool: Connections, passwords: Passwords) -> None:
+        self._pool = pool
+        self._passwords = passwords
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """The service ends: those who wait are told."""
+        self._stopping.set()
+
+    async def give(self, lock_id: uuid.UUID, client: uuid.UUID | None) -> tuple[asyncpg.Record, str] | None:
+        """A row with the lock and the end of the code, and the code. None where the lock is not held, or not any more.
+
+        CodeSpent where others were quicker for a period and SPARE seconds.
+        """
+        self._passwords.sealing()
+        began = time.monotonic()
+        while row := await self._pool.fetchrow(SQL["spend_code"], lock_id, client, SPARE):
+            if row["period"] is None:
+                raise NoTotp
+            if row["given"]:
+                return row, opened(self._passwords, row).generator.code(row["began"], row["period"])
+            if row["wait_seconds"] > began + row["period"] + SPARE - time.monotonic():
+                raise CodeSpent(headers={"Retry-After": str(math.ceil(row["wait_seconds"]))})
+            await self._pause(row["wait_seconds"])
+        return None
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(seconds, 0.01)):
+                await self._stopping.wait()
+        if self._stopping.is_set():
+            raise ShuttingDown
