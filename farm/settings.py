@@ -136,10 +136,11 @@ class Settings(Struct, frozen=True, kw_only=True):
             except ValueError as fault:
                 path = environ.get(f"{variable}_FILE") if field in SECRET_SETTINGS else None
                 faults[f"{variable}_FILE" if path else variable] = f"{path}: {fault}" if path else fault
-        if values.get("auth") == "on" and "signing_keys" not in values:
-            faults.setdefault(
-                "BOTFARM_SIGNING_KEYS", "needed when BOTFARM_AUTH=on; `python botfarm.py keygen` prints a key"
-            )
+        needed = "BOTFARM_SIGNING_KEYS"
+        if values.get("auth") == "on" and not {"signing_keys", needed, f"{needed}_FILE"} & (
+            values.keys() | faults.keys()
+        ):
+            faults[needed] = "needed when BOTFARM_AUTH=on; `python botfarm.py keygen` prints a key"
         if faults:
             raise BadSettings("\n".join(["Bad settings:", *(f"{name}: {fault}" for name, fault in faults.items())]))
         return cls(**values)

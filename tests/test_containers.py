@@ -100,7 +100,7 @@ def test_the_image_holds_all_of_the_program():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     entries = {name.partition("/")[0] for name in tracked.splitlines()}
     elsewhere = {".ci", ".dockerignore", ".gitignore", "Dockerfile", "README.md", "docker-compose.yml", "docs"}
-    elsewhere |= {"k8s.yaml", "pyproject.toml", "tests"}
+    elsewhere |= {"k8s.yaml", "pyproject.toml", "tests", "clients"}
     copied = {name for line in re.findall(r"^COPY (?!--)(.*) \S+$", DOCKERFILE, re.M) for name in line.split()}
     assert entries - elsewhere == copied
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
