@@ -176,6 +176,7 @@ def serving(configured: farm.settings.Settings) -> Iterator[Any]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     options: dict[str, Any] = {"access_log": False, "log_config": None, "ws": "none", "lifespan": "on"}
+    options["timeout_keep_alive"] = 75  # as `serve` has it
     options["headers"] = farm.server.HEADERS
     config = uvicorn.Config(app, backlog=2048, http=farm.server.Protocol, **options)
     running = uvicorn.Server(config)
