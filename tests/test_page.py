@@ -122,7 +122,7 @@ async def test_it_shows_who_waits_and_puts_the_worst_pool_first(browser, own, ht
     await make_users(http, project, 2)
     await make_users(http, project, 1, env="prod")
     await acquire(http, project, env="prod", ttl=600)
-    waits = asyncio.create_task(acquire(http, project, env="prod", wait=60))
+    waits = asyncio.create_task(acquire(http, project, env="prod", wait=300))
     async with looking(browser, own.url) as page:
         await expect(page.locator("#pools li").first).to_contain_text(re.compile("prod.*1 call waits, the longest for"))
         await expect(page.locator("#pools li").first).to_contain_text(re.compile("The next comes free in [89] min"))
@@ -828,7 +828,7 @@ async def test_pictures_for_the_documents(browser, own, http, request, tmp_path)
     """Light, dark and narrow: kept with --screenshots."""
     folder = Path(request.config.getoption("--screenshots") or tmp_path)
     await scene(http, own.database)
-    waits = [asyncio.create_task(acquire(http, SHOP, env="preprod", wait=60)) for _ in range(3)]
+    waits = [asyncio.create_task(acquire(http, SHOP, env="preprod", wait=300)) for _ in range(3)]
     for name, width, height, scheme in (
         ("light", 1280, 800, "light"),
         ("dark", 1280, 800, "dark"),
