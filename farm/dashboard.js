@@ -2,7 +2,6 @@
 // In this order: elements, times, calls, the filter, lists, the drawer of a user, dialogs, actions, refreshing.
 
 // ---- Elements ----------------------------------------------------------------------------------------------
-
 const $ = (id) => document.getElementById(id);
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes ?? {})) {
@@ -30,7 +29,6 @@ function say(text) {
 }
 
 // ---- Times: by the clock of the service, which its Date header tells -----------------------------------------
-
 let ahead = 0;  // milliseconds by which it is ahead of the one here
 const now = () => Date.now() + ahead;
 function setClock(answer) {
@@ -64,7 +62,6 @@ setInterval(() => {
 }, 1000);
 
 // ---- Calls -------------------------------------------------------------------------------------------------
-
 let session = null;  // {token, until, scopes, id, secret}: in memory alone, gone with the page
 const IMPLIED = {admin: ["users:read", "users:write", "locks"], "users:write": ["users:read"]};
 const may = (scope) => session === null || session.scopes.has(scope);
@@ -132,22 +129,8 @@ function leave(why) {
   face("entry");
 }
 $("leave").addEventListener("click", () => location.reload());
-$("enter").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const {client_id: id, client_secret: secret, token} = event.target.elements;
-  try {
-    if (token.value) enterToken(token.value.trim());
-    else await grant(id.value, secret.value);
-    event.target.reset();
-    write($("entry-fault"), "");
-    await refresh();
-  } catch (error) {
-    write($("entry-fault"), error.message);
-  }
-});
 
 // ---- The filter: it stands in the address ----------------------------------------------------------------------
-
 const FILTERS = ["project_id", "env", "domain", "state", "holder", "login"];
 const fields = $("filter").elements;
 let filter = {}, typing;
@@ -185,7 +168,6 @@ const ofPool = (item) => (!filter.env || item.env === filter.env) && (!filter.do
 const ofHolder = (item) => (item.login ?? "").startsWith(filter.login) && [item.holder, ""].includes(filter.holder);
 
 // ---- Lists: rows keep their place, their focus and their selection ----------------------------------------------
-
 const rows = new WeakMap();  // list -> (name -> row)
 function list(parent, items, nameOf, make) {
   const before = rows.get(parent) ?? new Map(), after = new Map(), focus = document.activeElement;
@@ -195,7 +177,9 @@ function list(parent, items, nameOf, make) {
     const name = nameOf(item), row = before.get(name) ?? make(item);
     before.delete(name);
     after.set(name, row);
-    row.update?.(item);
+    const told = JSON.stringify(item);
+    if (row.told !== told) row.update?.(item);
+    row.told = told;
     row.element.classList.remove("gone");
   }
   for (const [name, row] of before) {
@@ -217,13 +201,20 @@ const look = (state) => (state === "free" ? {class: state} : {fill: `url(#${stat
 const square = (state) => svg("rect", {...look(state), width: 14, height: 14});
 const sign = (state) => svg("svg", {class: "sign", "aria-hidden": "true"}, square(state));
 
-// ---- Pools, the worst first --------------------------------------------------------------------------------------
+// What marks the shares of a bar beside their colours: stripes, dots, a lattice.
+const MARKS = {locked: "M0 0h2v6h-2z", resting: "M2 2h2v2h-2z", quarantined: "M0 0h6v1.5h-4.5v4.5h-1.5z"};
+const tile = {width: 6, height: 6};
+$("patterns").append(...Object.entries(MARKS).map(([id, d]) =>
+  svg("pattern", {id, ...tile, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)"},
+    svg("rect", {class: id, ...tile}), svg("path", {class: "mark", d}))));
 
+// ---- Pools, the worst first --------------------------------------------------------------------------------------
 const STATES = ["free", "locked", "resting", "quarantined"];
 const POOLS = 30;
 function worse(one, other) {
-  const waits = (other.waiting > 0) - (one.waiting > 0), free = one.free / one.total - other.free / other.total;
-  return waits || free || other.quarantined / other.total - one.quarantined / one.total;
+  const [fails, waits] = ["failing", "waiting"].map((name) => (other[name] > 0) - (one[name] > 0));
+  const free = one.free / one.total - other.free / other.total;
+  return fails || waits || free || other.quarantined / other.total - one.quarantined / one.total;
 }
 
 function makePool({project_id, env, domain}) {
@@ -233,7 +224,6 @@ function makePool({project_id, env, domain}) {
   const pick = link(h("b", {}, env), () => narrow({project_id, env, domain}), "Show this alone");
   pick.append(` · ${domain}`);
   const wait = h("p", {class: "wait"});
-  let before = "";
   const update = (pool) => {
     let x = 0;
     STATES.forEach((state, place) => {
@@ -244,18 +234,18 @@ function makePool({project_id, env, domain}) {
       counts[place].className = pool[state] ? "" : "soft";
     });
     bar.setAttribute("aria-label", STATES.map((state) => `${pool[state]} ${state}`).join(", "));
-    const after = JSON.stringify([pool.waiting, pool.longest_wait_since, pool.next_free_at, pool.free]);
-    if (after !== before) wait.replaceChildren(...waitOf(pool));
-    before = after;
-    wait.classList.toggle("bad", pool.waiting > 0);
+    wait.replaceChildren(...waitOf(pool));
+    wait.classList.toggle("bad", pool.waiting + pool.failing > 0);
   };
   const name = h("div", {}, pick, " ", short(project_id));
   return {element: h("li", {}, name, bar, h("div", {class: "shares"}, counts), wait), update};
 }
 
-function waitOf({waiting, longest_wait_since: since, next_free_at: next, free}) {
+function waitOf({failing, waiting, longest_wait_since: since, next_free_at: next, free}) {
   const longest = since ? [", the longest for ", timer("ago", since), " (since ", timer("at", since), ")"] : [];
-  const parts = waiting ? [plural(waiting, "call waits", "calls wait"), ...longest, ". "] : [];
+  const fails = failing ? [plural(failing, "account fails", "accounts fail"), ": the last login did not work. "] : [];
+  const waits = waiting ? [plural(waiting, "call waits", "calls wait"), ...longest, ". "] : [];
+  const parts = [...fails, ...waits];
   if (next) return [...parts, "The next comes free in ", timer("left", next), "."];
   return free ? parts : [...parts, "None comes free by itself."];
 }
@@ -265,16 +255,26 @@ function showPools(pools) {
   list($("pools"), shown, (pool) => `${pool.project_id} ${pool.env} ${pool.domain}`, makePool);
   const cut = `the ${POOLS} worst of ${number(fitting.length)}; filter to see others`;
   write($("pools-count"), fitting.length > POOLS ? cut : "the worst first");
-  const sums = [...STATES, "waiting"].map((name) => [name, fitting.reduce((sum, pool) => sum + pool[name], 0)]);
+  const sums = [...STATES, "failing", "waiting"].map((name) =>
+    [name, fitting.reduce((sum, pool) => sum + pool[name], 0)]);
   $("sums").replaceChildren(...sums.map(([name, sum], place) =>
     h("div", {class: sum && place > 2 ? "bad" : null}, h("dt", {}, name), h("dd", {}, number(sum)))));
-  document.title = sums[4][1] ? `${sums[4][1]} waiting · BotFarm` : "BotFarm";
+  const [, waiting] = sums.at(-1);
+  document.title = waiting ? `${waiting} waiting · BotFarm` : "BotFarm";
 }
 
 // ---- Users by their state: who holds whom ------------------------------------------------------------------------
+// Accounts that fail come first, as far as the latest ends and the reason of a quarantine tell.
+async function usersOf({locks, ended}) {
+  const {items, cut} = await someOf(locks), last = new Map();
+  for (const {user_id: id, outcome} of ended) if (outcome && !last.has(id)) last.set(id, outcome);
+  const fails = ({id, quarantine: why}) => last.get(id) === "bad-login" || /^\d+ locks ended in bad-login/.test(why);
+  const marked = items.map((user) => ({...user, fails: fails(user)}));
+  return {items: marked.sort((one, other) => other.fails - one.fails), cut};
+}
 
 // The locks that end first are there already; what goes beyond them is looked for by the service.
-async function usersOf({locks}) {
+async function someOf(locks) {
   const {state, login, ...query} = filter, isCut = locks.items.length < locks.total;
   if (state === "locked" && (!isCut || !(filter.env || filter.domain || filter.holder || login))) {
     const items = locks.items.map(({user_id: id, ...lock}) => ({...lock, id, state}));
@@ -289,47 +289,49 @@ async function usersOf({locks}) {
 function makeUser({id, env, domain, project_id: project}) {
   const login = link("", () => open(id)), act = h("td"), who = h("td");
   const [since, left] = ["since", "ends in"].map((name) => h("td", {class: "time", "data-name": name}));
-  const pool = h("td", {}, `${env} · ${domain} `, short(project));
-  let before = "";
+  const pool = h("td", {}, `${env} · ${domain} `, short(project)), fault = h("div", {class: "small"});
   const update = (user) => {
-    const after = JSON.stringify(user), isHeld = user.state === "locked";
-    if (after === before) return;
-    before = after;
+    const {state, holder, note = ""} = user, isHeld = state === "locked";
+    const end = isHeld ? user.expires_at : user.available_at;
     write(login, user.login);
-    const holder = isHeld && user.holder, end = isHeld ? user.expires_at : user.available_at;
-    if (!holder) write(who, user.quarantine ?? (isHeld ? "(nobody told)" : ""));
-    else if (who.textContent !== holder) who.replaceChildren(link(holder, () => narrow({holder}), "Show this alone"));
+    write(fault, user.fails ? WENT["bad-login"] : "");
+    const whom = holder || (user.quarantine ?? (isHeld ? "(nobody told)" : ""));
+    const shown = holder ? link(holder, () => narrow({holder}), "Show this alone") : whom;
+    if (who.textContent !== whom + note) who.replaceChildren(shown, h("div", {class: "soft"}, noted(note)));
     since.replaceChildren(isHeld ? timer("at", user.acquired_at) : "");
     left.replaceChildren(end ? timer("left", end) : "");
     const release = h("button", {click: () => force(id), "aria-label": `Release ${user.login}`}, "Release");
     if (isHeld && may("admin") && !act.firstChild) act.append(release);
   };
-  return {element: h("tr", {"data-id": id}, h("td", {}, login), pool, who, since, left, act), update};
+  return {element: h("tr", {"data-id": id}, h("td", {}, login, fault), pool, who, since, left, act), update};
 }
 
+const HEADS = {locked: ["Holder", "Since", "Ends in"], quarantined: ["Reason"], resting: ["", "", "Free again in"]};
 function showUsers({items, cut}) {
-  const {state, holder} = filter, holders = [...new Set(items.map((user) => user.holder ?? ""))].sort();
+  const {state, holder} = filter;
   list($("users"), items, (user) => user.id + user.state, makeUser);
   write($("users-count"), cut || number(items.length));
-  write($("who"), {locked: "Holder", quarantined: "Reason"}[state] ?? "");
-  write($("since"), state === "locked" ? "Since" : "");
-  write($("left"), {locked: "Ends in", resting: "Free again in"}[state] ?? "");
+  ["who", "since", "left"].forEach((name, place) => write($(name), HEADS[state]?.[place] ?? ""));
   show($("none"), !items.length);
   write($("none"), `No user that fits is ${state}.`);
-  if (!holder) $("holders").replaceChildren(...holders.map((value) => h("option", {value})));
   show($("release-all"), holder && state === "locked" && items.length && may("locks"));
   write($("release-all"), `Release all of ${holder}`);
 }
 $("release-all").addEventListener("click", () => releaseAll(filter.holder));
 
 // ---- Lately ------------------------------------------------------------------------------------------------------
-
 const nobody = "somebody who told no name";
 const HOW = {released: ["given back", "by"], expired: ["ran out", "while held by"], forced: ["taken by force", "from"]};
-function endOf({holder, acquired_at: from, ended_at: to, ended_by: how}) {
+const WENT = {passed: "passed", failed: "failed", "bad-login": "the login did not work"};
+// Of a note only what is plainly an address becomes a link.
+const noted = (note) => note.split(/(https?:\/\/\S*[^\s.,;:!?)])/i).map((part, place) =>
+  place % 2 ? h("a", {href: part, target: "_blank", rel: "noreferrer"}, part) : part);
+function endOf({holder, acquired_at: from, ended_at: to, ended_by: how, outcome, note = ""}) {
   const [what, by] = how ? HOW[how] : ["held", "by"];
+  const went = outcome ? [": ", h("b", {class: outcome}, WENT[outcome])] : [];
   const length = h("span", {class: "soft"}, to ? ` after ${between(from, to)}` : " now");
-  return [h("b", {}, what), ` ${by} ${holder || nobody}`, length];
+  const why = note ? h("div", {class: "soft"}, noted(note)) : "";
+  return [h("b", {}, what), ` ${by} ${holder || nobody}`, ...went, length, why];
 }
 
 function makeEnd(end) {
@@ -340,23 +342,23 @@ function makeEnd(end) {
 
 function showLately(ended) {
   list($("lately"), ended.filter(ofHolder), (end) => end.user_id + end.ended_at, makeEnd);
-  show($("nothing"), !$("lately").children.length);
 }
 
 // ---- The drawer of a user ----------------------------------------------------------------------------------------
-
 let opened = null;  // {id, update, from}
 
 function open(id) {
-  const [title, place, state, why] = ["title", "place", "state", "why"].map((name) => h("p", {class: name}));
-  const [labels, chart, past] = [h("ul", {class: "labels"}), h("div"), h("ol", {class: "past"})];
-  const none = h("p", {class: "soft"}), fault = h("p", {class: "fault", role: "alert"});
+  const [title, place, state, why, more] =
+    ["title", "place", "state", "why", "more soft"].map((name) => h("p", {class: name}));
+  const [labels, chart, past] = [h("ul", {class: "labels"}), h("div"), h("ol", {class: "past", "data-none": "Never."})];
+  const fault = h("p", {class: "fault", role: "alert"});
   let user = null, before = "";
   const actions = [
     ["Quarantine", "users:write", () => user.quarantine === null, () => quarantine(user)],
     ["Put back", "users:write", () => user.quarantine !== null, () => putBack(user)],
+    ["Hold", "locks", () => user.state === "free", () => hold(user)],
+    ["End the hold", "locks", () => HOLD.test(user.lock?.holder), () => releaseAll(user.lock.holder)],
     ["Release by force", "admin", () => user.lock !== null, () => force(id)],
-    ["Release all of this holder", "locks", () => user.lock?.holder, () => releaseAll(user.lock.holder)],
   ].map(([name, scope, fits, click]) =>
     ({button: h("button", {click, hidden: ""}, name), fits: () => may(scope) && fits()}));
   const update = async () => {
@@ -368,19 +370,20 @@ function open(id) {
     place.replaceChildren(`${user.env} · ${user.domain} · project `, h("span", {class: "id"}, user.project_id));
     state.replaceChildren(sign(user.state), user.state);
     why.replaceChildren(...reasonOf(user));
+    const session = user.has_session ? "a live session" : "no session";
+    write(more, `It has ${session} and ${user.has_totp ? "gives" : "no"} one-time codes.`);
     for (const {button, fits} of actions) show(button, fits());
     if (document.activeElement?.hidden) close.focus();
     labels.replaceChildren(...Object.entries(user.labels).map(([name, value]) => h("li", {}, `${name}: ${value}`)));
     chart.replaceChildren(...chartOf(locks));
-    list(past, locks.items.slice(0, 20), (lock) => lock.fence + (lock.ended_by ?? ""), (lock) =>
+    list(past, locks.items.slice(0, 20), JSON.stringify, (lock) =>
       ({element: h("li", {}, timer("at", lock.acquired_at), " ", endOf(lock))}));
-    write(none, locks.items.length ? "" : "It was never locked.");
   };
   title.id = "drawer-title";
   const close = h("button", {click: () => $("drawer").close()}, "Close");
-  $("drawer").replaceChildren(h("div", {class: "top"}, title, close), place, fault, state, why,
+  $("drawer").replaceChildren(h("div", {class: "top"}, title, close), place, fault, state, why, more,
     h("div", {class: "buttons"}, actions.map(({button}) => button)), labels,
-    h("h3", {}, "Use in the last 24 hours"), chart, h("h3", {}, "The last 20 locks"), past, none);
+    h("h3", {}, "Use in the last 24 hours"), chart, h("h3", {}, "The last 20 locks"), past);
   opened = {id, update, from: opened?.from ?? document.activeElement};
   update().catch((error) => write(fault, error.message));
   writeAddress();
@@ -392,7 +395,8 @@ function reasonOf({state, lock, quarantine: reason, available_at: rested}) {
   const again = (moment) => ["free again at ", timer("at", moment), ", in ", timer("left", moment), "."];
   if (state === "locked") {
     const then = reason === null ? again(lock.expires_at) : [`then quarantined: ${reason}`];
-    return [`Held by ${lock.holder || nobody} since `, timer("at", lock.acquired_at), "; ", ...then];
+    const note = lock.note ? h("div", {}, "Note: ", noted(lock.note)) : "";
+    return [`Held by ${lock.holder || nobody} since `, timer("at", lock.acquired_at), "; ", ...then, note];
   }
   if (state === "resting") return ["It was given back with a rest; ", ...again(rested)];
   return [state === "free" ? "The next test that fits may get it." : `${reason}. Nobody gets it until it is put back.`];
@@ -419,17 +423,14 @@ function chartOf({items, next: more}) {
 }
 
 // ---- Dialogs: each names the user, its holder, and what will happen ------------------------------------------------
-
-function makeField({name, label, tag = "input", value = "", ...attributes}) {
+function makeField({name, label, tag = "input", ...attributes}) {
   const fault = h("span", {class: "small", id: `fault-${name}`});
   const input = h(tag, {name, "aria-describedby": fault.id, ...attributes});
-  if (value) input.value = value;
   return {name, input, fault, label: h("label", {}, label, input, fault)};
 }
 
-function ask({title, text = [], inputs = [], action, danger = false, run}) {
-  const fault = h("div", {class: "fault", role: "alert"}), made = inputs.map(makeField);
-  const main = h("button", {class: danger ? "danger" : "main"}, action);
+function makeForm({head = [], fault, inputs = [], action, danger = false, cancel = [], run, then}) {
+  const made = inputs.map(makeField), main = h("button", {class: danger ? "danger" : "main"}, action);
   const submit = async (event) => {
     event.preventDefault();
     main.disabled = true;
@@ -437,19 +438,23 @@ function ask({title, text = [], inputs = [], action, danger = false, run}) {
     for (const field of made) field.input.removeAttribute("aria-invalid"), write(field.fault, "");
     try {
       const values = made.map(({name, input}) => [name, input.files?.[0] ?? input.value]);
-      const done = await run(Object.fromEntries(values), form);
-      $("ask").close();
-      say(done);
-      refresh(true);
+      const told = await run(Object.fromEntries(values), event.target);
+      event.target.reset();  // no password stays
+      then(told);
     } catch (error) {
       refuse(error, made, fault);
     }
     main.disabled = false;
   };
+  const buttons = h("div", {class: "buttons"}, main, cancel);
+  return h("form", {submit, novalidate: ""}, head, made.map(({label}) => label), fault, buttons);
+}
+
+function ask({title, text = [], done, ...form}) {
+  const head = [h("h2", {id: "ask-title"}, title), h("p", {}, text)], fault = h("div", {class: "fault", role: "alert"});
   const cancel = h("button", {type: "button", click: () => $("ask").close()}, "Cancel");
-  const form = h("form", {submit, novalidate: ""}, h("h2", {id: "ask-title"}, title), h("p", {}, text),
-    made.map(({label}) => label), fault, h("div", {class: "buttons"}, main, cancel));
-  $("ask").replaceChildren(form);
+  const then = (told) => { $("ask").close(); say(done ?? told); refresh(true); };
+  $("ask").replaceChildren(makeForm({...form, head, fault, cancel, then}));
   $("ask").showModal();
 }
 
@@ -458,21 +463,18 @@ function refuse(error, made, box) {
   const isTaken = error.type === "urn:botfarm:login-taken";
   const errors = isTaken ? [{field: "login", message: error.message}] : error.errors ?? [];
   const lines = errors.filter(({line}) => line !== undefined);
-  let placed = 0;
-  for (const {field, message} of errors) {
-    const place = made.find(({name}) => !lines.length && name === field?.split(".")[0]);
-    if (!place) continue;
-    place.input.setAttribute("aria-invalid", "true");
-    write(place.fault, message);
-    if ((placed += 1) === 1) place.input.focus();
+  const placeOf = ({field, line}) => made.find(({name}) => line === undefined && name === field?.split(".")[0]);
+  for (const wrong of errors.filter(placeOf)) {
+    placeOf(wrong).input.setAttribute("aria-invalid", "true");
+    write(placeOf(wrong).fault, wrong.message);
   }
+  made.find(({fault}) => fault.textContent)?.input.focus();
   const told = lines.map(({line, field, message}) => h("li", {}, `line ${line}, ${field ?? "all of it"}: ${message}`));
   if (lines.length) box.append(h("p", {}, "Nothing was stored:"), h("ol", {tabindex: 0, "aria-label": "Faults"}, told));
-  else if (placed < errors.length || !errors.length) box.append(h("p", {}, error.message));
+  else if (!errors.length || !errors.every(placeOf)) box.append(h("p", {}, error.message));
 }
 
 // ---- Actions -----------------------------------------------------------------------------------------------------
-
 const named = (user) => [h("b", {}, user.login), ` (${user.env} · ${user.domain})`];
 function holding({lock}) {
   if (!lock) return [" Nobody holds it."];
@@ -485,18 +487,28 @@ function quarantine(user) {
   const then = user.lock ? " That lock runs on." : "";
   const text = [...named(user), " is not handed out any more until somebody puts it back.", ...holding(user), then];
   ask({title: `Quarantine ${user.login}`, action: "Quarantine", danger: true, text,
-    inputs: [{name: "reason", label: "Reason", maxlength: 500}],
-    async run(json) {
-      await call("POST", `/users/${user.id}/quarantine`, {json});
-      return `${user.login} is quarantined.`;
-    }});
+    inputs: [{name: "reason", label: "Reason", maxlength: 500}], done: `${user.login} is quarantined.`,
+    run: (json) => call("POST", `/users/${user.id}/quarantine`, {json})});
 }
 
 function putBack(user) {
   const text = [...named(user), ` was taken out: “${user.quarantine}”. It comes back.`, ...holding(user)];
-  ask({title: `Put ${user.login} back`, action: "Put back", text, async run() {
-    await call("DELETE", `/users/${user.id}/quarantine`);
-    return `${user.login} is back.`;
+  ask({title: `Put ${user.login} back`, action: "Put back", text, done: `${user.login} is back.`,
+    run: () => call("DELETE", `/users/${user.id}/quarantine`)});
+}
+
+// The page knows no lock id: so a hold has a holder that no other lock has, and is ended by it.
+const HOLD = /\(hold [0-9a-f]{8}\)$/;
+function hold(user) {
+  const until = " is kept for you until the time is over, or you end the hold. This page does not tell its password.";
+  ask({title: `Hold ${user.login}`, action: "Hold", text: [...named(user), until], inputs: [
+    {name: "holder", label: "Your name", maxlength: 180, autocomplete: "name"},
+    {name: "ttl", label: "Minutes", type: "number", min: 1, value: 30},
+    {name: "note", label: "Note: why, or a link to the run", maxlength: 500, autocomplete: "off"},
+  ], done: `${user.login} is held.`, async run({holder, ttl, note}) {
+    const json = {holder: `${holder} (hold ${user.id.slice(-8)})`.trim(), ttl: ttl * 60, note};
+    // Its body is left unread: the password and the lock id stand there.
+    await (await call("PUT", `/users/${user.id}/lock`, {json})).body.cancel();
   }});
 }
 
@@ -505,23 +517,24 @@ const force = trying(async (id) => {
   if (!user.lock) throw new Error(`Nobody holds ${login} any more.`);
   const risk = " If that test still runs, it goes on with a user that another may get.";
   const text = [...named(user), " comes free at once.", ...holding(user), risk];
-  ask({title: `Release ${login} by force`, action: "Release by force", danger: true, text, async run() {
+  const done = `${login} was released by force.`;
+  ask({title: `Release ${login} by force`, action: "Release by force", danger: true, text, done, async run() {
     const {lock} = await read(`/users/${id}`);  // another may have done it meanwhile: no other lock is meant
     const who = lock ? lock.holder || nobody : "nobody";
     if (lock?.fence !== user.lock.fence) throw new Error(`That lock has ended: ${login} is held by ${who} now.`);
     await call("DELETE", `/users/${id}/lock`);
-    return `${login} was released by force.`;
   }});
 });
 
 const releaseAll = trying(async (holder) => {
-  const query = {holder, project_id: filter.project_id};
+  const isHold = HOLD.test(holder), query = {holder, project_id: isHold ? "" : filter.project_id};
   const {items, next: more} = await read("/users", {...query, state: "locked", limit: 1000});
   const logins = items.slice(0, 5).map(({login}) => login).join(", "), rest = items.length > 5 ? ", …" : "";
   const count = more ? "over 1,000 users" : plural(items.length, "user");
   const others = may("admin") ? "" : " Locks of other clients stay.";
   const text = [h("b", {}, holder), ` holds ${count}: ${logins}${rest}. All come free at once.${others}`];
-  ask({title: `Release all of ${holder}`, action: "Release all", danger: true, text, async run() {
+  const [title, action] = isHold ? ["End the hold", "End it"] : [`Release all of ${holder}`, "Release all"];
+  ask({title, action, danger: true, text, async run() {
     const {released} = await (await call("DELETE", "/locks", {query})).json();
     return `${plural(released, "lock")} of ${holder} released.`;
   }});
@@ -591,8 +604,16 @@ $("export").addEventListener("click", () => {
   }});
 });
 
-// ---- Refreshing: every 2 s, 10 s when nothing changes, and not in a hidden tab --------------------------------------
+$("entry").append(makeForm({fault: $("entry-fault"), action: "Sign in", then: refresh, inputs: [
+  {name: "client_id", label: "Client id", autocomplete: "username", spellcheck: "false"},
+  {name: "client_secret", label: "Secret", type: "password", autocomplete: "current-password"},
+  {name: "token", label: "Token", type: "password", autocomplete: "off"},
+], async run({client_id: id, client_secret: secret, token}) {
+  if (token) enterToken(token.trim());
+  else await grant(id, secret);
+}}));
 
+// ---- Refreshing: every 2 s, 10 s when nothing changes, and not in a hidden tab --------------------------------------
 let found = null, etag = null;  // the overview that is shown
 let turns = 0, next, quiet = 0, failures = 0, answered = null;
 function face(name) {
