@@ -44,8 +44,16 @@ def seconds_until_free(url: str, project: str, most: float) -> float:
 
 def ends(url: str, user: dict[str, Any]) -> list[str]:
     """How the locks of a user ended, the oldest first."""
-    items = httpx.get(f"{url}/users/{user['id']}/history").raise_for_status().json()["items"]
-    return [item["ended_by"] for item in reversed(items)]
+    return [lock["ended_by"] for lock in history(url, user)]
+
+
+def outcomes(url: str, user: dict[str, Any]) -> list[str | None]:
+    return [lock["outcome"] for lock in history(url, user)]
+
+
+def history(url: str, user: dict[str, Any]) -> list[dict[str, Any]]:
+    page = httpx.get(f"{url}/users/{user['id']}/history").raise_for_status().json()
+    return page["items"][::-1]
 
 
 def force(url: str, user: dict[str, Any]) -> None:

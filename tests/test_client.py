@@ -15,7 +15,7 @@ import botfarm_client.farm
 import pytest
 from botfarm_client import Farm, LockLost, Misconfigured, NoMatch, NoneFree, NotAllowed, Refused, Unreachable
 from conftest import PACKAGE, command, fresh_database, serving, settings, until
-from gate import around, create, ends, force, gate, held, users
+from gate import around, create, ends, force, gate, held, history, outcomes, users
 
 import farm.settings
 
@@ -205,6 +205,64 @@ print(farm.status(lock.id)["fence"], lock.release())
 def test_a_forked_process_neither_loses_nor_gives_back_its_parents_lock(service, project):
     create(service.url, project)
     assert python(FORKED, service.url, PROJECT=project) == "1 True\n"
+
+
+# ---- More than a password ----------------------------------------------------------------------------------
+
+
+def test_a_session_is_kept_for_the_next_holder_who_is_preferred_for_it(service, project, borrow):
+    create(service.url, project, count=4)
+    with borrow.user(project) as first:
+        assert first.session.get() is None
+        first.session.put({"cookies": ["ü"]}, ttl=3600)
+    with pytest.raises(LockLost):
+        first.session.put("a former holder's")
+    with borrow.user(project, prefer="session") as bot:
+        assert bot.login == first.name
+        assert bot.session.get() == {"cookies": ["ü"]}
+        bot.session.delete()
+        assert bot.session.get() is None
+        with pytest.raises(Refused, match="262144 bytes") as caught:
+            bot.session.put("x" * 300_000)
+        assert caught.value.slug == "body-too-large"
+
+
+def test_a_one_time_code_is_asked_for(service, project, borrow):
+    create(
+        service.url, project, labels={"factors": "2"}, totp="otpauth://totp/x?secret=JBSWY3DPEHPK3PXPJBSWY3DP&digits=8"
+    )
+    create(service.url, project, login="other", labels={"factors": "1"})
+    with borrow.user(project, labels={"factors": "2"}) as bot:
+        assert len(bot.totp()) == 8
+    with borrow.user(project, labels={"factors": "1"}) as bot, pytest.raises(Refused) as caught:
+        bot.totp()
+    assert caught.value.slug == "no-totp"
+
+
+def test_the_history_has_how_it_went_and_for_whom_and_why(service, project, borrow):
+    (user,) = create(service.url, project)
+    for outcome in ("passed", "failed", None, "bad-login"):
+        with borrow.user(project, note="nightly 4711") as bot:
+            bot.release(outcome=outcome)
+    with borrow.user(project, note="nightly 4711") as bot:
+        bot.renew(1800, holder="ada", note="basket is empty")
+        assert (bot.ttl, bot.data["holder"], bot.data["note"]) == (1800, "ada", "basket is empty")
+        assert borrow.release_holder("test", project) == 0
+    assert outcomes(service.url, user) == ["passed", "failed", None, "bad-login", None]
+    told = [(lock["holder"], lock["note"]) for lock in history(service.url, user)]
+    assert told == [("test", "nightly 4711")] * 4 + [("ada", "basket is empty")]
+
+
+def test_where_only_hashes_are_stored_it_goes_on_without_sessions_and_says_so(empty_database, project):
+    with serving(settings(empty_database, keys=None)) as alone:
+        create(alone.url, project)
+        with Farm(alone.url).user(project, prefer="session") as bot:
+            with pytest.warns(UserWarning, match=r"no session is kept.*BOTFARM_KEYS"):
+                assert bot.session.get() is None
+            with pytest.warns(UserWarning, match="no session is kept"):
+                bot.session.put({})
+            with pytest.raises(Refused, match="BOTFARM_KEYS"):
+                bot.totp()
 
 
 # ---- The network -------------------------------------------------------------------------------------------

@@ -154,6 +154,7 @@ def test_no_command_hides_in_a_block_of_another_kind(name):
     """Blocks are commands, which are run, JSON and files, which are read, or SQL, which test_field_database.py runs."""
     fences = re.findall(r"^```.*$", PAGES[name], re.M)
     more = {"docs/operating.md": {"```sql"}, "docs/clients.md": {"```ini", "```python", "```yaml", "```groovy"}}
+    more["docs/sessions.md"] = {"```python"}
     assert set(fences[::2]) <= {"```sh", "```json"} | more.get(name, set())
     assert set(fences[1::2]) <= {"```"}
 
@@ -161,7 +162,8 @@ def test_no_command_hides_in_a_block_of_another_kind(name):
 def test_the_files_that_clients_are_shown_can_be_read():
     """The YAML by its makers' schemas, too: in `.ci/run`."""
     read = {"python": ast.parse, "yaml": yaml.safe_load, "ini": configparser.ConfigParser().read_string}
-    found = re.findall(r"^```(python|yaml|ini)\n(.*?)^```$", PAGES["docs/clients.md"], re.M | re.S)
+    pages = PAGES["docs/clients.md"] + PAGES["docs/sessions.md"]
+    found = re.findall(r"^```(python|yaml|ini)\n(.*?)^```$", pages, re.M | re.S)
     assert {kind for kind, _ in found} == read.keys()
     for kind, text in found:
         read[kind](text)
@@ -221,7 +223,7 @@ def test_the_tables_about_clients_have_all_that_there_is():
     ]
     fixtures = {cells[0].strip("`") for cells in table(page, "fixture | what it gives")}
     assert all(hasattr(botfarm_client.pytest_plugin, name) for name in fixtures)
-    assert len(fixtures) == 4
+    assert len(fixtures) == 5
 
 
 def test_the_lines_that_move_an_embedded_database_to_a_server_work(server):

@@ -18,8 +18,9 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
+from botfarm_client import Farm
 from conftest import free_port, process, until, wait_ready
-from gate import around, create, ends, force, gate, held, seconds_until_free, users
+from gate import around, create, ends, force, gate, held, history, outcomes, seconds_until_free, users
 
 BOTFARM = [sys.executable, "-m", "botfarm_client.command"]
 # The same with its times a fourteenth: half a second to TERM, a third of one to KILL.
@@ -152,6 +153,28 @@ def test_the_exit_status_tells_what_happened(service, project, words, status, to
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert held(service.url, project) == []
+
+
+def test_how_it_went_is_told_of_a_command_that_ran_to_its_end(service, project):
+    (user,) = create(service.url, project)
+    for script in ("true", "exit 7", "kill -9 $$"):
+        botfarm(service.url, "exec", *filters(project), script)
+    botfarm(service.url, "exec", "--project", project, "--", "no-such-command")
+    with running(service.url, *filters(project), "echo $$; exec sleep 60") as run:
+        run.send_signal(signal.SIGTERM)
+        run.wait(5)
+    assert outcomes(service.url, user) == ["passed", "failed", "failed", None, None]
+
+
+def test_one_that_is_logged_in_is_preferred(service, project):
+    create(service.url, project, count=4)
+    with Farm(service.url).user(project) as bot:
+        bot.session.put({})
+    words = filters(project, "--prefer", "session")
+    assert botfarm(service.url, "exec", *words, "echo $BOTFARM_USER_LOGIN").stdout == f"{bot.name}\n"
+    wishes = json.dumps([{"project_id": project}])
+    done = botfarm(service.url, "exec", "--set", wishes, "--prefer", "session", "--", "true")
+    assert (done.returncode, "goes with none of the others" in done.stderr) == (64, True)
 
 
 def test_none_free_in_time_has_a_status_that_can_be_chosen(service, project):
@@ -313,15 +336,19 @@ def test_a_restart_of_the_service_ends_no_command(empty_database, project):
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; CI installs it")
 def test_the_user_of_a_command_that_failed_is_kept_for_a_person(service, project):
     (user,) = create(service.url, project)
-    done = botfarm(service.url, "exec", *filters(project, "--keep-on-failure", "30m"), "exit 3")
+    keeping = ["--holder", "ci-4711", "--note", "https://ci.example/4711", "--keep-on-failure", "30m"]
+    done = botfarm(service.url, "exec", *filters(project, *keeping), "exit 3", "secret")
     assert done.returncode == 3
+    assert botfarm(service.url, "release", "--holder", "ci-4711").stderr == "botfarm: 0 given back\n"
     until_when = users(service.url, project)["bot-0"]["lock"]["expires_at"]
     assert f"bot-0 is kept until {until_when}" in done.stderr
     assert datetime.fromisoformat(until_when) > datetime.now(UTC) + timedelta(minutes=29)
     get, end = re.findall(r"^curl .*", done.stderr, re.M)
     assert json.loads(subprocess.check_output(get, shell=True))["user"]["password"] == "pw-0"
     subprocess.check_output(end, shell=True)
-    assert ends(service.url, user) == ["released"]
+    (lock,) = history(service.url, user)
+    assert lock | {"holder": "kept/ci-4711", "note": "https://ci.example/4711: sh ended with 3"} == lock
+    assert (lock["ended_by"], lock["outcome"]) == ("released", "failed")
 
 
 def test_no_user_is_kept_of_a_command_that_succeeds_or_is_stopped(service, project):
@@ -381,13 +408,16 @@ def test_a_lock_is_acquired_renewed_looked_at_and_given_back_by_hand(service, pr
     (user,) = create(service.url, project)
     lock = json.loads(botfarm(service.url, "acquire", "--user", user["id"], "--ttl", "2m", "--holder", "me").stdout)
     assert (lock["user"]["password"], lock["ttl"], lock["holder"]) == ("pw-0", 120, "me")
-    assert json.loads(botfarm(service.url, "renew", lock["id"], "--ttl", "180").stdout)["ttl"] == 180
+    renewed = botfarm(service.url, "renew", lock["id"], "--ttl", "180", "--holder", "ada", "--note", "looks at it")
+    renewed = json.loads(renewed.stdout)
+    assert (renewed["ttl"], renewed["holder"], renewed["note"]) == (180, "ada", "looks at it")
     assert json.loads(botfarm(service.url, "status", lock["id"]).stdout)["user"] == {
         name: value for name, value in lock["user"].items() if name != "password"
     }
-    done = botfarm(service.url, "release", "--quarantine", "is broken", lock["id"])
+    done = botfarm(service.url, "release", "--quarantine", "is broken", "--outcome", "bad-login", lock["id"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert users(service.url, project)["bot-0"]["quarantine"] == "is broken"
+    assert outcomes(service.url, user) == ["bad-login"]
     for name in ("renew", "status", "release"):
         done = botfarm(service.url, name, lock["id"])
         assert (done.returncode, done.stdout) == (124, "")

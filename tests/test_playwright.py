@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
 
 import httpx
 import pytest
-from conftest import KEY, free_port, process, until, wait_ready
+from conftest import KEY, free_port, process, serving, settings, until, wait_ready
 from runners import Pool, npm, run, running, stop
 
 pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
@@ -56,10 +62,76 @@ def test_a_lost_lock_fails_the_test_of_playwright_at_once(playwright: Path, pool
     assert pool.ends() == ["forced", "released"]
 
 
-def test_playwright_logs_in_once_for_each_worker(playwright: Path, pool: Pool):
-    pool.add(1)
-    assert "2 passed" in run(playwright, *of_playwright("state"), env=pool.env())
-    assert pool.ends() == ["released"]
+class Shop(BaseHTTPRequestHandler):
+    """A system under test that takes 2 s to log in."""
+
+    server: Any
+    form = "<form method=post><label>Name <input name=n></label><label>Password <input name=p></label><button>Log in"
+
+    def do_GET(self) -> None:
+        name = re.search(r"name=([\w-]+)", self.headers["Cookie"] or "")
+        self.answer(self.form if self.path == "/login" else f"<h1>Hello, {name[1] if name else 'stranger'}</h1>")
+
+    def do_POST(self) -> None:
+        body = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        (name,), (password,) = body["n"], body["p"]
+        assert password == name.replace("bot", "pw")
+        time.sleep(2)
+        self.server.logins.append(name)
+        self.answer(f"<h1>Hello, {name}</h1>", f"name={name}")
+
+    def answer(self, html: str, cookie: str = "") -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        if cookie:
+            self.send_header("Set-Cookie", cookie)
+        self.end_headers()
+        self.wfile.write(html.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def shop() -> Iterator[Any]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Shop) as server:
+        server.logins, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_user_logs_in_once_for_all_workers_and_runs_of_playwright(playwright: Path, pool: Pool, shop: Any):
+    """Also after the `kill -9` of a worker, whose place another takes when its lock has run out."""
+    pool.add(4)
+    killed = {"TEST_KILLED": "7", "TEST_TTL": "10"}
+    for more, status, result in (({}, 0, "20 passed"), ({}, 0, "20 passed"), (killed, 1, "19 passed")):
+        env = pool.env(SHOP_URL=shop.url, **more)
+        told = run(playwright, *of_playwright("session", "--workers", "4"), status=status, env=env)
+        assert result in told, told
+        assert sorted(shop.logins) == ["bot-0", "bot-1", "bot-2", "bot-3"]
+    assert "expired" in pool.ends()
+
+
+def test_a_session_that_does_not_work_or_is_not_kept_costs_a_login_and_no_test(playwright: Path, pool: Pool):
+    pool.add(4)
+    large: dict[str, str] = {"TEST_LARGE": str(300 * 1024)}
+    for more, logins in ((large, 1), ({}, 1), ({}, 0), ({"TEST_STALE": "1"}, 1)):
+        told = run(playwright, *of_playwright("unkept"), env=pool.env(**more))
+        assert "2 passed" in told
+        assert told.count(" logs in\n") == logins, more
+        assert ("is not kept: PUT " in told) == (more is large), told
+
+
+def test_where_only_hashes_are_stored_playwright_logs_in_each_worker_and_says_why(playwright, project, empty_database):
+    with serving(settings(empty_database, keys=None)) as alone, httpx.Client(base_url=alone.url, timeout=30) as http:
+        pool = Pool(http, project)
+        pool.add(1)
+        for _ in range(2):
+            told = run(playwright, *of_playwright("unkept"), env=pool.env())
+            assert "2 passed" in told
+            assert told.count("bot-0 logs in") == 1
+            assert told.count("BotFarm: no session is kept. Hashes alone are stored here") == 1
 
 
 @pytest.mark.parametrize("way", ["terminate", "kill"])

@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import httpx
 import pytest
-from conftest import until
-from gate import around, create, ends, gate, held, seconds_until_free, users
+from conftest import serving, settings, until
+from gate import around, create, ends, gate, held, outcomes, seconds_until_free, users
 
 XDIST = ["-p", "xdist.plugin", "-n", "2"]
 each_way = pytest.mark.parametrize("way", [[], XDIST], ids=["plain", "xdist"])
@@ -182,6 +182,73 @@ def test_a_suite_that_borrows_nothing_calls_nobody(service, run):
     status, told = run("def test_it(bot): pass\n", url="")
     assert status == 1
     assert "botfarm: no BotFarm is named: set BOTFARM_URL, --botfarm-url, or the ini key botfarm_url" in told
+
+
+LOGS_IN = """
+import pytest
+
+@pytest.fixture
+def account(bot, bot_session):
+    if callable(bot_session):
+        open("logins", "a").write(f"{bot.login} ")
+        bot_session = bot_session({"sid": bot.login}, ttl=3600)
+    return bot_session["sid"] == bot.login
+
+@pytest.mark.parametrize("n", range(8))
+def test_it(account, n):
+    assert account
+"""
+
+
+@each_way
+def test_a_test_is_logged_in_by_the_session_of_one_before(service, project, run, tmp_path, way):
+    create(service.url, project, count=4)
+    for _ in range(2):
+        status, told = run(LOGS_IN, *way)
+        assert status == 0, told
+    logins = (tmp_path / "logins").read_text().split()
+    assert 1 <= len(logins) == len(set(logins)) <= (2 if way else 1)
+
+
+def test_where_only_hashes_are_stored_each_test_logs_in_and_the_run_says_why(empty_database, project, run, tmp_path):
+    with serving(settings(empty_database, keys=None)) as alone:
+        create(alone.url, project)
+        status, told = run(LOGS_IN, url=alone.url)
+    assert (status, (tmp_path / "logins").read_text()) == (0, "bot-0 " * 8), told
+    assert "UserWarning: botfarm: no session is kept. Hashes alone are stored here" in told
+
+
+WENT = """
+import pytest
+
+pytestmark = pytest.mark.bot(labels={"first": "1"})
+
+@pytest.fixture
+def logged_in(bot):
+    raise RuntimeError("no")
+
+def test_1_passes(bot): pass
+def test_2_fails(bot): assert 0
+def test_3_fails_before(logged_in): pass
+def test_4_is_skipped(bot): pytest.skip("not today")
+@pytest.mark.xfail
+def test_5_fails_as_expected(bot): assert 0
+def test_6_tells_it_itself(bot): bot.release(outcome="bad-login")
+def test_7_has_two(bot, bots):
+    bots(labels={"second": "1"})
+    assert 0
+def test_8_is_stopped(bot): raise KeyboardInterrupt
+"""
+
+
+@each_way
+def test_a_user_is_given_back_with_how_the_test_went(service, project, run, way):
+    (user,) = create(service.url, project, labels={"first": "1"})
+    (second,) = create(service.url, project, login="second", labels={"second": "1"})
+    status, told = run(WENT, *way, *(["--dist", "loadfile"] if way else []))
+    assert status == 2, told
+    assert outcomes(service.url, user) == ["passed", "failed", "failed", None, None, "bad-login", "failed", None]
+    assert outcomes(service.url, second) == ["failed"]
 
 
 # ---- However it ends ---------------------------------------------------------------------------------------

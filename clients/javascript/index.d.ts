@@ -76,6 +76,13 @@ export class Bot {
   readonly labels: Record<string, string>;
   /** Aborted when the user is lost; its `reason` is a `LockLost`. */
   readonly signal: AbortSignal;
+  /** What the last one stored who was logged in as this user: any JSON; undefined where there is none. */
+  session(): Promise<any>;
+  /** Keep a session for the next holder: JSON of up to 256 KiB, worth something for `ttl` seconds (a day). */
+  storeSession(session: unknown, options?: { ttl?: number }): Promise<void>;
+  deleteSession(): Promise<void>;
+  /** A one-time code, given to nobody else. After one it is a period until the next: 30 s with most systems. */
+  totp(): Promise<string>;
   release(told?: { outcome?: 'passed' | 'failed' | 'bad-login'; cooldown?: number; quarantine?: string }): Promise<void>;
 }
 

@@ -11,6 +11,7 @@ const { setTimeout: sleep } = require('node:timers/promises');
 
 const PATIENCE = 60; // seconds for which a service that is away is asked again: longer than its restart takes
 const REPLY = 10; // seconds in which a call that does not wait is answered
+const CODE = 135; // seconds for a one-time code: the longest period, 5 s, and the reply
 const WAIT = 290; // seconds that one call may wait: Node.js gives up on a reply after 300
 const AWAY = [502, 503, 504]; // of a service that restarts, or of a proxy before it
 
@@ -158,6 +159,12 @@ function faultOf(what, answer) {
   return AWAY.includes(answer.status) ? new Unreached(refused.message) : refused;
 }
 
+/** A deployment of hashes keeps no sessions: said once by each process, and without them it goes on. */
+function tellUnsealed({ problem }) {
+  if (!tellUnsealed.told) console.warn(`BotFarm: no session is kept. ${problem.detail}`);
+  tellUnsealed.told = true;
+}
+
 class Bot {
   #farm;
   #deadline; // the service may hand the user on from here, as far as we can know
@@ -180,6 +187,26 @@ class Bot {
     return this.#lost.signal;
   }
 
+  /** What the last one stored who was logged in as this user: any JSON; undefined where there is none. */
+  async session() {
+    return this.#session('GET');
+  }
+
+  /** Keep a session for the next holder: JSON of up to 256 KiB, worth something for `ttl` seconds (a day). */
+  async storeSession(session, { ttl } = {}) {
+    await this.#session('PUT', ttl === undefined ? '' : `?ttl=${ttl}`, () => session);
+  }
+
+  async deleteSession() {
+    await this.#session('DELETE');
+  }
+
+  /** A one-time code, given to nobody else. After one it is a period until the next: 30 s with most systems. */
+  async totp() {
+    const { body } = await this.#farm.call('POST', `/locks/${this.lock.id}/totp`, { reply: CODE });
+    return body.code;
+  }
+
   /** Give the user back. `outcome`, `cooldown` and `quarantine` are those of `DELETE /locks/{id}`. */
   async release(told = {}) {
     if (this.#released.signal.aborted) return;
@@ -189,6 +216,17 @@ class Bot {
       await this.#farm.call('DELETE', `/locks/${this.lock.id}?${query}`);
     } catch (refused) {
       if (refused.slug !== 'lock-not-held') throw refused; // it has ended, or a lost reply had ended it
+    }
+  }
+
+  async #session(method, query = '', body = undefined) {
+    try {
+      const { body: session } = await this.#farm.call(method, `/locks/${this.lock.id}/session${query}`, { body });
+      return session;
+    } catch (refused) {
+      if (refused.slug === 'not-sealed') tellUnsealed(refused);
+      else if (refused.slug !== 'no-session') throw refused;
+      return undefined;
     }
   }
 

@@ -111,6 +111,31 @@ test('a lock whose reply was late is renewed at once', async () => {
   await bot.release();
 });
 
+test('a session is kept for the next holder, who is preferred for it', async () => {
+  const first = await direct.acquire({ project_id });
+  assert.equal(await first.session(), undefined);
+  await first.storeSession({ cookies: ['ü'] }, { ttl: 3600 });
+  await first.release({ outcome: 'passed' });
+  await assert.rejects(first.storeSession('of a former holder'), { slug: 'lock-not-held' });
+  const bot = await direct.acquire({ project_id, prefer: 'session' });
+  assert.deepEqual([bot.login, await bot.session()], [first.login, { cookies: ['ü'] }]);
+  await bot.deleteSession();
+  assert.equal(await bot.session(), undefined);
+  await bot.release({ outcome: 'bad-login' });
+  const { items } = await (await fetch(`${URL}/users/${bot.user.id}/history?limit=2`)).json();
+  assert.deepEqual(items.map(({ outcome }) => outcome), ['bad-login', 'passed']);
+});
+
+test('a one-time code is asked for', async () => {
+  const bot = await direct.acquire({ project_id });
+  await assert.rejects(bot.totp(), { slug: 'no-totp' });
+  const headers = { 'Content-Type': 'application/json' };
+  const body = JSON.stringify({ totp: 'otpauth://totp/x?secret=JBSWY3DPEHPK3PXPJBSWY3DP&digits=8&period=15' });
+  await fetch(`${URL}/users/${bot.user.id}`, { method: 'PATCH', headers, body });
+  assert.match(await bot.totp(), /^\d{8}$/);
+  await bot.release();
+});
+
 test('a refusal tells why', async () => {
   await assert.rejects(direct.acquire({ project_id, labels: { role: 'nobody' } }), { slug: 'no-matching-user', status: 404 });
   await assert.rejects(direct.acquireSet([{ project_id, count: 2 }, { project_id }]), { slug: 'no-matching-user' });

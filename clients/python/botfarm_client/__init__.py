@@ -11,10 +11,10 @@ thread renews; the *holder* names who asked, for people and for giving everythin
 
     errors.py           what can go wrong, with the exit status of each
     wire.py             one request: proxies, TLS, tokens, and what a reply means
-    farm.py             `Farm` and `Lock`: acquiring, the heartbeat, giving back
+    farm.py             `Farm` and `Lock`: acquiring, the heartbeat, sessions and codes, giving back
     run.py              a command in a process group of its own, with signals and the terminal
     command.py          the command `botfarm`
-    pytest_plugin.py    the fixtures `bot`, `worker_bot`, `bots`, `bot_filter`
+    pytest_plugin.py    the fixtures `bot`, `bot_session`, `worker_bot`, `bots`, `bot_filter`
 
 It is imported wherever pytest is: `http.client` and what comes with it are loaded by the first request.
 """

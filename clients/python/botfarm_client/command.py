@@ -59,6 +59,23 @@ def users(text: str) -> list[dict[str, Any]]:
     return wanted
 
 
+def add_by_hand(commands: Any, service: Parser) -> None:
+    """The commands that take a lock which is there."""
+    for name, does in (("renew", "let a lock end its ttl from now"), ("release", "give a user back"),
+                       ("status", "print a lock as JSON, without password")):  # fmt: skip
+        added = commands.add_parser(name, parents=[service], help=does)
+        added.add_argument("lock", metavar="LOCK", help="the id of the lock", nargs="?" if name == "release" else None)
+        if name == "renew":
+            added.add_argument("--ttl", type=seconds, help="seconds; else as before")
+            added.add_argument("--holder", help="who has it from now on")
+            added.add_argument("--note", help="why, or where")
+        if name == "release":
+            added.add_argument("--holder", help="instead of a lock: give back all that this holder has")
+            added.add_argument("--cooldown", type=seconds, default=0, help="how long the user rests")
+            added.add_argument("--quarantine", metavar="REASON", help="take the user out")
+            added.add_argument("--outcome", choices=["passed", "failed", "bad-login"], help="how it went")
+
+
 def parser() -> Parser:
     top = Parser("botfarm", description="Borrow test accounts from BotFarm.", epilog=ENDS)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -74,8 +91,8 @@ def parser() -> Parser:
     filters.add_argument("--ttl", type=seconds, default=TTL, help="seconds that the lock lasts unless it is renewed")
     filters.add_argument("--wait", type=seconds, default=WAIT, help="seconds to wait for a user to come free")
     filters.add_argument("--holder", help="who asks; else BOTFARM_HOLDER, else this machine and process")
-    filters.add_argument("--note")
-    filters.add_argument("--prefer", choices=["any", "session"])
+    filters.add_argument("--note", help="why, or where: shown with the lock, as the holder is")
+    filters.add_argument("--prefer", choices=["any", "session"], help="session: one that is logged in comes first")
 
     usage = "botfarm exec [filters] [options] -- COMMAND …"
     run = commands.add_parser("exec", parents=[filters], usage=usage, help="run a command with a user", epilog=ENDS)
@@ -87,16 +104,7 @@ def parser() -> Parser:
         "--keep-on-failure", type=seconds, metavar="TIME", help="as 30m: keep the user so long for a person"
     )
     commands.add_parser("acquire", parents=[filters], help="acquire a user, and print its lock as JSON")
-    for name, does in (("renew", "let a lock end its ttl from now"), ("release", "give a user back"),
-                       ("status", "print a lock as JSON, without password")):  # fmt: skip
-        added = commands.add_parser(name, parents=[service], help=does)
-        added.add_argument("lock", metavar="LOCK", help="the id of the lock", nargs="?" if name == "release" else None)
-        if name == "renew":
-            added.add_argument("--ttl", type=seconds, help="seconds; else as before")
-        if name == "release":
-            added.add_argument("--holder", help="instead of a lock: give back all that this holder has")
-            added.add_argument("--cooldown", type=seconds, default=0, help="how long the user rests")
-            added.add_argument("--quarantine", metavar="REASON", help="take the user out")
+    add_by_hand(commands, service)
     return top
 
 
@@ -125,12 +133,14 @@ def by_hand(top: Parser, farm: Farm, asked: argparse.Namespace) -> int:
         if asked.holder:
             say(f"{farm.release_holder(asked.holder)} given back")
             return 0
-        farm.release(asked.lock, cooldown=asked.cooldown, quarantine=asked.quarantine)
+        farm.release(asked.lock, cooldown=asked.cooldown, quarantine=asked.quarantine, outcome=asked.outcome)
         return 0
     if asked.command == "acquire":
         told = farm.acquire(**wish_of(top, asked), **terms_of(asked)).data
+    elif asked.command == "renew":
+        told = farm.renew(asked.lock, asked.ttl, holder=asked.holder, note=asked.note)
     else:
-        told = farm.status(asked.lock) if asked.command == "status" else farm.renew(asked.lock, asked.ttl)
+        told = farm.status(asked.lock)
     print(json.dumps(told, ensure_ascii=False))
     return 0
 
@@ -167,21 +177,21 @@ def execute(top: Parser, farm: Farm, asked: argparse.Namespace, words: list[str]
         say(str(fault))
         return asked.none_free
     except Stopped:
-        give_back(locks, None)
+        give_back(locks)
         raise
     try:
         run.start(words, environment(locks, asked))
         for lock in locks:
             lock.keep(lambda lost: run.tell_lost())
         status = run.wait()
-        kept = bool(status and asked.keep_on_failure and not run.cut) and keep(farm, locks, asked.keep_on_failure)
+        kept = bool(run.outcome == "failed" and asked.keep_on_failure) and keep(farm, locks, asked, words[0], status)
     except OSError as fault:
         say(f"{words[0]}: {fault.strerror}")
         status = 127 if isinstance(fault, FileNotFoundError) else 126
     finally:
         run.close()
         if not kept:
-            give_back(locks, asked.file)
+            give_back(locks, asked.file, run.outcome)
     return LockLost.exit_status if any(lock.lost for lock in locks) else status
 
 
@@ -191,7 +201,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 def acquire(top: Parser, farm: Farm, asked: argparse.Namespace) -> list[Lock]:
     if asked.set is not None:
-        if asked.project or asked.user or asked.env or asked.domain or asked.label or asked.count != 1:
+        if asked.project or asked.user or asked.env or asked.domain or asked.label or asked.prefer or asked.count != 1:
             top.error("--set names all filters itself: it goes with none of the others, and with no --count")
         return farm.acquire_set(asked.set, **terms_of(asked))
     wish = wish_of(top, asked)
@@ -231,30 +241,38 @@ def write(path: str, value: Any) -> None:
         raise Misconfigured(f"--file {path} can't be written: {fault.strerror}") from None
 
 
-def keep(farm: Farm, locks: list[Lock], time: int) -> bool:
-    """Let the locks last so long, and say how a person gets the users and ends that."""
+def keep(farm: Farm, locks: list[Lock], asked: argparse.Namespace, word: str, status: int) -> bool:
+    """Hand the locks over to a holder that no sweep of ours ends, and say how a person gets the users and ends that.
+
+    The note names the command and none of its arguments, which may be secret.
+    """
+    told = f"{word} ended with {status}"
+    note = "".join(c if c.isprintable() else "?" for c in (f"{asked.note}: {told}" if asked.note else told))
     try:
         for lock in locks:
-            lock.renew(time)
+            lock.renew(asked.keep_on_failure, holder=f"kept/{lock.data['holder']}"[:200], note=note[:500])
     except BotfarmError as fault:
         say(f"no user is kept: {fault}")
         return False
     for lock in locks:
         say(f"{lock.name} is kept until {lock.data['expires_at']}, for a person to look")
     token = ['-H "Authorization: Bearer $TOKEN"'] if farm.wire.authenticated else []
-    asked = locks[0].asked
-    again = [farm.url + asked.path, "-H", "Content-Type: application/json", "-H", f"Idempotency-Key: {asked.key}"]
-    curl = ["curl -s -X", asked.method, *token, *map(shlex.quote, [*again, "-d", json.dumps(asked.body)])]
+    first = locks[0].asked
+    again = [farm.url + first.path, "-H", "Content-Type: application/json", "-H", f"Idempotency-Key: {first.key}"]
+    curl = ["curl -s -X", first.method, *token, *map(shlex.quote, [*again, "-d", json.dumps(first.body)])]
     say("to get it, with its password:\n" + " ".join(curl))
-    ends = [" ".join(["curl -s -X DELETE", *token, shlex.quote(f"{farm.url}/locks/{lock.id}")]) for lock in locks]
+    ends = [
+        " ".join(["curl -s -X DELETE", *token, shlex.quote(f"{farm.url}/locks/{lock.id}?outcome=failed")])
+        for lock in locks
+    ]
     say("to end that:\n" + "\n".join(ends))
     return True
 
 
-def give_back(locks: list[Lock], file: str | None) -> None:
+def give_back(locks: list[Lock], file: str | None = None, outcome: str | None = None) -> None:
     for lock in locks:
         try:
-            if not lock.release():
+            if not lock.release(outcome=outcome):
                 say(str(lock.lost))
         except BotfarmError as fault:
             say(f"{lock.name} could not be given back, and comes free at {lock.data['expires_at']}: {fault}")

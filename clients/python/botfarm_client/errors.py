@@ -8,6 +8,7 @@ class BotfarmError(Exception):
 
     exit_status = 69
     retry_after: float | None = None  # seconds after which the service wants to be asked again
+    slug: str | None = None  # the kind of problem that the service told, as `no-totp`
 
 
 class Unreachable(BotfarmError):

@@ -8,16 +8,18 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
 
-from botfarm_client.errors import BotfarmError, LockLost, Misconfigured, Unreachable
+from botfarm_client.errors import BotfarmError, LockLost, Misconfigured, Refused, Unreachable
 
 if TYPE_CHECKING:
     from botfarm_client.wire import Wire
 
 TTL, WAIT = 60, 300  # seconds
 CALL = 10.0  # seconds for the reply to a call that does not wait
+CODE = 135.0  # seconds for a one-time code: the longest period, 5 s, and the reply
 PATIENCE = 30.0  # seconds for which an acquire asks a service that is away; fewer where it does not wait
 T = TypeVar("T")
 
@@ -125,15 +127,21 @@ class Farm:
             if not lock.release():
                 lock.check()
 
-    def renew(self, lock_id: str, ttl: int | None = None) -> Any:
-        """The lock now ends `ttl` seconds from now; the last ttl if left out."""
-        return persist(lambda: self.wire.call("PATCH", f"/locks/{lock_id}", _given({"ttl": ttl})), CALL)
+    def renew(self, lock_id: str, ttl: int | None = None, *, holder: str | None = None, note: str | None = None) -> Any:
+        """The lock now ends `ttl` seconds from now; what is left out stays. Another holder: it is handed over."""
+        terms = _given({"ttl": ttl, "holder": holder, "note": note})
+        return persist(lambda: self.wire.call("PATCH", f"/locks/{lock_id}", terms), CALL)
 
-    def release(self, lock_id: str, *, cooldown: int = 0, quarantine: str | None = None) -> None:
-        """Give a user back. LockLost where its lock had ended before."""
+    def release(
+        self, lock_id: str, *, cooldown: int = 0, quarantine: str | None = None, outcome: str | None = None
+    ) -> None:
+        """Give a user back. LockLost where its lock had ended before.
+
+        `outcome` is "passed", "failed", or "bad-login" where the account itself did not work.
+        """
         from urllib.parse import urlencode
 
-        query = urlencode(_given({"cooldown": cooldown or None, "quarantine": quarantine}))
+        query = urlencode(_given({"cooldown": cooldown or None, "quarantine": quarantine, "outcome": outcome}))
         tries: list[int] = []
 
         def attempt() -> None:
@@ -201,6 +209,37 @@ class Asked:
         return wire.call(self.method, self.path, {**self.body, "wait": left}, self.key, left + CALL)
 
 
+class Session:
+    """What a test needs to be logged in already: any JSON of up to 256 KiB, kept with the user for its next holder.
+
+    A deployment of hashes keeps none. There is never one there, nothing is stored, and a warning says so.
+    """
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
+
+    def get(self) -> Any:
+        """None where there is none."""
+        return self._call("GET")
+
+    def put(self, session: Any, ttl: int | None = None) -> None:
+        """Worth something for `ttl` seconds; a day if left out."""
+        self._call("PUT", f"?ttl={ttl}" if ttl else "", session)
+
+    def delete(self) -> None:
+        self._call("DELETE")
+
+    def _call(self, method: str, query: str = "", session: Any = None) -> Any:
+        try:
+            return self._lock.call(method, f"/session{query}", session)
+        except Refused as refused:
+            if refused.slug == "not-sealed":
+                warnings.warn(f"botfarm: no session is kept. {refused}", stacklevel=3)
+            elif refused.slug != "no-session":
+                raise
+            return None
+
+
 class Lock:
     """The right to use one user alone. `repr` shows no password, so that no traceback does.
 
@@ -213,6 +252,7 @@ class Lock:
         self.fence: int = granted["fence"]
         self.ttl: int = granted["ttl"]
         self.lost: LockLost | None = None
+        self.session = Session(self)
         self._farm, self._pid = farm, os.getpid()
         self._deadline = sent + self.ttl
         self._over = threading.Event()
@@ -254,31 +294,40 @@ class Lock:
         if self.lost:
             raise self.lost
 
-    def renew(self, ttl: int | None = None) -> None:
-        """Once, by hand: the heartbeat does it anyway."""
-        persist(lambda: self._renew(ttl), CALL)
+    def totp(self) -> str:
+        """A one-time code, given to nobody else. After one it is a period until the next: 30 s with most systems."""
+        return self.call("POST", "/totp", timeout=CODE)["code"]
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float = CALL) -> Any:
+        """What belongs to the holder alone."""
+        self.check()
+        return persist(lambda: self._farm.wire.call(method, f"/locks/{self.id}{path}", body, timeout=timeout), CALL)
+
+    def renew(self, ttl: int | None = None, *, holder: str | None = None, note: str | None = None) -> None:
+        """Once, by hand: the heartbeat does it anyway. Another holder: it is handed over."""
+        persist(lambda: self._renew(ttl=ttl, holder=holder, note=note), CALL)
 
     def keep(self, on_lost: Callable[[Lock], Any] | None = None) -> None:
         """Renew it from now on, in a thread, every third of its ttl. `on_lost` is called there."""
         self._on_lost = on_lost
         threading.Thread(target=self._beat, name=f"botfarm {self.id}", daemon=True).start()
 
-    def release(self, *, cooldown: int = 0, quarantine: str | None = None) -> bool:
-        """Give the user back; False where the lock had been lost before."""
+    def release(self, *, cooldown: int = 0, quarantine: str | None = None, outcome: str | None = None) -> bool:
+        """Give the user back, as `Farm.release` does; False where the lock had been lost before."""
         if os.getpid() != self._pid or (self._over.is_set() and not self.lost):
             return True
         if not self.lost:
             self._over.set()
             try:
-                self._farm.release(self.id, cooldown=cooldown, quarantine=quarantine)
+                self._farm.release(self.id, cooldown=cooldown, quarantine=quarantine, outcome=outcome)
             except LockLost as lost:
                 self._lose(lost)
         return not self.lost
 
-    def _renew(self, ttl: int | None = None, timeout: float = CALL) -> None:
+    def _renew(self, timeout: float = CALL, **terms: Any) -> None:
         sent = clock()
-        told = self._farm.wire.call("PATCH", f"/locks/{self.id}", _given({"ttl": ttl}), timeout=timeout)
-        self.data = {**self.data, **{name: told[name] for name in ("ttl", "expires_at", "holder")}}
+        told = self._farm.wire.call("PATCH", f"/locks/{self.id}", _given(terms), timeout=timeout)
+        self.data = {**self.data, **{name: told[name] for name in ("ttl", "expires_at", "holder", "note")}}
         self.ttl = told["ttl"]
         self._deadline = sent + self.ttl
 

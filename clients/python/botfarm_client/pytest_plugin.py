@@ -1,4 +1,5 @@
-"""The pytest plugin: `bot` for a test, `worker_bot` for a worker, `bots` for more, `bot_filter` to be overridden.
+"""The pytest plugin: `bot` for a test, with its `bot_session`, `worker_bot` for a worker, `bots` for more, and
+`bot_filter` to be overridden.
 
 What a run borrows has one holder. Fixtures give back what they took; what is left when all workers are gone, of one
 that crashed say, the controller gives back in one call; and what nobody is left to give back ends by its short ttl.
@@ -58,6 +59,7 @@ class Borrowed:
         self._borrows = False  # whether this run, with its workers, may have borrowed anything
         self._watched: pytest.Item | None = None  # a test that can be cut short now
         self._failed = False  # whether the test that runs has failed for a lost lock already
+        self._outcome: str | None = None  # of the test that runs; none of one that is skipped, or stopped from outside
         self._mine: list[Lock] = []  # of the test that runs
         self._before: dict[str, set[str]] = {}  # test -> users of its runs before
         self._told: set[str] = set()  # ids of lost locks that a test has failed for
@@ -90,7 +92,7 @@ class Borrowed:
             labels = {**(whole.get("labels") or {}), **(wish.get("labels") or {})}
             whole.update(wish, labels=labels or None)
         if whole.get("user_id"):
-            whole.update(project_id=None, env=None, domain=None, labels=None)
+            whole.update(project_id=None, env=None, domain=None, labels=None, prefer=None)
         return whole
 
     def _number(self, name: str, default: int) -> int:
@@ -101,7 +103,7 @@ class Borrowed:
 
     def take(self, item: pytest.Item | None, *wishes: dict[str, Any]) -> Lock:
         """One user. For a test that runs again it is another one than before, where there is one."""
-        with self._plainly():
+        with self.plainly():
             wish = self.wish(*wishes)
             lock = self.farm.acquire(**wish, heartbeat=False)
             worn: list[Lock] = []
@@ -115,7 +117,7 @@ class Borrowed:
         return self._keep(item, lock)
 
     def take_set(self, item: pytest.Item, base: dict[str, Any], wishes: Sequence[dict[str, Any]]) -> list[Lock]:
-        with self._plainly():
+        with self.plainly():
             users = []
             for wish in wishes:
                 count = wish.get("count", 1)
@@ -133,7 +135,7 @@ class Borrowed:
         return lock
 
     @contextlib.contextmanager
-    def _plainly(self) -> Iterator[None]:
+    def plainly(self) -> Iterator[None]:
         """What BotFarm refuses is told in its own words, without a traceback of ours."""
         self._borrows = True
         try:
@@ -145,7 +147,7 @@ class Borrowed:
         locks, self._mine = self._mine, []
         for lock in locks:
             with contextlib.suppress(BotfarmError):  # then it ends by its ttl
-                lock.release()
+                lock.release(outcome=self._outcome)
             self._before.setdefault(item.nodeid, set()).add(lock.user_id)
         self._fail_for(locks)
 
@@ -203,7 +205,7 @@ class Borrowed:
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
-        self._failed = False
+        self._failed, self._outcome = False, None
         item.user_properties[:] = [known for known in item.user_properties if known[0] != PROPERTY]
         try:
             with self._watching(item):
@@ -211,6 +213,14 @@ class Borrowed:
         finally:
             if self.worker_bot in self._used_by(item):
                 item.user_properties.append((PROPERTY, self.worker_bot.name))
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Before the fixtures end, so that the users of a test are given back with what became of it."""
+        report = yield
+        if report.failed or (report.passed and report.when == "call"):
+            self._outcome = report.outcome
+        return report
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -309,10 +319,29 @@ def bots(request: pytest.FixtureRequest, bot_filter: dict[str, Any]) -> Iterator
 @pytest.fixture
 def bot(request: pytest.FixtureRequest, bots: Bots) -> Lock:
     """A user for this test alone, as the marker `bot` wants it: its login, password, labels."""
-    wish: dict[str, Any] = {}
+    wish: dict[str, Any] = {"prefer": "session"} if "bot_session" in request.fixturenames else {}
     for mark in reversed(list(request.node.iter_markers("bot"))):
         wish.update(mark.kwargs, labels={**wish.get("labels", {}), **mark.kwargs.get("labels", {})})
     return bots(**wish)
+
+
+@pytest.fixture
+def bot_session(request: pytest.FixtureRequest, bot: Lock) -> Any:
+    """The session that is kept with `bot`; where there is none, a callable that keeps the one it is given.
+
+    session = bot_session(log_in(bot)) if callable(bot_session) else bot_session
+    """
+
+    borrowed = _borrowed(request)
+
+    def keep(session: Any, ttl: int | None = None) -> Any:
+        with borrowed.plainly():
+            bot.session.put(session, ttl)
+        return session
+
+    with borrowed.plainly():
+        stored = bot.session.get()
+    return keep if stored is None else stored
 
 
 @pytest.fixture(scope="session")

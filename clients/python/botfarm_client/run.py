@@ -21,6 +21,7 @@ class Run:
     def __init__(self) -> None:
         self.lost = False
         self.stopped = False  # whether it was sent a signal from outside
+        self.outcome: str | None = None  # how it went, once it has ended by itself
         self._due: list[tuple[float, int]] = []  # what its group is sent, and when
         self._news, self._teller = os.pipe()
         os.set_blocking(self._news, False)
@@ -35,11 +36,6 @@ class Run:
     def tell_lost(self) -> None:
         """From any thread: the lock is lost."""
         os.write(self._teller, bytes([LOST]))
-
-    @property
-    def cut(self) -> bool:
-        """Whether it did not end by itself."""
-        return self.stopped or self.lost
 
     def start(self, words: list[str], env: dict[bytes, bytes]) -> None:
         """Before any thread runs, so that what the child does between fork and exec is safe. OSError if it can't."""
@@ -61,6 +57,8 @@ class Run:
         """Its exit status, or 128 and the number of the signal that ended it, as a shell has it."""
         status = self._wait()
         self._clear()
+        if not self.stopped and not self.lost:
+            self.outcome = "failed" if status else "passed"
         return status
 
     def _wait(self) -> int:

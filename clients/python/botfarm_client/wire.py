@@ -146,6 +146,7 @@ class Wire:
         if status >= 500 or status == 429:
             return self._away(f"BotFarm at {self._url} answered {status}: {problem.get('detail')}", headers)
         error: BotfarmError = MEANING.get(slug, Refused)(_sentence(problem))
+        error.slug = slug
         if isinstance(error, NotAllowed) and status == 401:
             error.unknown = True
             error.args = (f"{error} ({HOW_TO_BE_KNOWN})",) if not self._form else error.args
