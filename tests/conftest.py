@@ -61,6 +61,12 @@ def examples(count: int) -> int:
     return count * hypothesis.settings().max_examples // 100
 
 
+def long_chapter(reason: str) -> None:
+    """Called by a chapter that takes a minute or more: it is left out, and says why, unless with --long."""
+    if examples(100) < 100:
+        pytest.skip(f"{reason}: with --long", allow_module_level=True)
+
+
 @pytest.fixture
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether tests that provoke races and faults take their time."""

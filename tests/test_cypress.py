@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import long_chapter
 from runners import Pool, npm, run
 
-pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
+long_chapter("installs what Cypress runs on")
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,10 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 from botfarm_client import Farm
-from conftest import free_port, process, until, wait_ready
+from conftest import free_port, long_chapter, process, until, wait_ready
 from gate import around, create, ends, force, gate, held, history, outcomes, seconds_until_free, users
+
+long_chapter("waits for the ends of processes for a minute")
 
 BOTFARM = [sys.executable, "-m", "botfarm_client.command"]
 # The same with its times a fourteenth: half a second to TERM, a third of one to KILL.

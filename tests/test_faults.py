@@ -21,7 +21,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from conftest import execute, fresh_database
+from conftest import execute, fresh_database, long_chapter
 from grid import (
     LONGEST,
     UNSTEADY,
@@ -44,6 +44,8 @@ from grid import (
 
 import farm.database
 import farm.migrations
+
+long_chapter("crashes servers and services for a minute")
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from conftest import (
     connect,
     environment,
     free_port,
+    long_chapter,
     make_users,
     process,
     raw,
@@ -52,6 +53,8 @@ import farm.waiting
 import farm.words
 from farm import embedded
 from farm.waiting import Ask
+
+long_chapter("starts and ends services for a minute")
 
 # ---- Processes -----------------------------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import command, serving, settings
+from conftest import command, long_chapter, serving, settings
 from runners import Pool, npm, run
 
 from farm.settings import Secret
 
-pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
+long_chapter("installs what JavaScript's client runs on")
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import long_chapter
 from runners import CLIENTS, Pool, lay, run, running, stop
 
-pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
+long_chapter("installs what JUnit 5 runs on")
 
 
 @pytest.fixture(scope="session")

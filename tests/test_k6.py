@@ -8,13 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import long_chapter, until
 from runners import CLIENTS, Pool, lay, run, running
 
 VERSION = "v1.8.1"
-pytestmark = pytest.mark.skipif(
-    "not config.getoption('--long')", reason="builds k6, which takes two minutes: with --long"
-)
+long_chapter("builds k6, which takes two minutes")
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,24 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from conftest import acquire, client, execute, free_port, make_users, process, serving, settings, wait_ready
+from conftest import (
+    acquire,
+    client,
+    execute,
+    free_port,
+    long_chapter,
+    make_users,
+    process,
+    serving,
+    settings,
+    wait_ready,
+)
 from playwright.async_api import Page, async_playwright, expect
 from test_auth import add_client, secure
 
 import farm.clients
+
+long_chapter("drives a browser for a minute")
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: Debian has it in the package of that name")

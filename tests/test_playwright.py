@@ -15,10 +15,10 @@ from urllib.parse import parse_qs
 
 import httpx
 import pytest
-from conftest import KEY, free_port, process, serving, settings, until, wait_ready
+from conftest import KEY, free_port, long_chapter, process, serving, settings, until, wait_ready
 from runners import Pool, npm, run, running, stop
 
-pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
+long_chapter("installs what Playwright Test runs on")
 
 
 @pytest.fixture(scope="session")

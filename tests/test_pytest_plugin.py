@@ -13,8 +13,10 @@ from xml.etree import ElementTree
 
 import httpx
 import pytest
-from conftest import serving, settings, until
+from conftest import long_chapter, serving, settings, until
 from gate import around, create, ends, gate, held, outcomes, seconds_until_free, users
+
+long_chapter("lets runs of pytest end in all ways for a minute")
 
 XDIST = ["-p", "xdist.plugin", "-n", "2"]
 each_way = pytest.mark.parametrize("way", [[], XDIST], ids=["plain", "xdist"])

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import long_chapter
 from runners import Pool, npm, run, running, stop
 
-pytestmark = pytest.mark.skipif("not config.getoption('--long')", reason="installs what it runs on: with --long")
+long_chapter("installs what WebdriverIO runs on")
 
 
 @pytest.fixture(scope="session")
