@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import resource
@@ -36,6 +37,7 @@ from conftest import (
 
 import farm.calls
 import farm.clients
+import farm.codes
 import farm.imports
 import farm.problems
 import farm.server
@@ -58,6 +60,17 @@ def schemathesis(folder: Path, url: str, examples: int, *options: str) -> int:
     return int(found[1])
 
 
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits half a minute for the next one-time code."""
+
+    async def pause(_codes: farm.codes.Codes, seconds: float) -> None:
+        raise farm.problems.CodeSpent(headers={"Retry-After": str(math.ceil(seconds))})
+
+    monkeypatch.setattr(farm.codes.Codes, "_pause", pause)
+
+
+@pytest.mark.usefixtures("hurried")
 async def test_every_reply_is_as_the_openapi_document_says(empty_database, long, tmp_path, caplog):
     """schemathesis, with all its checks and thousands of random requests."""
     if not long:
@@ -70,6 +83,7 @@ async def test_every_reply_is_as_the_openapi_document_says(empty_database, long,
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+@pytest.mark.usefixtures("hurried")
 async def test_so_it_is_with_authentication(empty_database, long, tmp_path, caplog):
     """And no call that wants a token does without one, which is one of the checks.
 
