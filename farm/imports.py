@@ -46,6 +46,7 @@ CHUNK = 500  # users that are staged at once
 
 # ---- Lines to users ----------------------------------------------------------------------------------------
 
+TOLD = frozenset(ImportedUser.__struct_fields__)
 FIELDS = ("login", "password", "project_id", "env", "domain", "totp")
 Numbered = tuple[int, ImportedUser, Timed | None]  # the line that a user began on, the user, and its codes
 
@@ -96,7 +97,7 @@ class ImportFile:
 
     def check(self, number: int, values: Any) -> Numbered | None:
         """Of several faults in a line the first is told, so that the first 100 tell of as many lines."""
-        if isinstance(values, dict):
+        if isinstance(values, dict) and not values.keys() <= TOLD:  # most lines have nothing else
             values = {name: value for name, value in values.items() if not only_tells(name)}
         try:
             user = msgspec.convert(values, ImportedUser)
