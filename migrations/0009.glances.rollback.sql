@@ -1,4 +1,6 @@
-drop index users_by_login;
+drop index "a login is unique within a project and env";
+
+alter table users add constraint "a login is unique within a project and env" unique (project_id, env, login);
 
 drop index locks_quarantined;
 

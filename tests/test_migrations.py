@@ -49,7 +49,7 @@ PINNED = {
     "0006.clients": "ad455bd3c765e5d1",
     "0007.labels": "db2f46fd2035485a",
     "0008.free_users": "7dd649367414832c",
-    "0009.glances": "fa95d4d86bd5d5a5",
+    "0009.glances": "4b3fd1879bca05d4",
     "0010.more_than_a_password": "7e8e595cf4d460ab",
 }
 
