@@ -255,9 +255,11 @@ def _explained_by_kind(fault: BaseException, place: str, text: str) -> SchemaErr
         case asyncpg.TargetServerAttributeNotMatched():
             return Unreachable(f"The database cannot be reached: {place} takes no writes. Name the primary.")
         case ssl.SSLCertVerificationError():
+            is_of_another = "mismatch" in fault.verify_message
+            way = "Write a host that it names" if is_of_another else "Name its authority's by sslrootcert=FILE"
+            told = fault.verify_message.rstrip(".")
             return SchemaError(
-                f"The certificate of the database at {place} is not accepted: {fault.verify_message}. "
-                "Name its authority's by sslrootcert=FILE in DATABASE_URL."
+                f"The certificate of the database at {place} is not accepted: {told}. {way} in DATABASE_URL."
             )
         case ssl.SSLError():
             return SchemaError(f"TLS with {place} fails: {text or fault}. Check the certificates in DATABASE_URL.")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
@@ -42,6 +44,10 @@ from conftest import (
     slug,
     wait_ready,
 )
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from grid import Grid, Wire, answers, ask, eventually, postgres, replicas
 
 import farm.database
@@ -569,6 +575,57 @@ def test_a_message_about_a_certificate_speaks_of_the_certificate(mode, tmp_path,
         farm.migrations.migrate(f"{url}&sslrootcert={tmp_path / 'broken.crt'}")
     with pytest.raises(farm.migrations.SchemaError, match="sslrootcert=system goes with sslmode=verify-full"):
         farm.migrations.migrate("postgresql://u:p@127.0.0.1:1/d?sslrootcert=system&sslmode=require")
+
+
+def certificate(folder: Path, name: str) -> Path:
+    """A certificate for one host, signed by itself; its key lies beside it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]), datetime.now(UTC)
+    unsigned = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+    unsigned = unsigned.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    names = x509.SubjectAlternativeName([x509.DNSName(name)])
+    file = folder / f"{name}.crt"
+    file.write_bytes(unsigned.add_extension(names, False).sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    clear = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    file.with_suffix(".key").write_bytes(clear)
+    return file
+
+
+class Tls(Wire):
+    """A database that speaks TLS, as managed ones do."""
+
+    def __init__(self, url: str, file: Path) -> None:
+        super().__init__(url)
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.context.load_cert_chain(file, file.with_suffix(".key"))
+        self.encrypted = 0
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readexactly(8) == struct.pack("!ii", 8, 80877103)  # SSLRequest
+        writer.write(b"S")
+        await writer.start_tls(self.context)
+        self.encrypted += 1
+        await super()._handle(reader, writer)
+
+
+async def test_over_tls_a_database_is_served_from_where_its_certificate_is_known_and_names_it(empty_database, tmp_path):
+    own, other = certificate(tmp_path, "localhost"), certificate(tmp_path, "other.test")
+    wire = Tls(empty_database, own)
+    async with wire.open() as url:
+        named = url.replace("127.0.0.1", "localhost")
+        full = {"sslmode": "verify-full", "sslrootcert": str(own)}
+        async with replicas(with_query(named, **full), tmp_path, {}) as (replica,):
+            assert (await ask(replica.port, "GET", "/users")).status == 200
+        assert wire.encrypted > 2
+        for place, query, told in (
+            (url, full, "Write a host that it names in DATABASE_URL"),
+            (named, full | {"sslrootcert": str(other)}, "Name its authority's by sslrootcert=FILE in DATABASE_URL"),
+            (named, {"sslrootcert": "system"}, "Name its authority's by sslrootcert=FILE in DATABASE_URL"),
+        ):
+            said = await asyncio.to_thread(refused, with_query(place, **query))
+            assert "The certificate of the database at" in said
+            assert f". {told}.\n" in said
+            assert ".." not in said
 
 
 # What a database can hold, and what it keeps.
