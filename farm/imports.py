@@ -66,6 +66,8 @@ class ImportFile:
         *whole, rest = (self._rest + part).split(b"\n")
         self._rest = rest[: LONGEST_LINE + 1]  # of a line that is too long, as much as tells so
         for line in whole:
+            if len(self.errors) >= 100:  # of 20,000 bad lines in one part, all would hold the event loop for a second
+                return
             self._number += 1
             line = self._first(line) if self._number == 1 else line
             if len(line) > LONGEST_LINE:
@@ -211,9 +213,10 @@ class CsvFile(ImportFile):
     def _read_header(self, number: int, cells: list[str | None]) -> None:
         names = [cell or "" for cell in cells]
         missing = {"login", "project_id", "env"}.difference(names)
+        before = set[str]()
         for column, name in enumerate(names, 1):  # by number: without a header, a name would be a password
             if only_tells(name) or name in FIELDS or (name.startswith("label.") and re.match(WORD, name[6:])):
-                if name in names[: column - 1]:
+                if name in before:
                     self.fail(number, name, f"the column {shown(name)} is there twice")
             elif right := meant(name):
                 self.fail(number, right, f"column {column} is called {shown(name)}: write {right!r}")
@@ -221,6 +224,7 @@ class CsvFile(ImportFile):
             else:
                 known = f"{', '.join(FIELDS)} or label.<key>"
                 self.fail(number, None, f"column {column} is not one of {known}; is the header line missing?")
+            before.add(name)
         for name in sorted(missing):
             self.fail(number, name, f"the column {name} is missing")
         self.header = [] if self.errors else names

@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from conftest import acquire, make_users, slug
 
+import farm.imports
 import farm.settings
 from farm.imports import CHUNK
 
@@ -136,6 +137,13 @@ async def test_a_login_twice_in_a_file_names_both_lines(api, project):
 async def test_only_the_first_hundred_errors_are_told(api, project):
     answer = await send(api, "\n".join(["{}"] * 500))
     assert [error["line"] for error in answer.json()["errors"]] == list(range(1, 101))
+
+
+def test_after_a_hundred_errors_no_line_is_looked_at_any_more():
+    """All 20,000 that fit into one part of a body would hold up every other call for a second."""
+    file = farm.imports.NdjsonFile(farm.settings.Settings())
+    assert list(file.feed(b"{}\n" * 20_000)) == []
+    assert len(file.errors) == 100
 
 
 async def test_what_is_no_import_is_refused(api, project, service, monkeypatch):
