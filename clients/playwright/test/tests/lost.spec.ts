@@ -1,6 +1,7 @@
 import { test } from '@botfarm/playwright';
 
 test('loses its user', async ({ bot, page }) => {
+  test.setTimeout(180_000);
   await fetch(`${process.env.BOTFARM_URL}/users/${bot.user.id}/lock`, { method: 'DELETE' });
   await page.getByText('never there').waitFor();
 });
