@@ -333,8 +333,7 @@ async def import_users(request: Call) -> words.Imported:
     media = media_of(request.header(b"content-type") or "")
     if media not in (NDJSON, CSV):
         raise problems.UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
-    if (encoding := request.header(b"content-encoding") or "identity") != "identity":
-        raise problems.UnsupportedMediaType.encoded(encoding)
+    request.check_encoding()
     request.check_length(settings.max_import, "BOTFARM_MAX_IMPORT")
     file = (NdjsonFile if media == NDJSON else CsvFile)(settings, request.caller.projects)
     imported = await farm.imports.run(file, request.parts())
@@ -515,7 +514,7 @@ async def delete_session(request: Call, id: Id) -> None:
 
 
 @post(
-    "/locks/{id:uuid}/totp", status_code=200, **LOCKING,
+    "/locks/{id:uuid}/totp", status_code=200, tags=["locks"], opt={"scope": "locks", "bodiless": True},
     raises=[problems.LockNotHeld, problems.NoTotp, problems.CodeSpent, problems.NotSealed, problems.ShuttingDown],
 )  # fmt: skip
 async def give_code(request: Call, id: Id) -> Response[words.Code]:

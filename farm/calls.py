@@ -180,6 +180,7 @@ class Call(Request[Any, Any, State]):
     async def any_json(self) -> bytes:
         """The body as it was sent, which is JSON of any form."""
         self.check_media()
+        self.check_encoding()
         body = await self.body()
         check_json(body)
         return body
@@ -193,6 +194,10 @@ class Call(Request[Any, Any, State]):
             raise problems.UnsupportedMediaType(
                 f"The content type is {media!r}, but this call takes {JSON} (curl: --json)."
             )
+
+    def check_encoding(self) -> None:
+        if (encoding := self.header(b"content-encoding") or "identity") != "identity":
+            raise problems.UnsupportedMediaType.encoded(encoding)
 
     def decode(self, body: bytes, kind: type[Struct]) -> Any:
         try:
@@ -248,7 +253,8 @@ async def enter(request: Call) -> None:
             await keep_inside(request.farm, caller, scope)
     if scope["query_string"] and not handler.opt.get("page"):  # a page's address holds what its script reads
         check_query(scope["query_string"], query_of(handler), scope["path_params"])
-    if scope["method"] == "DELETE" and request.has_body():  # what was meant as a filter there must not widen it
+    # What was meant as a filter there must not widen it, and a code that is not what was asked for must not be spent.
+    if (scope["method"] == "DELETE" or handler.opt.get("bodiless")) and request.has_body():
         request.check_media()
         request.decode(await request.body() or b"{}", NoBody)
 

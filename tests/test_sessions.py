@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import secrets
 import uuid
@@ -145,6 +146,9 @@ async def test_only_a_live_lock_gets_to_it(api, project, lock, database):
         for answer in (await keep(api, ended, b"2"), await kept(api, ended), await forget(api, ended)):
             assert slug(answer) == "lock-not-held"
     assert (await keep(api, lock, b"2")).json()["ended_by"] == "expired"
+    for content in (b"{}", gzip.compress(b"{}")):
+        answer = await api.put(path, content=content, headers=AS_JSON | {"Content-Encoding": "gzip"})
+        assert slug(answer) == "unsupported-media-type"
     assert (await kept(api, (await acquire(api, project)).json())).content == b'{"sid": 1}'
 
 
