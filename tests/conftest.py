@@ -131,6 +131,15 @@ async def pass_time(url: str, user_id: str, seconds: int = 3600) -> None:
     await execute(url, f"update locks set {times} where user_id = '{user_id}'")
 
 
+async def blocked(url: str, count: int = 1) -> None:
+    """Until so many statements wait for what others have locked."""
+    waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    end = time.monotonic() + 10
+    while len(await execute(url, waiting)) < count:
+        assert time.monotonic() < end, "nobody waited"
+        await asyncio.sleep(0.01)
+
+
 @pytest.fixture(scope="session")
 def database(server: str) -> Iterator[str]:
     """The database of the shared service."""

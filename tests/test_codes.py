@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from urllib.parse import quote
 
+import asyncpg
 import httpx
 import pytest
 from conftest import (
     KEY,
     acquire,
+    blocked,
     client,
     command,
     execute,
@@ -85,6 +87,14 @@ def test_the_codes_are_those_of_rfc_6238_appendix_b(algorithm, moment, codes):
     began = moment // timed.period * timed.period
     assert timed.generator.code(began, timed.period) == told
     assert Generator(SEEDS[algorithm], algorithm, 6).code(began, 30) == told[2:]
+
+
+@pytest.mark.parametrize("period", [15, 30, 60, 120])
+def test_a_period_is_a_step_of_its_length(period):
+    """The counts 0 to 9 of RFC 4226 appendix D."""
+    told = ["755224", "287082", "359152", "969429", "338314", "254676", "287922", "162583", "399871", "520489"]
+    timed = read_totp(f"otpauth://totp/x?secret={base64.b32encode(SEEDS['SHA1']).decode()}&period={period}")
+    assert [timed.generator.code(count * timed.period, timed.period) for count in range(10)] == told
 
 
 @pytest.mark.parametrize(
@@ -233,6 +243,25 @@ async def test_codes_go_out_once_and_in_order_over_two_replicas(short_steps, pro
     assert not [(a, b) for a, _, told in seen for b, begun, _ in seen if told < begun and b <= a]
 
 
+async def test_two_that_ask_in_one_moment_are_not_given_one_code(short_steps, project):
+    """Both have begun while somebody else has the row of the lock, and go on when it is free."""
+    with serving(settings(short_steps)) as one, serving(settings(short_steps)) as two:
+        async with client(one.url) as first, client(two.url) as second:
+            await make_users(first, project, totp=SECRET)
+            lock = (await acquire(first, project)).json()
+            connection = await asyncpg.connect(short_steps)
+            try:
+                async with connection.transaction():
+                    await connection.execute("select from locks for update")
+                    calls = [asyncio.create_task(give(api, lock)) for api in (first, second)]
+                    await blocked(short_steps, 2)
+            finally:
+                await connection.close()
+            answers = await asyncio.gather(*calls)
+            assert len({answer.json()["code"] for answer in answers}) == 2
+            assert len({step(answer) for answer in answers}) == 2
+
+
 async def test_where_the_lock_ends_meanwhile_nobody_is_given_a_code(short_steps, project, monkeypatch):
     monkeypatch.setattr(farm.codes, "SPARE", 5)  # longer than a step, so that each call waits
     with serving(settings(short_steps)) as alone:
@@ -246,8 +275,38 @@ async def test_where_the_lock_ends_meanwhile_nobody_is_given_a_code(short_steps,
     assert (await execute(short_steps, "select spent_until from user_codes"))[0][0] == 0
 
 
+async def test_a_lock_that_ends_while_its_call_has_its_turn_to_come_spends_nothing(api, project, database):
+    await make_users(api, project, totp=SECRET)
+    lock = (await acquire(api, project)).json()
+    this = f"from user_codes where user_id = '{lock['user']['id']}'"
+    connection = await asyncpg.connect(database)
+    try:
+        async with connection.transaction():
+            await connection.execute(f"select {this} for update")
+            late = asyncio.create_task(give(api, lock))
+            await blocked(database)
+            assert (await api.delete(f"/locks/{lock['id']}")).status_code == 204
+    finally:
+        await connection.close()
+    answer = await late
+    assert answer.status_code == 404, "it was given a code"
+    assert slug(answer) == "lock-not-held"
+    assert (await execute(database, f"select spent_until {this}"))[0][0] == 0
+
+
+async def test_a_call_that_says_what_it_has_no_field_for_spends_nothing(api, project, database):
+    await make_users(api, project, totp=SECRET)
+    lock = (await acquire(api, project)).json()
+    path = f"/locks/{lock['id']}/totp"
+    for sent in ({"params": {"digits": 8}}, {"json": {"digits": 8}}):
+        assert slug(await api.post(path, **sent)) == "invalid"
+    assert slug(await api.post(path, content="x", headers={"Content-Type": "text/plain"})) == "unsupported-media-type"
+    spent = f"select spent_until from user_codes where user_id = '{lock['user']['id']}'"
+    assert (await execute(database, spent))[0][0] == 0
+    assert (await api.post(path, json={})).status_code == 200
+
+
 async def test_a_former_holder_spends_nothing_of_the_next_ones(api, project, database):
-    """Nor does one whose row is taken while its call waits for it."""
     await make_users(api, project, totp=SECRET)
     lock = (await acquire(api, project)).json()
     await pass_time(database, lock["user"]["id"])

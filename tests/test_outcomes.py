@@ -7,7 +7,7 @@ import uuid
 
 import asyncpg
 import pytest
-from conftest import acquire, client, execute, make_users, pass_time, serving, settings, slug
+from conftest import acquire, blocked, client, execute, make_users, pass_time, serving, settings, slug
 
 import farm.database
 import farm.locks
@@ -136,19 +136,60 @@ async def test_how_many_it_takes_is_a_setting(empty_database, project, limit, ex
             assert (await state(api, user))[0] == expected
 
 
-async def test_three_at_once_that_end_one_lock_count_once(replicas, project):
-    """The lock is compared in the statement that counts, so the second one of three has nothing to count."""
+async def test_three_at_once_that_end_one_lock_count_once(replicas, project, database):
+    """The lock is compared in the statement that counts, so the second one of three has nothing to count.
+
+    All have begun before any is done: somebody has the row.
+    """
     (user,) = await make_users(replicas[0], project)
     for turn in range(1, 4):
         lock = (await acquire(replicas[0], project)).json()
-        calls = [
-            replicas[number % 2].delete(f"/locks/{lock['id']}", params={"outcome": "bad-login"}) for number in range(3)
-        ]
+        path, query = f"/locks/{lock['id']}", {"outcome": "bad-login"}
+        connection = await asyncpg.connect(database)
+        try:
+            async with connection.transaction():
+                await connection.execute("select from locks where user_id = $1 for update", user["id"])
+                calls = [asyncio.create_task(replicas[n % 2].delete(path, params=query)) for n in range(3)]
+                await blocked(database, 2)  # one of each replica
+        finally:
+            await connection.close()
         answers = await asyncio.gather(*calls)
         assert sorted(answer.status_code for answer in answers) == [204, 404, 404]
         assert (await state(replicas[0], user))[0] == ("quarantined" if turn == 3 else "free")
     outcomes = [i["outcome"] for i in (await replicas[0].get(f"/users/{user['id']}/history")).json()["items"]]
     assert outcomes == ["bad-login"] * 3
+
+
+@pytest.mark.parametrize(
+    ("before", "reason", "expected"),
+    [(None, "ada looks at it", ("quarantined", "ada looks at it")), ("broken", None, ("free", None))],
+    ids=["taken out", "put back"],
+)
+async def test_a_bad_login_is_counted_with_what_a_person_does_in_the_same_moment(
+    api, project, database, before, reason, expected
+):
+    """The third one, that has begun while the row is hers: her reason stays, and the end of a quarantine counts."""
+    (user,) = await make_users(api, project)
+    for _ in range(2):
+        await went(api, user, "bad-login")
+    lock = (await acquire(api, project)).json()
+    if before:
+        await api.post(f"/users/{user['id']}/quarantine", json={"reason": before})
+    connection = await asyncpg.connect(database)
+    try:
+        async with connection.transaction():
+            await connection.fetch(farm.database.SQL["set_quarantine"], uuid.UUID(user["id"]), reason)
+            call = asyncio.create_task(api.delete(f"/locks/{lock['id']}", params={"outcome": "bad-login"}))
+            await blocked(database)
+    finally:
+        await connection.close()
+    assert (await call).status_code == 204
+    assert await state(api, user) == expected
+    if before:
+        await went(api, user, "bad-login")
+        assert await state(api, user) == expected
+        await went(api, user, "bad-login")
+        assert await state(api, user) == ("quarantined", REASON)
 
 
 async def test_a_late_outcome_says_nothing_of_the_next_holder(api, project, database):

@@ -290,7 +290,7 @@ async def test_a_client_sees_its_projects_alone(secured, looks):  # noqa: F811
 async def test_users_are_found_by_how_their_login_begins(api, project):
     logins = ["50%-a", "50%-b", "501", "a_b", "axb", "a\\b", "Ab", "bot", "ä1"]
     for login in logins:
-        await make_users(api, project, login=login)
+        await make_users(api, project, login=login, labels={"role": "admin"} if login == "a\\b" else {})
 
     async def found(prefix, **query):
         answer = await api.get("/users", params={"project_id": project, "login_prefix": prefix} | query)
@@ -303,7 +303,22 @@ async def test_users_are_found_by_how_their_login_begins(api, project):
     assert await found("50", limit=2, cursor=more) == (["501"], None)
     exported = await api.get("/users/export", params={"project_id": project, "login_prefix": "50%"})
     assert len(exported.text.splitlines()) == 2
-    assert slug(await api.get("/users", params={"login_prefix": ""})) == "invalid"
+    assert await found("a", label="role:admin") == (["a\\b"], None)
+    assert await found("a", login="axb") == (["axb"], None)
+    assert await found("a", state="locked") == ([], None)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [{"login_prefix": ""}, {"login_prefix": "x" * 255}, {"login_prefix": "a\0"}, {"login_prefix": "a\x85"},
+     {"login_prefix": ["a", "b"]}, {"login_prefx": "a"}, {"login_suffix": "a"}],
+    ids=str,
+)  # fmt: skip
+async def test_a_prefix_that_is_none_is_refused(api, query):
+    for path in ("/users", "/users/export"):
+        answer = await api.get(path, params=query)
+        assert slug(answer) == "invalid"
+        assert answer.json()["errors"][0]["field"] == next(iter(query))
 
 
 async def test_an_index_leads_to_logins_whatever_the_collation(empty_database):

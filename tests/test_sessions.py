@@ -9,10 +9,23 @@ import secrets
 import uuid
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 
 import asyncpg
 import pytest
-from conftest import KEY, acquire, client, command, execute, make_users, pass_time, serving, settings, slug
+from conftest import (
+    KEY,
+    acquire,
+    blocked,
+    client,
+    command,
+    execute,
+    make_users,
+    pass_time,
+    serving,
+    settings,
+    slug,
+)
 
 import farm.passwords
 import farm.sessions
@@ -133,6 +146,9 @@ async def test_a_ttl_that_is_none_stores_nothing(api, lock, ttl):
 async def test_what_is_not_sent_as_json_is_refused(api, lock):
     path = f"/locks/{lock['id']}/session"
     assert slug(await api.put(path, content=b"{}", headers={"Content-Type": "text/plain"})) == "unsupported-media-type"
+    for content in (b"{}", gzip.compress(b"{}")):
+        answer = await api.put(path, content=content, headers=AS_JSON | {"Content-Encoding": "gzip"})
+        assert slug(answer) == "unsupported-media-type"
     assert slug(await api.put(path, json={}, params={"tll": 5})) == "invalid"
     assert slug(await kept(api, lock)) == "no-session"
 
@@ -146,9 +162,6 @@ async def test_only_a_live_lock_gets_to_it(api, project, lock, database):
         for answer in (await keep(api, ended, b"2"), await kept(api, ended), await forget(api, ended)):
             assert slug(answer) == "lock-not-held"
     assert (await keep(api, lock, b"2")).json()["ended_by"] == "expired"
-    for content in (b"{}", gzip.compress(b"{}")):
-        answer = await api.put(path, content=content, headers=AS_JSON | {"Content-Encoding": "gzip"})
-        assert slug(answer) == "unsupported-media-type"
     assert (await kept(api, (await acquire(api, project)).json())).content == b'{"sid": 1}'
 
 
@@ -156,32 +169,54 @@ async def forget(api, lock):
     return await api.delete(f"/locks/{lock['id']}/session")
 
 
-async def test_a_former_holder_never_overwrites_what_the_next_one_keeps(api, project, lock, database):
-    """Its statement waits for the row while the next holder takes it, and compares the lock once more."""
+@pytest.mark.parametrize(
+    "ended",
+    [
+        "lock_id = gen_random_uuid(), fence = fence + 1",
+        "expires_at = clock_timestamp(), ready_at = clock_timestamp()",
+    ],
+    ids=["taken", "expired"],
+)
+async def test_a_former_holder_never_overwrites_what_the_next_one_finds(api, project, lock, database, ended):
+    """Its statement waits for the row while the lock ends, and compares it once more."""
+    this = lock["user"]["id"]
+    await keep(api, lock, b'"first"')
+    for late in (partial(keep, content=b'"late"'), forget):
+        connection = await asyncpg.connect(database)
+        try:
+            async with connection.transaction():
+                await connection.execute(f"update locks set {ended} where user_id = $1", this)
+                call = asyncio.create_task(late(api, lock))
+                await blocked(database)
+        finally:
+            await connection.close()
+        answer = await call
+        assert answer.status_code == 404, "it was done for the next holder's user"
+        assert slug(answer) == "lock-not-held"
+        await api.delete(f"/users/{this}/lock")
+        lock = (await acquire(api, project)).json()
+        assert (await kept(api, lock)).content == b'"first"'
+
+
+async def test_what_the_next_holder_has_found_is_not_replaced_by_a_write_that_had_begun_before(
+    api, project, lock, database
+):
+    """Such a write holds the lock's row, so the user is not handed on until it is done."""
     await keep(api, lock, b'"first"')
     connection = await asyncpg.connect(database)
     try:
-        for call in (keep(api, lock, b'"late"'), forget(api, lock)):
-            async with connection.transaction():
-                taking = "update locks set lock_id = $2, fence = fence + 1 where user_id = $1 returning lock_id"
-                row = await connection.fetchrow(taking, lock["user"]["id"], uuid.uuid4())
-                late = asyncio.create_task(call)
-                await blocked(connection)
-            assert slug(await late) == "lock-not-held"
-            assert (await kept(api, {"id": row["lock_id"]})).content == b'"first"'
-            await execute(database, f"update locks set lock_id = '{lock['id']}' where lock_id = '{row['lock_id']}'")
+        async with connection.transaction():
+            await connection.execute("select from user_sessions where user_id = $1 for update", lock["user"]["id"])
+            begun = asyncio.create_task(keep(api, lock, b'"begun"'))
+            await blocked(database)
+            released = asyncio.create_task(api.delete(f"/locks/{lock['id']}"))
+            granted = asyncio.create_task(acquire(api, project, wait=20))
+            await asyncio.wait([granted], timeout=1)
+            found = (await kept(api, granted.result().json())).content if granted.done() else b'"begun"'
     finally:
         await connection.close()
-
-
-async def blocked(connection):
-    """Until another call waits for what this connection has."""
-    for _ in range(500):
-        waiting = "select from pg_locks where not granted and pg_backend_pid() = any(pg_blocking_pids(pid))"
-        if await connection.fetch(waiting):
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("nobody waited")
+    assert [(await call).status_code for call in (begun, released, granted)] == [204, 204, 201]
+    assert (await kept(api, granted.result().json())).content == found
 
 
 # How it ends
@@ -275,7 +310,7 @@ async def test_one_that_is_stored_anew_as_it_is_forgotten_stays(api, project, lo
         async with connection.transaction():
             await connection.execute(f"update user_sessions set ends_at = now() + interval '1 hour' {this}")
             pruning = asyncio.create_task(execute(database, PRUNE))
-            await blocked(connection)
+            await blocked(database)
         await pruning
     finally:
         await connection.close()
