@@ -4,6 +4,6 @@ const WAIT = 330_000; // ms: longer than a bot is waited for
 
 Cypress.Commands.add('bot', (filter = {}) => cy.task('botfarm:acquire', filter, { timeout: WAIT, log: false }));
 
-afterEach(() => {
-  cy.task('botfarm:end', null, { log: false });
+afterEach(function () {
+  cy.task('botfarm:end', this.currentTest.state, { log: false });
 });

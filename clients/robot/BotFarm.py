@@ -57,9 +57,14 @@ class BotFarm:
         return self._keep(self.farm.acquire_set(wishes, **self._times))
 
     @keyword
-    def release_bot(self, bot: Lock, cooldown: int = 0, quarantine: str | None = None) -> None:
-        """Give it back before the end. It rests for `cooldown` seconds; `quarantine` says why it is broken."""
-        bot.release(cooldown=cooldown, quarantine=quarantine)
+    def release_bot(
+        self, bot: Lock, cooldown: int = 0, quarantine: str | None = None, outcome: str | None = None
+    ) -> None:
+        """Give it back before the end. It rests for `cooldown` seconds; `quarantine` says why it is broken.
+
+        `outcome` is `passed`, `failed`, or `bad-login` where the account itself did not work.
+        """
+        bot.release(cooldown=cooldown, quarantine=quarantine, outcome=outcome)
 
     @property
     def farm(self) -> Farm:
@@ -85,7 +90,8 @@ class BotFarm:
     def end_test(self, data: Any, result: Any) -> None:
         if lost := self._lost():
             result.status, result.message = "FAIL", lost
-        self._release(data.full_name)
+        # Of a skipped test nothing is told, nor of what a suite has: it is there for several tests.
+        self._release(data.full_name, {"PASS": "passed", "FAIL": "failed"}.get(result.status))
 
     def end_suite(self, data: Any, result: Any) -> None:
         self._release(data.full_name)
@@ -100,9 +106,9 @@ class BotFarm:
         self._told += lost
         return "\n".join(str(lock.lost) for lock in lost)
 
-    def _release(self, name: str) -> None:
+    def _release(self, name: str, outcome: str | None = None) -> None:
         for lock in self._held.pop(name, []):
             try:
-                lock.release()
+                lock.release(outcome=outcome)
             except BotfarmError as fault:
                 logger.warn(f"BotFarm: {lock.name} is not given back, its ttl frees it: {fault}")

@@ -42,7 +42,12 @@ export default class BotService {
     Object.defineProperty(browser, 'bot', { get, configurable: true });
   }
 
+  /** How the tests of the session went; not called where there was no browser. */
+  after(failures) {
+    this.outcome = failures ? 'failed' : 'passed';
+  }
+
   async afterSession() {
-    await this.bot?.release();
+    await this.bot?.release({ outcome: this.outcome });
   }
 }

@@ -13,23 +13,37 @@ e2e.setupNodeEvents((name, action) => (events[name] = action));
 function browser() {
   const commands = {};
   const hooks = [];
-  const cy = { task: async (name, arg) => JSON.parse(JSON.stringify(await events.task[name](arg))) };
+  let last;
+  const run = async (name, arg) => JSON.parse(JSON.stringify(await events.task[name](arg)));
+  const cy = { task: (name, arg) => (last = run(name, arg)) };
   const support = new Function('Cypress', 'afterEach', 'cy', readFileSync(require.resolve('@botfarm/cypress/support'), 'utf8'));
   support({ Commands: { add: (name, command) => (commands[name] = command) } }, (hook) => hooks.push(hook), cy);
-  return { ...commands, end: () => events.task['botfarm:end'](), hooks };
+  const end = (state) => {
+    hooks.forEach((hook) => hook.call({ currentTest: { state } }));
+    return last;
+  };
+  return { ...commands, ...cy, end };
 }
 
 const held = async () => (await (await fetch(`${URL}/users?project_id=${process.env.BOTFARM_PROJECT}&state=locked`)).json()).items;
 
 test('a test has users, and they are given back after it', async () => {
   const cy = browser();
-  assert.equal(cy.hooks.length, 1);
   const [one, two] = [await cy.bot(), await cy.bot({ labels: { role: 'buyer' }, ttl: 1 })];
   assert.deepEqual([two.login, two.password, two.labels], ['bot-1', 'pw-1', { role: 'buyer' }]);
   await sleep(1500);
   assert.deepEqual((await held()).map((user) => user.login).sort(), [one.login, two.login].sort());
-  assert.equal(await cy.end(), null);
+  assert.equal(await cy.end('passed'), null);
   assert.deepEqual(await held(), []);
+});
+
+test('of a test that went no way nothing is told, and of an account what it is', async () => {
+  const cy = browser();
+  await cy.bot();
+  await cy.end('pending');
+  await cy.bot();
+  await cy.task('botfarm:end', 'bad-login');
+  await cy.end('failed');
 });
 
 test('a user that was lost fails the test, and the others are given back', async () => {
@@ -38,9 +52,9 @@ test('a user that was lost fails the test, and the others are given back', async
   await cy.bot();
   await fetch(`${URL}/users/${bot.user.id}/lock`, { method: 'DELETE' });
   await sleep(600);
-  await assert.rejects(cy.end(), new RegExp(`the lock on the user "${bot.login}" was lost: forced at 20`));
+  await assert.rejects(cy.end('failed'), new RegExp(`the lock on the user "${bot.login}" was lost: forced at 20`));
   assert.deepEqual(await held(), []);
-  assert.equal(await cy.end(), null);
+  assert.equal(await cy.end('passed'), null);
 });
 
 test('what a browser left is given back after the spec, and after the run', async () => {

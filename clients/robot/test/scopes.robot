@@ -25,3 +25,10 @@ A Test Has What The One Before It Had
     ${again}=    Acquire Bot    role=buyer
     Should Be Equal    ${MINE.login}    ${again.login}
     Should Be Equal    ${again.password}    pw-1
+    Release Bot    ${again}    outcome=bad-login
+    Acquire Bot    role=buyer
+
+Of A Test That Is Skipped Nothing Is Told
+    ${MINE}=    Acquire Bot    role=buyer
+    VAR    ${MINE}    ${MINE}    scope=TEST
+    Skip

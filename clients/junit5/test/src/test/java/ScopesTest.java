@@ -4,6 +4,7 @@ import static org.junit.jupiter.api.Assertions.assertNotEquals;
 import botfarm.junit5.Account;
 import botfarm.junit5.Bot;
 import java.util.Map;
+import org.junit.jupiter.api.Assumptions;
 import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.params.ParameterizedTest;
@@ -20,6 +21,16 @@ class ScopesTest {
     @Test
     void aTestThatFailsGivesItsUserBack(@Bot Account bot) {
         assertEquals("nobody", bot.login());
+    }
+
+    @Test
+    void ofOneThatIsAbortedNothingIsTold(@Bot Account bot) {
+        Assumptions.abort();
+    }
+
+    @Test
+    void anAccountThatDoesNotWorkIsGivenBackAsSuch(@Bot Account bot) {
+        bot.release("bad-login");
     }
 
     @ParameterizedTest

@@ -71,6 +71,11 @@ public final class Account implements AutoCloseable {
     /** Give the user back. */
     @Override
     public void close() {
+        release(null);
+    }
+
+    /** And say how it went: passed, failed, or bad-login where the account itself did not work. */
+    public void release(String outcome) {
         synchronized (this) {
             if (closed) {
                 return;
@@ -81,7 +86,8 @@ public final class Account implements AutoCloseable {
         farm.held.remove(this);
         boolean interrupted = Thread.interrupted(); // a test that was stopped gives its user back all the same
         try {
-            farm.call("DELETE", "/locks/" + lockId(), null, () -> "", Farm.REPLY, 0);
+            String query = outcome == null ? "" : "?outcome=" + outcome;
+            farm.call("DELETE", "/locks/" + lockId() + query, null, () -> "", Farm.REPLY, 0);
         } catch (Refused refused) {
             if (!"lock-not-held".equals(refused.slug())) { // else it has ended, or a lost reply had ended it
                 throw refused;

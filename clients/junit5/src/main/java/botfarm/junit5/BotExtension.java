@@ -13,6 +13,7 @@ import org.junit.jupiter.api.extension.InvocationInterceptor;
 import org.junit.jupiter.api.extension.ParameterContext;
 import org.junit.jupiter.api.extension.ParameterResolver;
 import org.junit.jupiter.api.extension.ReflectiveInvocationContext;
+import org.opentest4j.TestAbortedException;
 
 /** What is behind {@link Bot}. */
 public final class BotExtension implements ParameterResolver, InvocationInterceptor {
@@ -22,9 +23,25 @@ public final class BotExtension implements ParameterResolver, InvocationIntercep
     private static final class Accounts extends ArrayList<Account> implements AutoCloseable {
         private static final long serialVersionUID = 1;
 
+        private final transient ExtensionContext context;
+
+        Accounts(ExtensionContext context) {
+            this.context = context;
+        }
+
         @Override
         public void close() {
-            forEach(Account::close);
+            String outcome = outcome();
+            forEach(account -> account.release(outcome));
+        }
+
+        /** How the test went. Nothing is told of one that was aborted, nor of a class, which has several. */
+        private String outcome() {
+            Throwable failure = context.getExecutionException().orElse(null);
+            if (context.getTestMethod().isEmpty() || failure instanceof TestAbortedException) {
+                return null;
+            }
+            return failure == null ? "passed" : "failed";
         }
     }
 
@@ -84,7 +101,7 @@ public final class BotExtension implements ParameterResolver, InvocationIntercep
     /** By the context's id: a store would show a test those of its class, which last longer. */
     private static Accounts accounts(ExtensionContext context) {
         Store store = context.getStore(NAMESPACE);
-        return store.getOrComputeIfAbsent(context.getUniqueId(), id -> new Accounts(), Accounts.class);
+        return store.getOrComputeIfAbsent(context.getUniqueId(), id -> new Accounts(context), Accounts.class);
     }
 
     @Override
