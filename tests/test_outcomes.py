@@ -223,24 +223,26 @@ async def test_pools_tell_how_many_fail(api, project):
 
 # Notes, holds and hand-over
 
+LONGEST = "\N{BROKEN HEART}" * 500
+
 
 async def test_a_note_is_shown_with_the_lock_wherever_its_holder_is(api, project):
     users = await make_users(api, project, 4)
     wishes = {"project_id": project, "holder": "ci", "note": "run 1"}
     one = (await api.post("/locks", json=wishes, headers={"Idempotency-Key": project})).json()
     other = next(user for user in users if user["id"] != one["user"]["id"])
-    two = (await api.put(f"/users/{other['id']}/lock", json={"note": "run 2"})).json()
+    two = (await api.put(f"/users/{other['id']}/lock", json={"note": LONGEST})).json()
     both = (
         await api.post("/locks/sets", json={"users": [{"project_id": project, "count": 2}], "note": "run 3"})
     ).json()
     repeated = (await api.post("/locks", json=wishes, headers={"Idempotency-Key": project})).json()
     locks = [one, repeated, two, *both["locks"]]
-    assert [lock["note"] for lock in locks] == ["run 1", "run 1", "run 2", "run 3", "run 3"]
+    assert [lock["note"] for lock in locks] == ["run 1", "run 1", LONGEST, "run 3", "run 3"]
     for lock in locks:
         assert (await api.get(f"/locks/{lock['id']}")).json()["note"] == lock["note"]
         assert (await api.get(f"/users/{lock['user']['id']}")).json()["lock"]["note"] == lock["note"]
     listed = (await api.get("/users", params={"project_id": project})).json()["items"]
-    assert sorted(user["lock"]["note"] for user in listed) == ["run 1", "run 2", "run 3", "run 3"]
+    assert sorted(user["lock"]["note"] for user in listed) == ["run 1", "run 3", "run 3", LONGEST]
 
 
 async def test_who_waited_has_a_note_too_and_the_next_lock_has_none(api, project):
@@ -278,7 +280,9 @@ async def test_a_failed_tests_account_is_kept_for_a_person(api, project):
     assert (await api.delete("/locks", params={"holder": "ci-4711", "project_id": project})).json() == {"released": 0}
     renewed = (await api.patch(f"/locks/{lock['id']}")).json()
     assert (renewed["ttl"], renewed["note"], renewed["holder"]) == (1800, "basket is empty", "ada")
-    assert (await api.patch(f"/locks/{lock['id']}", json={"note": ""})).json()["note"] == ""
+    emptied = (await api.patch(f"/locks/{lock['id']}", json={"note": ""})).json()
+    assert emptied["note"] == ""
+    assert emptied["expires_at"] > renewed["expires_at"]
     await api.patch(f"/locks/{lock['id']}", json={"note": "done"})
     assert (await api.delete("/locks", params={"holder": "ada", "project_id": project})).json() == {"released": 1}
     (ended,) = (await api.get(f"/users/{user['id']}/history")).json()["items"]

@@ -84,6 +84,14 @@ async def test_its_etag_is_that_of_its_content(api, lock):
     assert (await api.head(f"/locks/{lock['id']}/session")).headers["etag"] == tags[2]
 
 
+@pytest.mark.parametrize(("query", "seconds"), [({}, 86400), ({"ttl": 1}, 1), ({"ttl": 2592000}, 2592000)])
+async def test_it_is_kept_for_a_day_or_as_long_as_is_said(api, lock, database, query, seconds):
+    await keep(api, lock, **query)
+    kept_for = "select round(extract(epoch from ends_at - stored_at))::int, ends_at = session_until from user_sessions"
+    rows = await execute(database, f"{kept_for} join locks using (user_id) where user_id = '{lock['user']['id']}'")
+    assert [tuple(row) for row in rows] == [(seconds, True)]
+
+
 async def test_it_can_be_forgotten(api, lock, database):
     for _ in range(2):
         assert (await api.delete(f"/locks/{lock['id']}/session")).status_code == 204
@@ -438,6 +446,16 @@ async def test_a_preference_is_no_condition_and_has_two_words(api, project):
     assert locks[0] == locks[1]
     assert slug(await acquire(api, project, prefer="session")) == "pool-exhausted"
     assert slug(await api.put(f"/users/{locks[0]['user']['id']}/lock", json={"prefer": "session"})) == "invalid"
+
+
+async def test_who_waits_gets_whoever_comes_free_with_a_session_or_without(api, project):
+    users = await make_users(api, project, 2)
+    one, two = [(await api.put(f"/users/{user['id']}/lock")).json() for user in users]
+    await keep(api, one)
+    waiting = asyncio.create_task(acquire(api, project, prefer="session", wait=20))
+    await asyncio.sleep(0.3)
+    await api.delete(f"/locks/{two['id']}")
+    assert (await waiting).json()["user"]["login"] == "bot-1"
 
 
 async def test_a_repeat_with_a_key_finds_the_lock_that_preferred_a_session(api, project):
