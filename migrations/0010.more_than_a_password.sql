@@ -46,15 +46,17 @@ create index user_sessions_by_end on user_sessions (ends_at);
 -- Ciphertext cannot be compressed, so nobody tries to.
 alter table user_sessions alter column sealed set storage external;
 
--- The secrets of one-time codes, sealed, and how far their codes are given out.
+-- The secrets of one-time codes, sealed, and how far their codes are given out. A secret that is taken out leaves that
+-- behind, for it may be put back within the period of a code that was given.
 create table user_codes (
     user_id uuid primary key,
-    key_id text not null,
-    sealed bytea not null,
+    key_id text,
+    sealed bytea,
     period integer not null,
     -- Seconds since 1970: the end of the step whose code was given last. It only grows, whatever secret or period comes.
     spent_until bigint not null default 0,
     constraint "a code belongs to a user" foreign key (user_id) references users on delete cascade,
+    constraint "a secret of codes is sealed with a key" check ((key_id is null) = (sealed is null)),
     constraint "a secret of codes has a nonce and a tag" check (octet_length(sealed) > 28),
     constraint "a period is 15 to 120 seconds" check (period between 15 and 120)
 );

@@ -1,7 +1,9 @@
 -- Store the secrets of one-time codes that the file has, and forget those that it takes out.
 with gone as (
-    delete from user_codes
-    using pg_temp.import_rows
+    update user_codes
+    set key_id = null,
+        sealed = null
+    from pg_temp.import_rows
     where user_codes.user_id = import_rows.id
         and import_rows.has_codes
         and import_rows.code_sealed is null

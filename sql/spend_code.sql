@@ -10,6 +10,7 @@ with code as materialized (
     select user_codes.*
     from user_codes
     where user_id = (select user_id from locks where lock_id = $1::uuid)
+        and sealed is not null
     for update
 ),
 held as materialized (

@@ -49,8 +49,10 @@ with_codes as (
         period = excluded.period
 ),
 without_codes as (
-    delete from user_codes
-    using changed
+    update user_codes
+    set key_id = null,
+        sealed = null
+    from changed
     where user_codes.user_id = changed.id
         and $6::boolean
         and $8::bytea is null

@@ -365,6 +365,11 @@ async def test_it_comes_and_goes_by_patch(api, project, database):
     for _ in range(2):
         assert not (await api.patch(path, json={"totp": None})).json()["has_totp"]
     assert slug(await give(api, lock)) == "no-totp"
+    (listed,) = (await api.get("/users", params={"project_id": project})).json()["items"]
+    assert not listed["has_totp"]
+    assert (await api.patch(path, json={"totp": SECRET})).json()["has_totp"]
+    rows = await execute(database, f"select spent_until from user_codes where user_id = '{user['id']}'")
+    assert rows[0]["spent_until"] == step(first), "what was spent stays so while there is no secret"
     (ada,) = await make_users(api, project, login="ada", totp=None)
     assert not ada["has_totp"]
 

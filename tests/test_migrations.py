@@ -50,7 +50,7 @@ PINNED = {
     "0007.labels": "db2f46fd2035485a",
     "0008.free_users": "7dd649367414832c",
     "0009.glances": "4b3fd1879bca05d4",
-    "0010.more_than_a_password": "7e8e595cf4d460ab",
+    "0010.more_than_a_password": "f718458ab637bb2f",
 }
 
 
