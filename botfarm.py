@@ -96,6 +96,7 @@ from farm.imports import CsvFile, NdjsonFile, exported, labels_of, wants_csv
 from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
+from farm.overview import takes_gzip
 from farm.passwords import Passwords, check_keys, keyring_of, load_keys
 from farm.server import end_with_parent, on_stop
 from farm.sessions import LONGEST
@@ -312,7 +313,7 @@ async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = 
     headers = {"ETag": view.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
     if view.is_known(request.header(b"if-none-match")):
         return Response(cast("Any", None), status_code=304, headers=headers)
-    if "gzip" not in (request.header(b"accept-encoding") or ""):
+    if not takes_gzip(request.header(b"accept-encoding")):
         return Response(cast("Any", view.body), media_type=words.JSON, headers=headers)
     headers["Content-Encoding"] = "gzip"
     return Response(cast("Any", view.packed), media_type=words.JSON, headers=headers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -44,6 +45,11 @@ class View(Struct):
         """Whether who sent this If-None-Match has it (RFC 9110 section 13.1.2)."""
         known = [name.strip().removeprefix("W/") for name in (sent or "").split(",")]
         return self.etag.removeprefix("W/") in known or known == ["*"]
+
+
+def takes_gzip(accepted: str | None) -> bool:
+    """Whether an Accept-Encoding names it, and not with a weight of nothing (RFC 9110 section 12.5.3)."""
+    return bool(re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted or ""))
 
 
 class Look:

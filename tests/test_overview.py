@@ -208,6 +208,14 @@ async def test_what_has_not_changed_is_not_sent_again(service, api, project):
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", first.headers["etag"])
     plain = await api.get("/overview", params=query, headers={"Accept-Encoding": "identity"})
     assert [answer.headers.get("content-encoding") for answer in (first, plain)] == ["gzip", None]
+    for accepted, packing in (
+        ("br, gzip;q=0.5", "gzip"),
+        ("gzip; q=0, br", None),
+        ("gzip;q=0.0", None),
+        ("x-gzips", None),
+    ):
+        answer = await api.get("/overview", headers={"Accept-Encoding": accepted})
+        assert answer.headers.get("content-encoding") == packing, accepted
     assert (plain.content, plain.headers["etag"]) == (first.content, first.headers["etag"])
     await acquire(api, project)
     service.farm.glances._looks.clear()
