@@ -97,6 +97,7 @@ def read_address(url: str, name: str = "DATABASE_URL") -> Address:
         is_query = isinstance(fault, BadQuery) and "@" in url.partition("?")[0]
         raise SchemaError(f"{name} is not readable: {fault if is_query else special}") from None
     try:
+        _check_twice(parts, asked)
         asked = _of_service(asked)
         seconds = _checked(asked)
         _find_certificates(asked)
@@ -126,6 +127,15 @@ def _parts(url: str) -> tuple[SplitResult, dict[str, str]]:
     if not all(sign and re.fullmatch(r"[\w.]+", key) for key, sign, _ in pairs):
         raise BadQuery("what follows its ? are not words with values, as in sslmode=require&connect_timeout=10.")
     return parts, {key: unquote(value) for key, _, value in pairs}
+
+
+def _check_twice(parts: SplitResult, asked: dict[str, str]) -> None:
+    """ValueError for what stands before the question mark and behind it: libpq takes the latter, asyncpg the former."""
+    login, _, hosts = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    before = {"user": user, "password": password, "host": hosts, "port": hosts, "dbname": parts.path[1:]}
+    if twice := [key for key, value in before.items() if value and key in asked]:
+        raise ValueError(f"{twice[0]} can't be honoured behind the ?: what stands before it counts, so write it there")
 
 
 def _of_service(asked: dict[str, str]) -> dict[str, str]:
@@ -185,11 +195,22 @@ def _system_certificates() -> str:
 # ---- A connection ------------------------------------------------------------------------------------------
 
 
+# What is raised, of exactly these types, for a host or a port that is none, and for options that are none.
+NOT_UNDERSTOOD = (ValueError, IndexError, OverflowError, asyncpg.PostgresSyntaxError)
+
+
 async def connect(url: str, name: str = "DATABASE_URL", **options: Any) -> asyncpg.Connection:
     """To the server that takes writes."""
     address = read_address(url, name)
     options |= {"timeout": address.seconds, "target_session_attrs": "read-write"}
-    return await asyncpg.connect(address.url, **options)
+    try:
+        return await asyncpg.connect(address.url, **options)
+    except Exception as fault:
+        if type(fault) not in NOT_UNDERSTOOD:
+            raise
+        text = str(fault.args[0]).rstrip(".")
+        way_out = "Check its host, its port, and its options: ?options=-c%20search_path%3DNAME."
+        raise SchemaError(f"{name} is not understood: {address.place}: {text}. {way_out}") from None
 
 
 def run_apart(work: Coroutine[Any, Any, T]) -> T:

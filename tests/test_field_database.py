@@ -424,6 +424,9 @@ async def test_ordinary_faults_of_an_address_are_told_in_a_line(role, bare_datab
         ("postgresql:///d?host=/no/such/folder&user=u&password=hidden", "/no/such/folder"),
         ("postgresql://u:hidden@127.0.0.1:1,no-such-host.invalid/d", "no-such-host.invalid"),
         ("postgresql://u:hidden@a..b/d", "its host is no name of a host"),
+        ("postgresql://u:hidden@127.0.0.1:99999/d", "127.0.0.1:99999: connect(): port must be 0-65535. Check its host"),
+        ("postgresql://u:hidden@,/d", "DATABASE_URL is not understood: ,, port 5432"),
+        ("postgresql:///d?host=::1&user=u&password=hidden", "DATABASE_URL is not understood: ::1"),
     ],
 )
 def test_where_nobody_is_the_place_is_named_and_no_password(url, told):
@@ -542,6 +545,17 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_by_name(empty_database, 
         farm.migrations.migrate(with_query(empty_database, **{name: value}))
     assert "\n" not in str(fault.value)
     assert "%2F" not in str(fault.value)
+
+
+@pytest.mark.parametrize("options", ["search_path=own", "-c", "-c work_mem", "-x", "'"])
+def test_options_that_are_none_are_told_with_what_to_write(empty_database, options):
+    refused(with_query(empty_database, options=options), "DATABASE_URL", "?options=-c%20search_path%3DNAME")
+
+
+@pytest.mark.parametrize("name", ["user", "password", "host", "port", "dbname"])
+def test_what_stands_twice_in_a_url_is_refused_by_name(name):
+    """psql would go by what stands behind the question mark, and the driver by what stands before it."""
+    refused(f"postgresql://u:hidden@127.0.0.1:1/d?{name}=1", f"DATABASE_URL: {name} can't be honoured behind the ?")
 
 
 def test_all_of_libpq_is_known():
