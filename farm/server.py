@@ -35,7 +35,7 @@ from farm.locks import ANSWERS, GONE, WAITS
 from farm.migrations import prepared
 from farm.passwords import check_keys, keyring_of, load_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
-from farm.settings import Settings, log
+from farm.settings import BadSettings, Settings, log
 from farm.telemetry import SHARED
 from farm.words import JSON
 
@@ -342,6 +342,14 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
+def _check_host(host: str) -> None:
+    """BadSettings where nothing can listen there. (uvicorn would name neither the setting nor its value.)"""
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as fault:
+        raise BadSettings(f"BOTFARM_HOST: {host!r} is not an address to listen on: {fault}") from None
+
+
 def _config(settings: Settings, app: str) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -387,6 +395,7 @@ def serve(settings: Settings, app: str) -> int:
     """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
     if settings.log == "quiet":
         logging.getLogger().setLevel(logging.WARNING)
+    _check_host(settings.host)
     _open_many_files()
     if settings.auth == "off" and not _is_loopback(settings.host):
         log.warning("Opened to %s without authentication: whoever reaches it gets passwords", settings.host)

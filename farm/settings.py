@@ -59,8 +59,10 @@ def read_text(path: Path) -> str:
         text = path.expanduser().read_bytes().decode("utf-8-sig").strip()
     except OSError as fault:
         raise ValueError(f"it cannot be read ({fault.strerror})") from None
-    except (UnicodeDecodeError, RuntimeError):  # the latter for the home of nobody
+    except UnicodeDecodeError:
         raise ValueError("it is not text in UTF-8") from None
+    except RuntimeError:
+        raise ValueError("it cannot be read (there is no such home folder)") from None
     if not text:
         raise ValueError("it is empty")
     return text
@@ -161,6 +163,8 @@ def _text_of(environ: Mapping[str, str], variable: str, is_secret: bool) -> str 
 
 
 def _typed(field: str, text: str) -> Any:
+    if re.search("[\ud800-\udfff]", text):  # how Python reads bytes that are none
+        raise ValueError("it is not text in UTF-8")
     if field in ("keys", "signing_keys"):
         parse_keys(text)
     if field in ("database_url", "listen_url") and not re.match(r"postgres(ql)?://", text):

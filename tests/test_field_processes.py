@@ -229,6 +229,27 @@ def test_a_file_of_a_secret_may_come_from_any_editor(form, tmp_path):
     assert loaded.keys.reveal() == GOOD
 
 
+def test_a_setting_that_is_not_text_is_told_by_its_name():
+    variables = farm.settings.Settings.variables().values()
+    with pytest.raises(farm.settings.BadSettings) as told:
+        farm.settings.Settings.load(dict.fromkeys(variables, os.fsdecode(b"\xff")))
+    assert str(told.value).splitlines()[1:] == [f"{variable}: it is not text in UTF-8" for variable in variables]
+
+
+def test_the_home_of_nobody_is_told_as_just_that():
+    refused = command("migrate", env={"BOTFARM_KEYS_FILE": "~nobody-at-all/keys"})
+    assert refused.stderr.splitlines()[1:] == [
+        "BOTFARM_KEYS_FILE: ~nobody-at-all/keys: it cannot be read (there is no such home folder)"
+    ]
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "http://127.0.0.1", "127.0.0.1:80"])
+def test_a_host_to_listen_on_that_is_none_is_told_by_its_name(host):
+    refused = command(env={"BOTFARM_HOST": host, "DATABASE_URL": "postgresql://127.0.0.1:1/none"})
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert refused.stderr.startswith(f"BOTFARM_HOST: {host!r} is not an address to listen on: ")
+
+
 def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "keys").write_text(GOOD)
