@@ -100,7 +100,7 @@ from farm.overview import takes_gzip
 from farm.passwords import Passwords, check_keys, keyring_of, load_keys
 from farm.server import end_with_parent, on_stop
 from farm.sessions import LONGEST
-from farm.settings import Secret, Settings, jittered, log
+from farm.settings import BadSettings, Secret, Settings, jittered, log
 from farm.telemetry import JOURNAL, Events, log_as_lines
 from farm.waiting import Ask, listen
 from farm.words import CSV, NDJSON, Lock, User
@@ -881,7 +881,10 @@ def create_app(settings: Settings) -> Litestar:
 def __getattr__(name: str) -> Litestar:
     """`uvicorn botfarm:app`: the application is made when it is asked for, not when the module is imported."""
     if name == "app":
-        settings = Settings.load()
+        try:
+            settings = Settings.load()
+        except BadSettings as fault:  # uvicorn would show them below 30 lines of traceback
+            sys.exit(str(fault))
         if not logging.getLogger().handlers:
             log_as_lines(settings.log == "events")
         return create_app(settings)

@@ -156,8 +156,8 @@ async def _reseal(settings: Settings, url: str, keyring: Keyring) -> int:
 
 
 def _name(context: click.Context, argument: click.Parameter, text: str) -> str:
-    if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{1,100}", text):
-        raise click.BadParameter(f"{text!r} is not 1 to 100 characters without control characters")
+    if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,100}", text):
+        raise click.BadParameter(f"{text!r} is not 1 to 100 characters in UTF-8 without control characters")
     return text
 
 
@@ -246,10 +246,24 @@ def _shown(rows: Sequence[Any], refusal: str = "", **more: str) -> int:
 
 # -- What calls a service --------------------------------------------------------------------------------
 
+
+def _service(context: click.Context, option: click.Parameter, text: str) -> str:
+    """As people write it. BadParameter where nothing can be there."""
+    import httpx
+
+    try:
+        url = httpx.URL(service(text))
+        url.raw_host.decode().encode("idna")
+    except (httpx.InvalidURL, UnicodeError) as fault:
+        raise click.BadParameter(f"{text!r} is not an address: {fault}") from None
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise click.BadParameter(f"{text!r} is not an address as http://127.0.0.1:8000")
+    return service(text)
+
+
 of_service = click.option(
-    "--url", default="http://127.0.0.1:8000", show_default=True, help="the service",
-    callback=lambda context, option, url: service(url),
-)  # fmt: skip
+    "--url", default="http://127.0.0.1:8000", show_default=True, help="the service", callback=_service
+)
 
 
 @commands.command("check")
@@ -310,8 +324,10 @@ def _http() -> httpx.Client:
 def _token_headers(url: str) -> dict[str, str]:
     """A token of the client that BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET name, where they are set."""
     client = os.environ.get("BOTFARM_CLIENT_ID", ""), os.environ.get("BOTFARM_CLIENT_SECRET", "")
-    if not all(client):
+    if not any(client):
         return {}
+    if not all(client) or not "".join(client).isprintable():
+        raise BadSettings("BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET: set both, to what `client add` has printed")
     with _http() as http:
         answer = http.post(f"{url}/token", data={"grant_type": "client_credentials"}, auth=client)
     if answer.status_code != 200:
@@ -321,11 +337,10 @@ def _token_headers(url: str) -> dict[str, str]:
 
 def _refused(answer: httpx.Response) -> int:
     """Tell why, an error a line."""
-    try:
-        problem = answer.json()
-    except ValueError:
+    if answer.headers.get("Content-Type") != "application/problem+json":  # a proxy's, or another service's
         print(f"{answer.status_code}: {answer.text[:200]}", file=sys.stderr)
         return 1
+    problem = answer.json()
     print(f"{problem['status']} {problem['detail']}", file=sys.stderr)
     for error in problem.get("errors", []):
         print(f"line {error.get('line')}: {error.get('field') or ''}: {error['message']}", file=sys.stderr)
@@ -366,6 +381,7 @@ def keygen_command() -> None:
 @click.pass_obj
 def openapi_command(app: str) -> None:
     """Print the OpenAPI document."""
+    Settings.load()  # what is wrong with them ends a command with status 2
     print(json.dumps(pkgutil.resolve_name(app).state.openapi(), indent=2))
 
 
@@ -417,7 +433,7 @@ def let_go_of_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _foreseen(error: Exception) -> Exception | None:
+def _foreseen(error: Exception) -> Exception | str | None:
     """What ends a command with a sentence; None for a bug of ours. Imported only when something has gone wrong."""
     import httpx
 
@@ -426,8 +442,12 @@ def _foreseen(error: Exception) -> Exception | None:
     from farm.embedded import EmbeddedError
     from farm.passwords import KeyFault
 
-    if isinstance(error, (SchemaError, KeyFault, EmbeddedError, httpx.HTTPError)):
+    if isinstance(error, (SchemaError, KeyFault, EmbeddedError)):
         return error
+    if isinstance(error, httpx.RequestError):
+        url = error.request.url
+        where, why = f"{url.scheme}://{url.netloc.decode()}", str(error).rstrip(".")  # without a password
+        return f"{where} does not answer: {why}. Is the service there? --url names another one."
     if isinstance(error, DATABASE_FAULTS):
         return explained(error.__cause__ or error, "DATABASE_URL") or error
     return error if isinstance(error, OSError) else None

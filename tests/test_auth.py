@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import math
+import os
 import re
 import secrets
 import shutil
@@ -864,6 +865,7 @@ async def test_the_commands_send_a_token_of_their_client(secured, project):
         (("add", "x", "--scope", "users:read all"), "'all'"),
         (("add", "x", "--scope", ""), "at least one"),
         (("add", "a\nb", "--scope", "locks"), "control characters"),
+        (("add", os.fsdecode(b"\xff"), "--scope", "locks"), "1 to 100 characters in UTF-8"),
         (("add", "x", "--scope", "locks", "--project", "nope"), "nope"),
         (("rotate", "x", "--keep", "soon"), "'soon'"),
         ((), "COMMAND"),

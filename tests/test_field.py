@@ -10,8 +10,10 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 import uuid
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import asyncpg
@@ -290,6 +292,51 @@ def test_standard_input_and_output_that_are_closed_are_told_in_one_line(monkeypa
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["export", "--url", service.url]) == 1
     assert capsys.readouterr().err == "Error: Standard output is closed.\n"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h:x", "http://[::1", os.fsdecode(b"http://\xff"), "http://a..b", "ftp://h", "http://", "", "h?x=1"]
+)
+def test_what_is_no_address_of_a_service_is_told_in_a_line(url, capsys):
+    for words in (["export"], ["import", "-"]):
+        assert main([*words, "--url", url]) == 2
+        assert f"Error: Invalid value for '--url': {url!r} is not an address" in capsys.readouterr().err
+
+
+def test_a_service_that_does_not_answer_is_named_and_no_password(capsys):
+    assert main(["export", "--url", "http://u:hidden@127.0.0.1:1"]) == 1
+    told = "http://127.0.0.1:1 does not answer: [Errno 111] Connection refused."
+    assert capsys.readouterr().err == f"{told} Is the service there? --url names another one.\n"
+
+
+@pytest.mark.parametrize("body", ['{"message": "no route"}', "[]", "null", "<html>"])
+def test_what_a_proxy_answers_is_shown_as_it_is(body, capsys):
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(502)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *words: object) -> None:
+            """None."""
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        thread = threading.Thread(target=proxy.handle_request)
+        thread.start()
+        assert main(["export", "--url", f"http://127.0.0.1:{proxy.server_port}"]) == 1
+        thread.join(5)
+    assert capsys.readouterr().err == f"502: {body}\n"
+
+
+@pytest.mark.parametrize("secret", [None, "", os.fsdecode(b"\xff"), "s3cret\n"])
+def test_half_a_client_and_one_that_is_no_text_are_told(monkeypatch, capsys, service, secret):
+    monkeypatch.setenv("BOTFARM_CLIENT_ID", str(uuid.uuid4()))
+    if secret is not None:
+        monkeypatch.setenv("BOTFARM_CLIENT_SECRET", secret)
+    assert main(["export", "--url", service.url]) == 2
+    told = "BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET: set both, to what `client add` has printed\n"
+    assert capsys.readouterr().err == told
 
 
 HEADER = "login,password,project_id,env"

@@ -208,6 +208,12 @@ def test_a_start_by_uvicorn_that_fails_says_why_without_a_traceback(server):
     assert "Traceback" not in told
 
 
+def test_bad_settings_are_told_without_a_traceback_by_uvicorn_too():
+    with by_uvicorn("mysql://x") as failing:
+        told, _ = failing.communicate(timeout=30)
+    assert told == "Bad settings:\nDATABASE_URL: must begin with postgresql://\n"
+
+
 async def test_a_start_by_uvicorn_that_waits_ends_when_it_is_told_to(bare_database):
     await asyncio.to_thread(farm.migrations.migrate, bare_database)
     await asyncio.to_thread(farm.migrations.migrate, bare_database, rollback=True)
