@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from email.message import Message
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -28,9 +28,16 @@ SECRETS = ("password", "totp")
 UTF8 = ("utf-8", "utf8", "us-ascii")  # as Content-Type names it
 
 
-def told(text: str, place: str, value: Any) -> str:
+def choices_of(kind: Any) -> Iterator[str]:
+    """The values of a Literal, wherever in a type it stands."""
+    for part in get_args(kind):
+        yield from [part] if get_origin(kind) is Literal else choices_of(part)
+
+
+def told(text: str, place: str, value: Any, kind: Any) -> str:
     """What msgspec says of a value, in words, and with the value where that is no secret."""
-    text = in_words(text, RULES)
+    is_choice = text.startswith("Invalid enum value")
+    text = f"choose one of {', '.join(choices_of(kind))}" if is_choice else in_words(text, RULES)
     return text if not place or place.endswith(SECRETS) else f"{shown(value)} is not allowed: {text}"
 
 
@@ -47,14 +54,14 @@ def _label_error(place: str, labels: dict[str, Any], message: str) -> FieldError
 UNKNOWN, MISSING = "unknown field", "required, but missing"
 
 
-def _fault(error: msgspec.ValidationError, name: str, value: Any) -> FieldError:
+def _fault(error: msgspec.ValidationError, name: str, value: Any, kind: Any) -> FieldError:
     """What is wrong with a field, or with a body, whose name is empty."""
     text, _, where = str(error).partition(" - at ")
     if name == "labels" and isinstance(value, dict):
         return _label_error(name, value, text)
     if found := re.search(r"\$\[(\d+)\]", where):
         name, value = f"{name}[{found[1]}]", value[int(found[1])]
-    return FieldError(name or None, told(text, name, value))
+    return FieldError(name or None, told(text, name, value, kind))
 
 
 def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[FieldError]:
@@ -70,7 +77,7 @@ def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[Fie
             setattr(good, name, msgspec.convert(raw[name], field.type))
         except msgspec.ValidationError as error:
             inner = list(_faults_in_set(raw[name], settings)) if name == "users" else []
-            yield from inner or [_fault(error, name, raw[name])]
+            yield from inner or [_fault(error, name, raw[name], field.type)]
     yield from forbidden(settings, good)
 
 
@@ -82,7 +89,7 @@ def _faults_in_set(parts: Any, settings: Settings) -> Iterator[FieldError]:
 
 def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, settings: Settings) -> list[FieldError]:
     """What is wrong with a body, with the values that were sent (but for secrets)."""
-    return list(islice(_faults(raw, kind, settings), 100)) if isinstance(raw, dict) else [_fault(error, "", raw)]
+    return list(islice(_faults(raw, kind, settings), 100)) if isinstance(raw, dict) else [_fault(error, "", raw, kind)]
 
 
 def _number(text: str) -> float:

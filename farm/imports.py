@@ -48,6 +48,7 @@ CHUNK = 500  # users that are staged at once
 
 TOLD = frozenset(ImportedUser.__struct_fields__)
 FIELDS = ("login", "password", "project_id", "env", "domain", "totp")
+NAMES = (*FIELDS, *TELLING, "has_session", "has_totp")
 Numbered = tuple[int, ImportedUser, Timed | None]  # the line that a user began on, the user, and its codes
 
 
@@ -157,7 +158,7 @@ def meant(name: str) -> str | None:
     label = re.fullmatch(r"\W*label\s*\.\s*([^\s\ufeff]+)\W*", name, re.IGNORECASE)
     if label and re.match(WORD, label[1]):
         return f"label.{label[1]}"
-    return next((field for field in (*FIELDS, *TELLING) if field.replace("_", "") == letters), None)
+    return next((field for field in NAMES if field.replace("_", "") == letters), None)
 
 
 def separator_of(header: str) -> str | None:

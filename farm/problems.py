@@ -87,6 +87,10 @@ class MalformedBody(Problem, status=400, slug="malformed-body"):
 class NotFound(Problem, status=404, slug="not-found"):
     """There is no such page."""
 
+    @classmethod
+    def at(cls, path: str) -> NotFound:
+        return cls(f"There is nothing at {shown(path)}; see /docs.")
+
 
 class MethodNotAllowed(Problem, status=405, slug="method-not-allowed"):
     """The method is not allowed here."""

@@ -354,6 +354,7 @@ HEADER = "login,password,project_id,env"
         ("project_id,env,\u00a0login,password", "login", '"\\u00a0login"'),
         ("project_id,env,login,\ufeffpassword", "password", '"\\ufeffpassword"'),
         ("project_id,env,login,password,Created_At", "created_at", '"Created_At"'),
+        ("project_id,env,login,password,HAS_SESSION", "has_session", '"HAS_SESSION"'),
         ("project_id,env,login,password, label.role", "label.role", '" label.role"'),
         ("project_id,env,login,password,label.role ", "label.role", '"label.role "'),
         ("project_id,env,login,password,Label. role", "label.role", '"Label. role"'),

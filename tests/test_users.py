@@ -157,6 +157,51 @@ async def test_a_body_where_none_belongs_widens_nothing(api, project):
     assert (await api.request("DELETE", f"/locks/{lock['id']}", json={})).status_code == 204
 
 
+async def test_a_call_that_needs_a_body_and_has_none_says_just_that(api, project):
+    (user,) = await make_users(api, project)
+    own = f"/users/{user['id']}"
+    calls = [("POST", path) for path in ("/users", "/locks", "/locks/sets", f"{own}/verify", f"{own}/quarantine")]
+    for method, path in [*calls, ("PATCH", own)]:
+        answer = await api.request(method, path)
+        assert slug(answer) == "malformed-body"
+        assert answer.json()["detail"] == "There is no body, but this call takes JSON."
+
+
+async def test_a_value_that_is_none_of_a_choice_is_told_the_choices(api, project):
+    lock = f"/locks/{uuid.uuid4()}"
+    for answer, field, told in (
+        (await api.get("/users?state=gone"), "state", '"gone"|free, locked, resting, quarantined'),
+        (await api.get("/users/export?state="), "state", '""|free, locked, resting, quarantined'),
+        (await api.delete(f"{lock}?outcome=won"), "outcome", '"won"|passed, failed, bad-login'),
+        (await api.post("/locks", json={"project_id": project, "prefer": "x"}), "prefer", '"x"|any, session'),
+    ):
+        value, _, choices = told.partition("|")
+        assert slug(answer) == "invalid"
+        message = f"{value} is not allowed: choose one of {choices}"
+        assert answer.json()["errors"] == [{"field": field, "message": message}]
+
+
+async def test_a_parameter_that_is_given_twice_is_told_once(api):
+    answer = await api.get("/users?limit=1&limit=2&limit=3")
+    assert answer.json()["errors"] == [{"field": "limit", "message": "is given twice"}]
+    many = await api.get("/users?" + "label=a:b&" * 101)
+    assert "100 parameters" in many.json()["detail"]
+
+
+async def test_an_id_in_a_path_is_a_uuid_as_it_is_everywhere_else(api, project):
+    (user,) = await make_users(api, project)
+    id = user["id"]
+    lock = (await acquire(api, project)).json()["id"]
+    for path in (f"/users/{id.upper()}", f"/users/{id.replace('-', '')}", f"/users/{id}/history", f"/users/{id}/"):
+        assert (await api.get(path)).status_code == 200
+    plain = id.replace("-", "")
+    odd = [f"{{{id}}}", f"urn:uuid:{id}", f"{id}}}", f"+{plain[1:]}", f"%20{plain[1:]}", f"0-{plain[1:]}", f"{id}-"]
+    for way in odd:
+        for path in (f"/users/{way}", f"/users/{way}/history", f"/locks/{way.replace(id, lock)}"):
+            assert slug(await api.get(path)) == "not-found"
+        assert slug(await api.delete(f"/users/{way}?force=true")) == "not-found"
+
+
 async def test_what_is_encoded_is_refused_as_such(api, project):
     packed = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
     assert slug(await api.post("/locks", content=gzip.compress(b"{}"), headers=packed)) == "unsupported-media-type"
