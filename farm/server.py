@@ -65,6 +65,18 @@ class _Way:
         self.protocol.end(self.protocol.cycle.more_body)
 
 
+def _without_chunks(cycle: RequestResponseCycle) -> Any:
+    """What sends a reply over HTTP/1.0: its end is that of the connection. (uvicorn would write chunks there, too.)"""
+    send = cycle.send
+
+    async def send_plain(message: Any) -> None:
+        cycle.chunked_encoding = False
+        cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_plain
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, which bounds what slow and endless callers hold, and tells a call that its caller is gone.
 
@@ -136,8 +148,9 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         cycle = self.cycle  # a reply before the end of the body ends the connection, as long as that end has not come
         self._keeps, cycle.keep_alive, cycle.transport = cycle.keep_alive, False, self._way
-        if cycle.waiting_for_100_continue and cycle.scope["http_version"] != "1.1":
+        if cycle.scope["http_version"] != "1.1":
             cycle.waiting_for_100_continue = False  # RFC 9110, section 10.1.1
+            cycle.send = _without_chunks(cycle)
 
     def on_body(self, body: bytes) -> None:
         self._brought += len(body)

@@ -22,7 +22,7 @@ import hypothesis
 import jwt
 import pytest
 import ready
-from conftest import acquire, command, environment, examples, make_users, serving, settings, slug
+from conftest import acquire, command, environment, examples, make_users, raw, serving, settings, slug
 from hypothesis import strategies as st
 from litestar.exceptions import ClientException
 
@@ -200,6 +200,19 @@ def test_more_labels_than_a_header_can_hold_are_told_before_anything_is_sent(emp
         answer = httpx.get(f"{alone.url}/users/export", headers=EXPORTED)
     assert slug(answer) == "invalid"
     assert "960 labels, too many" in answer.json()["detail"]
+
+
+async def test_over_http_1_0_an_export_ends_with_the_connection(api, project, service):
+    """There are no chunks there (RFC 9112, section 6.1): whoever reads one would take their lengths for lines."""
+    await make_users(api, project, count=3)
+    for method, lines in (("GET", 3), ("HEAD", 0)):
+        path = f"/users/export?project_id={project}"
+        reply = await asyncio.to_thread(raw, service.url, f"{method} {path} HTTP/1.0\r\n\r\n".encode())
+        head, _, body = reply.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        assert [json.loads(line)["login"] for line in body.splitlines()] == [f"bot-{n}" for n in range(lines)]
+    sized = await asyncio.to_thread(raw, service.url, b"GET /livez HTTP/1.0\r\n\r\n")
+    assert b"content-length: 15" in sized
 
 
 async def test_the_api_document_tells_both_forms_of_an_export(api):
