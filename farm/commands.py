@@ -104,6 +104,8 @@ async def _rows(settings: Settings, url: str, statement: str, *values: Any) -> S
 def migrate_command(rollback: bool, rest: int | None) -> None:
     """Bring the database's schema up to date."""
     settings = Settings.load()
+    if rollback and rest is not None:
+        raise click.UsageError("--rollback and --after-restore do not go together: a restore needs the whole schema.")
     if rest is not None and not -1 <= rest <= 86400 * 365:
         raise BadSettings(f"--after-restore: {rest} is not 0 to {86400 * 365} seconds")
     from farm.migrations import migrate

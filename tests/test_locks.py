@@ -345,6 +345,8 @@ async def test_after_a_restore_every_user_rests_and_the_fences_are_ahead(empty_d
 def test_a_restore_rests_for_the_longest_ttl_unless_told(empty_database):
     env = {"DATABASE_URL": empty_database, "BOTFARM_MAX_TTL": "777"}
     assert "0 users rest for 777 seconds" in command("migrate", "--after-restore", env=env).stdout
+    both = command("migrate", "--rollback", "--after-restore", env=env)
+    assert (both.returncode, command("migrate", env=env).stdout) == (2, "nothing to do\n")
     refused = command("migrate", "--after-restore", "-5", env=env)
     assert (refused.returncode, "'-5'" in refused.stderr) == (2, True)
 
