@@ -407,6 +407,8 @@ async def acquire_lock(request: Call, data: JSONBody[words.AcquireLock]) -> Resp
 )  # fmt: skip
 async def acquire_user(request: Call, id: Id, data: JSONBody[words.AcquireUser] = NO_WISHES) -> Response[Lock]:
     """Acquire a lock on this very user."""
+    if data is NO_WISHES:  # a body is checked as it is read, and the default ttl may be over BOTFARM_MAX_TTL, too
+        request.check(data)
     ask = ask_of(request, (words.Wish(id),), data)
     if ask.wait:
         row = await request.farm.pool.fetchrow(SQL["get_user"], id)

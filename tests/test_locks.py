@@ -81,6 +81,18 @@ async def test_the_body_of_a_lock_on_one_user_is_optional(api, project):
     assert (refused.json()["holder"], refused.json()["expires_at"]) == ("", lock["expires_at"])
 
 
+async def test_the_default_ttl_is_no_way_around_the_longest_one(empty_database, project):
+    with serving(settings(empty_database, max_ttl=10)) as short:
+        async with client(short.url) as api:
+            (user,) = await make_users(api, project)
+            own = f"/users/{user['id']}/lock"
+            for answer in (await api.put(own), await api.put(own, json={}), await acquire(api, project)):
+                assert answer.json()["errors"] == [
+                    {"field": "ttl", "message": "300 is over the longest ttl of 10 seconds"}
+                ]
+            assert (await api.put(own, json={"ttl": 10})).status_code == 201
+
+
 async def test_a_heartbeat_moves_the_end(api, project):
     await make_users(api, project)
     lock = (await acquire(api, project, ttl=100)).json()
