@@ -128,7 +128,8 @@ class NdjsonFile(ImportFile):
         try:
             values = msgspec.json.decode(line)
         except UNREADABLE:
-            return self.fail(number, None, "the line is not JSON in UTF-8")
+            way_out = "write one object a line, or send CSV as text/csv"
+            return self.fail(number, None, f"the line is not JSON in UTF-8: {way_out}")
         return self.check(number, values)
 
 

@@ -398,6 +398,14 @@ async def test_a_csv_with_another_separator_is_told_as_just_that(api, sign, word
     assert await told(api, f"{mark}{header}\r\na{sign}b{sign}c{sign}d\r\n".encode()) == [(1, None, message)]
 
 
+@pytest.mark.parametrize("text", [f"{HEADER}\n", '[\n  {"login": "ada"}\n]', '{"login": "a"}{"login": "b"}'])
+async def test_what_is_not_json_by_lines_is_told_what_is_read(api, text):
+    answer = await api.post("/users/import", content=text, headers=NDJSON)
+    assert slug(answer) == "invalid"
+    told = "the line is not JSON in UTF-8: write one object a line, or send CSV as text/csv"
+    assert answer.json()["errors"][0] == {"line": 1, "field": None, "message": told}
+
+
 @pytest.mark.parametrize("headers", [CSV, NDJSON], ids=["CSV", "NDJSON"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 async def test_a_file_in_utf_16_is_told_as_just_that(api, project, headers, encoding):
