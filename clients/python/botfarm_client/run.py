@@ -39,7 +39,8 @@ class Run:
 
     def start(self, words: list[str], env: dict[bytes, bytes]) -> None:
         """Before any thread runs, so that what the child does between fork and exec is safe. OSError if it can't."""
-        self._gave = os.isatty(0) and self._in_front()
+        # Not where a pager or the like reads its output: that one may want the terminal, and ours gets it when it asks.
+        self._gave = os.isatty(0) and os.isatty(1) and self._in_front()
         foreground = self._terminal if self._gave else None
 
         def apart() -> None:
@@ -132,12 +133,18 @@ class Run:
         self._gave = False
 
     def _suspended(self, number: int) -> None:
-        """It has stopped. For Ctrl-Z we stop as well, so that the shell takes over; its lock may run out meanwhile."""
+        """It has stopped. For Ctrl-Z we stop as well, so that the shell takes over; its lock may run out meanwhile.
+
+        All of our group does, as the terminal would have it: a script that runs us, what is at the end of a pipe. Where
+        no shell looks after that group the system ignores it, and so do we.
+        """
         if number == signal.SIGSTOP or self._terminal is None:
             return
         if number == signal.SIGTSTP or not self._in_front():  # else it asks for the terminal, which it can have
             self.close()
-            os.kill(os.getpid(), signal.SIGSTOP)
+            before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.killpg(0, signal.SIGTSTP)
+            signal.signal(signal.SIGTSTP, before)
         self._give()
         self._send(signal.SIGCONT)
 
