@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,10 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 from botfarm_client import Farm
-from conftest import free_port, long_chapter, process, until, wait_ready
+from conftest import free_port, long_chapter, process, serving, settings, until, wait_ready
 from gate import around, create, ends, force, gate, held, history, outcomes, seconds_until_free, users
+
+from farm.settings import Secret
 
 long_chapter("waits for the ends of processes for a minute")
 
@@ -89,6 +92,14 @@ def test_a_command_gets_a_user_and_gives_it_back(service, project):
     assert ends(service.url, user) == ["released"]
 
 
+def test_of_labels_that_come_to_one_name_the_first_is_told_and_that_is_said(service, project):
+    create(service.url, project, labels={"x.y": "dot", "x-y": "dash", "role": "small", "Role": "large"})
+    done = botfarm(service.url, "exec", *filters(project), "echo $BOTFARM_LABEL_X_Y $BOTFARM_LABEL_ROLE")
+    assert done.stdout == "dash large\n"
+    lines = "botfarm: the label {} of bot-0 is not told: another one comes to BOTFARM_LABEL_{}, too\n"
+    assert done.stderr == lines.format("role", "ROLE") + lines.format("x.y", "X_Y")
+
+
 def test_several_users_are_numbered(service, project):
     create(service.url, project, count=3)
     show = "echo $BOTFARM_USER_1_LOGIN/$BOTFARM_USER_1_PASSWORD $BOTFARM_USER_2_LOGIN$BOTFARM_USER_LOGIN"
@@ -110,9 +121,14 @@ def test_the_lock_goes_to_a_file_instead_of_the_password_to_the_environment(serv
     assert (mode, passwords) == ("600", "0")
     assert json.loads(lock)["user"]["password"] == "pw-0"
     assert list(tmp_path.iterdir()) == []  # neither it nor what it was made of
-    done = botfarm(service.url, "exec", *filters(project, "--file", str(tmp_path / "no" / "lock")), "echo ran")
-    assert (done.returncode, done.stdout) == (78, "")
+    (tmp_path / "folder").mkdir()
+    for nowhere in ("no/lock", "folder"):
+        done = botfarm(service.url, "exec", *filters(project, "--file", str(tmp_path / nowhere)), "echo ran")
+        assert (done.returncode, done.stdout) == (78, "")
     assert held(service.url, project) == []
+    keeping = ["--file", str(path), "--keep-on-failure", "30m"]
+    assert botfarm(service.url, "exec", *filters(project, *keeping), "exit 3").returncode == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_command_that_is_run_has_its_own_group_and_our_session_and_files(service, project, tmp_path):
@@ -137,15 +153,22 @@ def test_a_command_that_is_run_has_its_own_group_and_our_session_and_files(servi
         (["--project", "{project}", "--", "no-such-command"], 127, "no-such-command: No such file"),
         (["--project", "{project}", "--", "/"], 126, "/: Permission denied"),
         (["--project", "{project}"], 64, "write it behind --"),
+        (["--project", "{project}", "--", ""], 64, "write it behind --"),
         (["--", "true"], 64, "name the project"),
         (["--project", "{project}", "--user", "{project}", "--", "true"], 64, "name the project"),
         (["--project", "{project}", "--label", "role", "--", "true"], 64, "write KEY=VALUE"),
         (["--project", "{project}", "--colour", "red", "--", "true"], 64, "unrecognized arguments: --colour red"),
         (["--project", "{project}", "--env", "moon", "--", "true"], 64, "moon"),
+        (["--project", "{project}", "--label", "a=b", "--label", "a=c", "--", "true"], 64, "a --label is there twice"),
+        (["--project", "{project}", "-E", "256", "--", "true"], 64, "write 0 to 255"),
         (["--set", "[]", "--", "true"], 64, "no list of wishes"),
+        (["--set", '[{{"project_id":', "--", "true"], 64, "it is no JSON"),
+        (["--set", '[{{"project_id": "{project}", "colour": "red"}}]', "--", "true"], 64, "users[0].colour"),
+        (["--user", "ü b", "--", "true"], 64, "There is nothing at"),
         (["--project", "{project}", "--label", "role=nobody", "--", "true"], 65, "No user at all matches"),
         (["--user", "{project}", "--", "true"], 65, "user"),
         (["--project", "{project}", "--url", "botfarm", "--", "true"], 78, "is no URL of BotFarm"),
+        (["--project", "{project}", "--url", "http://me:pw@botfarm", "--", "true"], 78, "'http://…@botfarm' is no URL"),
     ],
 )
 def test_the_exit_status_tells_what_happened(service, project, words, status, told):
@@ -185,6 +208,7 @@ def test_none_free_in_time_has_a_status_that_can_be_chosen(service, project):
         asked = filters(project, "--wait", "0")
         assert botfarm(service.url, "exec", *asked, "true").returncode == 75
         assert botfarm(service.url, "exec", "-E", "3", *asked, "true").returncode == 3
+        assert botfarm(service.url, "acquire", "--project", project, "--wait", "0").returncode == 75
 
 
 def test_a_service_that_is_not_there_is_told_of_after_a_while(project):
@@ -192,6 +216,24 @@ def test_a_service_that_is_not_there_is_told_of_after_a_while(project):
     done = botfarm(url, "exec", *filters(project, "--wait", "0"), "true")
     assert done.returncode == 69
     assert f"BotFarm at {url} can't be reached: " in done.stderr
+
+
+def test_who_is_not_known_is_not_allowed(empty_database, project):
+    secured = {"auth": "on", "signing_keys": Secret(f"s1:{'B' * 43}=")}
+    with serving(settings(empty_database, **secured)) as guarded:
+        done = botfarm(guarded.url, "exec", *filters(project), "true")
+        assert (done.returncode, "set BOTFARM_CLIENT_ID" in done.stderr) == (77, True)
+        known = {"BOTFARM_CLIENT_ID": str(uuid.uuid4()), "BOTFARM_CLIENT_SECRET": "much secret"}
+        done = botfarm(guarded.url, "exec", *filters(project), "true", **known)
+        assert (done.returncode, "invalid_client" in done.stderr, "much" in done.stderr) == (77, True, False)
+
+
+def test_a_command_behind_one_that_takes_none_is_refused_and_takes_no_user(service, project):
+    (user,) = create(service.url, project)
+    done = botfarm(service.url, "acquire", "--project", project, "--", "pytest")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert re.search("unrecognized arguments: .*pytest", done.stderr)
+    assert history(service.url, user) == []
 
 
 def test_without_a_url_it_says_how_to_set_one(project):
@@ -339,7 +381,7 @@ def test_a_restart_of_the_service_ends_no_command(empty_database, project):
 def test_the_user_of_a_command_that_failed_is_kept_for_a_person(service, project):
     (user,) = create(service.url, project)
     keeping = ["--holder", "ci-4711", "--note", "https://ci.example/4711", "--keep-on-failure", "30m"]
-    done = botfarm(service.url, "exec", *filters(project, *keeping), "exit 3", "secret")
+    done = botfarm(f"{service.url}/", "exec", *filters(project, *keeping), "exit 3", "secret")
     assert done.returncode == 3
     assert botfarm(service.url, "release", "--holder", "ci-4711").stderr == "botfarm: 0 given back\n"
     until_when = users(service.url, project)["bot-0"]["lock"]["expires_at"]
@@ -365,41 +407,74 @@ def test_no_user_is_kept_of_a_command_that_succeeds_or_is_stopped(service, proje
 
 # ---- The terminal ------------------------------------------------------------------------------------------
 
-# A shell's part: a terminal, the command in its foreground, and what is typed.
-SHELL = r"""
-import os, pty, signal, sys, time
+# A person's part: a terminal in which something is started; each text is typed once the one before it has been seen.
+PERSON = r"""
+import contextlib, json, os, pty, signal, sys
 pid, fd = pty.fork()
 if not pid:
-    os.execv(sys.executable, [sys.executable, "-m", "botfarm_client.command", *sys.argv[2:]])
-text = b""
-def read(word):
-    global text
-    while word not in text:
+    os.execvp(sys.argv[2], sys.argv[2:])
+signal.alarm(30)
+for seen, typed in json.loads(sys.argv[1]):
+    text = b""
+    while seen.encode() not in text:
         text += os.read(fd, 1000)
-read(b"ready")
-front = [os.tcgetpgrp(fd) == pid]
-if sys.argv[1] == "stop":
-    os.write(fd, b"\x1a")
-    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
-    front.append(os.tcgetpgrp(fd) == pid)
-    os.kill(pid, signal.SIGCONT)
-    os.write(fd, b"go on\n")
-    read(b"got go on")
-else:
-    os.write(fd, b"\x03")
-print(*front, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        sys.stdout.write(text.decode())
+    os.write(fd, typed.encode())
+with contextlib.suppress(OSError):  # its end
+    while True:
+        sys.stdout.write(os.read(fd, 1000).decode())
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
+BASH = ["bash", "--norc", "--noediting", "-i"]
+ASKS = """sh -c 'read line; echo "rea"dy; read line; echo "<$line>"'"""  # so that what is typed is not what is seen
 
 
-@pytest.mark.parametrize(("what", "result"), [("interrupt", "False 130"), ("stop", "False True 0")])
-def test_a_command_has_the_terminal_while_it_runs(service, project, what, result):
-    """Ctrl-C reaches it alone; at Ctrl-Z the terminal goes back, and comes again when it goes on."""
+def person(url, steps, words):
+    """What was seen, and last of all the exit status."""
+    env = around(url, PS1="PROMPT> ")
+    command = [sys.executable, "-c", PERSON, json.dumps(steps), *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("line", ["{}", "sh -c {quoted}'; :'", "{} | cat"], ids=["alone", "in a script", "in a pipe"])
+def test_ctrl_z_brings_the_shell_back_and_fg_the_command(service, project, line):
+    """Also where the shell's job is more than our process. The command has had the terminal before."""
+    (user,) = create(service.url, project)
+    asks = f"{shlex.join([*BOTFARM, 'exec', '--project', project])} -- {ASKS}"
+    typed = line.format(asks, quoted=shlex.quote(asks))
+    steps = [
+        ("PROMPT> ", f"{typed}\nbegin\n"),
+        ("ready", "\x1a"),
+        ("Stopped", "fg\n"),
+        ("exec", "go on\n"),
+        ("<go on>", ""),
+    ]
+    person(service.url, [*steps, ("PROMPT> ", "exit\n")], BASH)
+    assert ends(service.url, user) == ["released"]
+
+
+def test_ctrl_z_does_nothing_where_no_shell_would_look_after_it(service, project):
     create(service.url, project)
-    words = [what, "exec", *filters(project), "echo ready; read line; echo got $line"]
-    told = subprocess.run(
-        [sys.executable, "-c", SHELL, *words], env=around(service.url), capture_output=True, text=True, timeout=30
-    )
-    assert told.stdout.strip() == result, told.stderr
+    words = [*BOTFARM, "exec", *filters(project), 'echo ready; read line; echo "<$line>"']
+    assert person(service.url, [("ready", "\x1ago on\n"), ("<go on>", "")], words)[-1] == "0"
+
+
+def test_ctrl_c_reaches_a_command_that_has_the_terminal_alone(service, project):
+    (user,) = create(service.url, project)
+    words = [*BOTFARM, "exec", *filters(project), COUNTS.format("INT")]
+    told = person(service.url, [("\n", "\x03")], words)
+    assert [told[-1], "".join(told).count("caught INT")] == ["5", 1]
+    assert ends(service.url, user) == ["released"]
+
+
+def test_the_terminal_is_left_to_a_pager_that_reads_what_a_command_writes(service, project):
+    create(service.url, project)
+    typed = shlex.join([*BOTFARM, "exec", "--project", project, "--", "sh", "-c", "echo page; sleep 60"])
+    pager = """sh -c 'read page; echo "$page"r; read line </dev/tty; echo "<$line>"'"""
+    steps = [("PROMPT> ", f"{typed} | {pager}\n"), ("pager", "next\n"), ("<next>", "\x03"), ("PROMPT> ", "exit\n")]
+    person(service.url, steps, BASH)
     assert held(service.url, project) == []
 
 

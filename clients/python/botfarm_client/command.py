@@ -42,6 +42,12 @@ def seconds(text: str) -> int:
     return int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+def exit_status(text: str) -> int:
+    if not re.fullmatch(r"\d{1,3}", text) or int(text) > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is no exit status: write 0 to 255")
+    return int(text)
+
+
 def label(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
@@ -99,7 +105,7 @@ def parser() -> Parser:
     run.add_argument("--count", type=int, default=1, help="so many users under these filters, all or none")
     run.add_argument("--set", type=users, metavar="JSON", help="users under several filters, all or none")
     run.add_argument("--file", metavar="PATH", help="write the lock there (JSON, mode 0600), not the password into env")
-    run.add_argument("-E", dest="none_free", type=int, metavar="STATUS", default=75, help="when no user came free")
+    run.add_argument("-E", metavar="STATUS", type=exit_status, default=NoneFree.exit_status, help="when none came free")
     run.add_argument(
         "--keep-on-failure", type=seconds, metavar="TIME", help="as 30m: keep the user so long for a person"
     )
@@ -109,13 +115,14 @@ def parser() -> Parser:
 
 
 def main() -> NoReturn:
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    top = parser()
-    asked = top.parse_args(words[:cut])
+    ours, command, top = sys.argv[1:], [], parser()
+    if ours[:1] == ["exec"] and "--" in ours:
+        cut = ours.index("--")
+        ours, command = ours[:cut], ours[cut + 1 :]
+    asked = top.parse_args(ours)
     try:
         farm = Farm(asked.url)
-        status = execute(top, farm, asked, words[cut + 1 :]) if asked.command == "exec" else by_hand(top, farm, asked)
+        status = execute(top, farm, asked, command) if asked.command == "exec" else by_hand(top, farm, asked)
     except BotfarmError as fault:
         say(str(fault))
         status = fault.exit_status
@@ -155,6 +162,8 @@ def wish_of(top: Parser, asked: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in filters.items() if value}
     if bool(asked.user) == bool(asked.project) or (asked.user and given):
         top.error("name the project (--project UUID) with further filters, or one user (--user UUID) and no filters")
+    if len(filters["labels"]) < len(asked.label):
+        top.error("a --label is there twice: a user has one value of each")
     return {**given, "prefer": asked.prefer, "user_id": asked.user}
 
 
@@ -164,7 +173,7 @@ def wish_of(top: Parser, asked: argparse.Namespace) -> dict[str, Any]:
 def execute(top: Parser, farm: Farm, asked: argparse.Namespace, words: list[str]) -> int:
     from botfarm_client.run import HANDED_ON, Run
 
-    if not words:
+    if not words or not words[0]:
         top.error("there is no command: write it behind --, as in botfarm exec --project UUID -- pytest")
     for number in HANDED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -175,7 +184,7 @@ def execute(top: Parser, farm: Farm, asked: argparse.Namespace, words: list[str]
         run, kept = Run(), False
     except NoneFree as fault:
         say(str(fault))
-        return asked.none_free
+        return asked.E
     except Stopped:
         give_back(locks)
         raise
@@ -191,7 +200,9 @@ def execute(top: Parser, farm: Farm, asked: argparse.Namespace, words: list[str]
     finally:
         run.close()
         if not kept:
-            give_back(locks, asked.file, run.outcome)
+            give_back(locks, run.outcome)
+        if asked.file:
+            remove(asked.file)
     return LockLost.exit_status if any(lock.lost for lock in locks) else status
 
 
@@ -221,7 +232,11 @@ def environment(locks: list[Lock], asked: argparse.Namespace) -> dict[bytes, byt
         mark = f"{number}_" if several else ""
         told: dict[str, Any] = {f"USER_{mark}LOGIN": lock.login, f"USER_{mark}ID": lock.user_id}
         told.update({f"LOCK_{mark}ID": lock.id, f"LOCK_{mark}FENCE": lock.fence})
-        told.update({f"LABEL_{mark}{re.sub('[^A-Z0-9_]', '_', k.upper())}": v for k, v in lock.labels.items()})
+        for key, value in sorted(lock.labels.items()):
+            name = f"LABEL_{mark}{re.sub('[^A-Z0-9_]', '_', key.upper())}"
+            if name in told:
+                say(f"the label {key} of {lock.name} is not told: another one comes to BOTFARM_{name}, too")
+            told.setdefault(name, value)
         if not asked.file and lock.password is not None:  # null where the deployment stores only hashes
             told[f"USER_{mark}PASSWORD"] = lock.password
         env.update({f"BOTFARM_{name}".encode(): str(value).encode() for name, value in told.items()})
@@ -238,7 +253,13 @@ def write(path: str, value: Any) -> None:
             json.dump(value, file, ensure_ascii=False)
         os.replace(fresh, path)
     except OSError as fault:
+        remove(fresh)
         raise Misconfigured(f"--file {path} can't be written: {fault.strerror}") from None
+
+
+def remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 def keep(farm: Farm, locks: list[Lock], asked: argparse.Namespace, word: str, status: int) -> bool:
@@ -269,16 +290,13 @@ def keep(farm: Farm, locks: list[Lock], asked: argparse.Namespace, word: str, st
     return True
 
 
-def give_back(locks: list[Lock], file: str | None = None, outcome: str | None = None) -> None:
+def give_back(locks: list[Lock], outcome: str | None = None) -> None:
     for lock in locks:
         try:
             if not lock.release(outcome=outcome):
                 say(str(lock.lost))
         except BotfarmError as fault:
             say(f"{lock.name} could not be given back, and comes free at {lock.data['expires_at']}: {fault}")
-    if file:
-        with contextlib.suppress(OSError):
-            os.unlink(file)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,18 @@ def clock() -> float:
 
 
 def persist(attempt: Callable[[], T], patience: float) -> T:
-    """Try until the service answers, for so many seconds from the first failure on."""
+    """Try until the service answers, for so many seconds from the first failure on.
+
+    What took longer than PATIENCE had been there meanwhile: a call that waited was cut off, as by a restart.
+    """
     end = None
     while True:
+        began = clock()
         try:
             return attempt()
         except Unreachable as fault:
-            end = end or clock() + patience
+            if end is None or clock() > began + PATIENCE:
+                end = clock() + patience
             left = end - clock()
             if left <= 0:
                 raise
@@ -57,7 +62,7 @@ class Farm:
         id_token: str | None = None,
         holder: str | None = None,
     ) -> None:
-        self.url = url or os.environ.get("BOTFARM_URL", "")
+        self.url = (url or os.environ.get("BOTFARM_URL", "")).strip().rstrip("/")
         if not self.url:
             raise Misconfigured("no BotFarm is named: set BOTFARM_URL to its URL")
         self.holder = holder or os.environ.get("BOTFARM_HOLDER") or _whereabouts()
@@ -300,8 +305,12 @@ class Lock:
 
     def call(self, method: str, path: str, body: Any = None, timeout: float = CALL) -> Any:
         """What belongs to the holder alone."""
-        self.check()
-        return persist(lambda: self._farm.wire.call(method, f"/locks/{self.id}{path}", body, timeout=timeout), CALL)
+
+        def attempt() -> Any:
+            self.check()
+            return self._farm.wire.call(method, f"/locks/{self.id}{path}", body, timeout=timeout)
+
+        return persist(attempt, CALL)
 
     def renew(self, ttl: int | None = None, *, holder: str | None = None, note: str | None = None) -> None:
         """Once, by hand: the heartbeat does it anyway. Another holder: it is handed over."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 import urllib.parse
 import urllib.request
@@ -80,12 +81,14 @@ class Wire:
     def __init__(self, url: str, credentials: dict[str, str]) -> None:
         try:
             parts = urllib.parse.urlsplit(url)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            bare = not (parts.query or parts.fragment or "@" in parts.netloc)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and bare
         except ValueError:
             usable = False
         if not usable:
-            raise Misconfigured(f"{url!r} is no URL of BotFarm: it has to be http://HOST:PORT or https://HOST")
-        self._url = url.rstrip("/")
+            told = re.sub("//.*@", "//…@", url)  # no password
+            raise Misconfigured(f"{told!r} is no URL of BotFarm: it has to be http://HOST:PORT or https://HOST")
+        self._url = url
         self._form = _form_of(credentials)
         self._token: tuple[str, float] | None = None  # and the time from which on it is not used any more
         self._opener = urllib.request.build_opener(_ByHttp, _ByHttps, _AsItComes)
@@ -115,7 +118,8 @@ class Wire:
         if self._token:
             headers["Authorization"] = f"Bearer {self._token[0]}"
         data = None if body is None else json.dumps(body).encode()
-        status, told, text = self._open(urllib.request.Request(self._url + path, data, headers, method=method), timeout)
+        url = self._url + urllib.parse.quote(path, safe="/?&=%+")  # an id may be any text that somebody has typed
+        status, told, text = self._open(urllib.request.Request(url, data, headers, method=method), timeout)
         if status in (201, 200, 204):
             return self._json(text) if text else None
         raise self._error(status, told, text)
