@@ -71,6 +71,7 @@ class Gate:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.sent: list[bytes] = []
+        self._callers: set[socket.socket] = set()
         self.says: bytes | None = None
         self.silent = False
         self.loses = 0
@@ -84,6 +85,7 @@ class Gate:
 
     def _serve(self, caller: socket.socket) -> None:
         with caller, contextlib.suppress(OSError):
+            self._callers.add(caller)
             request = caller.recv(65536)
             while b"\r\n\r\n" not in request or len(request.partition(b"\r\n\r\n")[2]) < _length(request):
                 request += caller.recv(65536)
@@ -100,6 +102,12 @@ class Gate:
                 self.loses -= 1
                 return None
             return caller.sendall(reply)
+
+    def cut(self) -> None:
+        """As a service that is stopped does it to those who wait."""
+        for caller in self._callers:
+            with contextlib.suppress(OSError):
+                caller.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.silent = False

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +21,7 @@ from botfarm_client import Farm, LockLost, Misconfigured, NoMatch, NoneFree, Not
 from conftest import PACKAGE, command, fresh_database, serving, settings, until
 from gate import around, create, ends, force, gate, held, history, outcomes, users
 
+import farm.clients
 import farm.settings
 
 SOURCES = sorted((PACKAGE / "botfarm_client").glob("*.py"))
@@ -342,6 +347,59 @@ def test_who_asks_goes_on_while_the_service_is_away(service, project, way):
     assert 1 <= time.monotonic() - started < 3
 
 
+def test_who_waits_goes_on_however_often_the_service_restarts_meanwhile(service, project, way, monkeypatch):
+    """Here it is away for longer than an acquire is patient, but each time for less."""
+    monkeypatch.setattr(botfarm_client.farm, "PATIENCE", 1)
+    create(service.url, project)
+    holding = Farm(service.url).acquire(project)
+    waits = threading.Thread(target=lambda: Farm(way.url).acquire(project, wait=20).release())
+    waits.start()
+    for times in (1, 2):
+        until(lambda asked=times: len(way.sent) == asked, 5)
+        time.sleep(1.2)
+        way.cut()
+    until(lambda: len(way.sent) == 3, 5)
+    holding.release()
+    waits.join(10)
+    assert way.sent[-1].startswith(b"DELETE /locks/")
+    assert held(service.url, project) == []
+
+
+def test_a_url_may_have_a_path_and_end_in_slashes_or_a_line(service, project, way):
+    create(service.url, project)
+    for end in ("/", "//\n"):
+        with Farm(f" {service.url}{end}").user(project) as bot:
+            assert bot.password == "pw-0"
+    way.says = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    Farm(f"{way.url}/farm/").status("ü/ ?x")
+    assert way.sent[0].startswith(b"GET /farm/locks/%C3%BC/%20?x HTTP/1.1")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_a_service_is_known_by_its_certificate(project, tmp_path):
+    """One of an unknown maker is not spoken to; SSL_CERT_FILE makes it known. Also at an address of IPv6."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-days", "2", "-subj", "/CN=botfarm"]
+    make += ["-addext", "subjectAltName=IP:::1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+
+        def answer():
+            for _ in range(2):
+                with contextlib.suppress(ssl.SSLError), context.wrap_socket(listener.accept()[0], True) as caller:
+                    caller.recv(65536)
+                    caller.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"https://[::1]:{listener.getsockname()[1]}"
+        with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
+            Farm(url).wire.call("GET", "/readyz")
+        script = "from botfarm_client import Farm; print(Farm().status('x'))"
+        assert python(script, url, SSL_CERT_FILE=str(certificate)) == "{}\n"
+
+
 def test_a_proxy_of_the_environment_is_used(service, way):
     way.says = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
     script = "from botfarm_client import Farm; print(Farm('http://botfarm.example').status('x'))"
@@ -385,6 +443,25 @@ def test_a_client_is_known_by_its_secret(guarded, project):
         with farm_there.user(project) as bot:
             assert bot.password == "pw"
     assert b"POST /token" in [request.split(b" HTTP")[0] for request in way.sent[len(calls) :]]
+
+
+def test_a_lock_is_renewed_for_longer_than_a_token_is_valid(guarded, project, monkeypatch):
+    """Whether the client knows its token's end, or is told of it."""
+    monkeypatch.setattr(farm.clients.Gate, "LIFE", 1)
+    monkeypatch.setattr(farm.clients.Gate, "LEEWAY", 0)
+    monkeypatch.setattr(farm.clients.Gate, "CHECKED", 0)
+    url, who = guarded
+    known = {name: who[name] for name in ("client_id", "client_secret")}
+    with gate(url) as way:
+        farm_there = Farm(way.url, **known)
+        farm_there.wire.call("POST", "/users", {"login": "b", "password": "p", "project_id": project, "env": "stage"})
+        with farm_there.user(project, ttl=1) as bot:
+            tokens = len([request for request in way.sent if request.startswith(b"POST /token")])
+            time.sleep(1.5)
+            farm_there.wire._token = (farm_there.wire._token[0], time.monotonic() + 60)
+            time.sleep(1.5)
+            bot.check()
+    assert len([request for request in way.sent if request.startswith(b"POST /token")]) >= tokens + 2
 
 
 def test_who_is_not_known_is_told_what_to_set(guarded, project):
