@@ -1,4 +1,5 @@
-"""For the tests of clients/: users by plain calls, and a gate before the service that shuts and loses replies."""
+"""For the tests of clients/: users by plain calls, a gate before the service that shuts and loses replies, and a
+service that restarts."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
-from conftest import PACKAGE, environment, until
+from conftest import PACKAGE, environment, free_port, process, until, wait_ready
 
 
 def around(url: str, **more: str) -> dict[str, str]:
@@ -127,3 +129,21 @@ def gate(behind: str) -> Iterator[Gate]:
         yield opened
     finally:
         opened.close()
+
+
+@contextlib.contextmanager
+def restartable(database: str) -> Iterator[tuple[str, Callable[[float], None]]]:
+    """The URL of a service, and what stops it and starts another one in its place after so many seconds."""
+    port = str(free_port())
+    url, start = f"http://127.0.0.1:{port}", partial(process, "--port", port, env={"DATABASE_URL": database})
+    with contextlib.ExitStack() as running:
+        running.enter_context(start())
+        wait_ready(url)
+
+        def restart(seconds: float) -> None:
+            running.close()
+            time.sleep(seconds)
+            running.enter_context(start())
+            wait_ready(url)
+
+        yield url, restart
