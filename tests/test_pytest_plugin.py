@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import httpx
 import pytest
-from conftest import long_chapter, serving, settings, until
-from gate import around, create, ends, gate, held, outcomes, seconds_until_free, users
+from conftest import PACKAGE, long_chapter, serving, settings, until
+from gate import around, create, ends, gate, held, history, outcomes, restartable, seconds_until_free, users
 
 long_chapter("lets runs of pytest end in all ways for a minute")
 
@@ -132,12 +132,13 @@ def test_the_fixtures_give_users_and_the_reports_name_them(service, project, run
     assert held(service.url, project) == []
 
 
+def locks(url, project):
+    """All that there were."""
+    return [lock for user in users(url, project).values() for lock in history(url, user)]
+
+
 def holders(url, project):
-    history = []
-    for user in users(url, project).values():
-        page = httpx.get(f"{url}/users/{user['id']}/history").json()
-        history += [item["holder"] for item in page["items"]]
-    return set(history)
+    return {lock["holder"] for lock in locks(url, project)}
 
 
 @each_way
@@ -149,6 +150,7 @@ def test_all_of_a_run_has_one_holder(service, project, run, way):
     assert re.fullmatch(r"pytest/[0-9a-f]{32}", holder)
     assert run(source, *way, BOTFARM_HOLDER="ci-4711")[0] == 0
     assert holders(service.url, project) == {holder, "ci-4711"}
+    assert [lock["ended_by"] for lock in locks(service.url, project)] == ["released"] * 4
 
 
 def test_a_test_that_runs_again_gets_another_user(service, project, run, tmp_path):
@@ -282,36 +284,51 @@ END = {
     "SIGINT to the controller": to_controller(signal.SIGINT),
     "SIGTERM to the controller": to_controller(signal.SIGTERM),
     "kill -9 of the worker": kill_worker,
+    "kill -9 of the controller": to_controller(signal.SIGKILL),
 }
 
 
 @pytest.mark.parametrize("end", END)
 def test_a_plain_run_that_is_ended_frees_its_user(service, project, suite, tmp_path, end):
     """By its own hand where it has one left, else by the ttl."""
-    create(service.url, project)
-    with asleep(suite, tmp_path, ttl=2 if "kill" in end else 60) as run:
+    (user,) = create(service.url, project)
+    killed = "kill" in end
+    with asleep(suite, tmp_path, ttl=2 if killed else 60) as run:
         END[end](run)
-        assert seconds_until_free(service.url, project, 10) < (2.2 if "kill" in end else 3)
+        assert seconds_until_free(service.url, project, 10) < (2.2 if killed else 3)
         run.wait(5)
+    assert ends(service.url, user) == ["expired" if killed else "released"]
 
 
 @pytest.mark.parametrize("end", END)
-def test_a_run_of_xdist_that_is_ended_frees_its_user(service, project, suite, tmp_path, end, long):
-    if not long and end != "kill -9 of the worker":
-        pytest.skip("xdist takes its time to end workers: with --long")
-    create(service.url, project)
+def test_a_run_of_xdist_that_is_ended_frees_its_user(service, project, suite, tmp_path, end):
+    """Also where only workers are left, who notice and end 5 s later."""
+    (user,) = create(service.url, project)
     with asleep(suite, tmp_path, *XDIST, ttl=60) as run:
         END[end](run)
         assert seconds_until_free(service.url, project, 20) < 15
         run.wait(20)
+    assert ends(service.url, user) == ["released"]
 
 
-def test_a_controller_of_xdist_that_is_killed_frees_its_user_with_its_workers(service, project, suite, tmp_path):
-    """They notice, and end 5 s later; what they have ends with them, at the latest by its ttl."""
-    create(service.url, project)
-    with asleep(suite, tmp_path, *XDIST) as run:
-        run.kill()
-        assert seconds_until_free(service.url, project, 20) < 10
+@pytest.fixture(scope="session")
+def timeouts(tmp_path_factory):
+    """Where pytest-timeout is."""
+    there = tmp_path_factory.mktemp("timeouts")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target"]
+    subprocess.run([*pip, there, "pytest-timeout==2.4.0"], check=True, timeout=120)
+    return there
+
+
+@each_way
+def test_a_test_that_pytest_timeout_ends_by_its_thread_frees_its_user(service, project, suite, tmp_path, timeouts, way):
+    """It ends the process, as a kill does: by the ttl, or by what the controller of xdist does at the end of the run."""
+    (user,) = create(service.url, project)
+    words = [*way, "-p", "pytest_timeout", "--timeout=1", "--timeout-method=thread"]
+    with asleep(suite, tmp_path, *words, ttl=60 if way else 3, PYTHONPATH=f"{PACKAGE}:{timeouts}") as run:
+        assert seconds_until_free(service.url, project, 20) < (15 if way else 4.2)
+        assert run.wait(5) == 1
+    assert ends(service.url, user) == ["released" if way else "expired"]
 
 
 # ---- A lock that is lost -----------------------------------------------------------------------------------
@@ -377,24 +394,47 @@ def test_a_lost_lock_fails_the_test_at_once(service, project, run, tmp_path, way
     assert "forced at" in told
     assert float((tmp_path / "seconds").read_text()) < 1.2
     assert not (tmp_path / "not reached").exists()
-    assert held(service.url, project) == []
+    assert sorted(lock["ended_by"] for lock in locks(service.url, project)) == ["forced"] * 5 + ["released"]
 
 
 @each_way
-def test_a_network_that_is_away_for_a_while_fails_no_test(service, project, suite, tmp_path, way, long):
-    """For 20 s of the 60 that a lock has; in the short form for 1.2 of four."""
-    create(service.url, project)
-    ttl, away = (60, 20) if long else (4, 1.2)
+def test_a_network_that_is_away_for_20_s_fails_no_test(service, project, suite, tmp_path, way):
+    (user,) = create(service.url, project)
     with gate(service.url) as opened:
-        source = SLEEPS.replace("60", str(ttl / 3 + away + 1))
-        with asleep(suite, tmp_path, *way, source=source, url=opened.url, ttl=ttl) as run:
+        source = SLEEPS.replace("60", "32")
+        with asleep(suite, tmp_path, *way, source=source, url=opened.url, ttl=30) as run:
             sent = len(opened.sent)
-            until(lambda: len(opened.sent) > sent, ttl)
+            until(lambda: len(opened.sent) > sent, 15)  # it has been renewed
             opened.silent = True
-            time.sleep(away)
+            time.sleep(20)
             opened.silent = False
             assert run.wait(60) == 0, run.stdout.read()
-    assert held(service.url, project) == []
+    assert ends(service.url, user) == ["released"]
+
+
+@each_way
+def test_a_restart_of_the_service_fails_no_test(empty_database, project, suite, tmp_path, way):
+    with restartable(empty_database) as (url, restart):
+        (user,) = create(url, project)
+        with asleep(suite, tmp_path, *way, source=SLEEPS.replace("60", "12"), url=url, ttl=10) as run:
+            restart(3.5)  # it would have been renewed meanwhile
+            before = users(url, project)["bot-0"]["lock"]["expires_at"]
+            until(lambda: users(url, project)["bot-0"]["lock"]["expires_at"] > before, 5)
+            assert run.wait(30) == 0, run.stdout.read()
+        assert ends(url, user) == ["released"]
+
+
+@each_way
+def test_a_test_that_slept_past_the_end_of_its_lock_fails_on_waking(service, project, suite, tmp_path, way):
+    """As the machine does: here all processes of the run are stopped."""
+    (user,) = create(service.url, project)
+    with asleep(suite, tmp_path, *way, ttl=2) as run:
+        os.killpg(run.pid, signal.SIGSTOP)
+        time.sleep(3)
+        os.killpg(run.pid, signal.SIGCONT)
+        assert run.wait(5) == 1
+        assert "botfarm: the lock on bot-0 was lost: " in run.stdout.read()
+    assert ends(service.url, user) == ["expired"]
 
 
 FORKS = """
