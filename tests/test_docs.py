@@ -23,8 +23,22 @@ import botfarm_client.command
 import botfarm_client.pytest_plugin
 import pytest
 import yaml
-from conftest import KEY, ROOT, acquire, command, free_port, fresh_database, make_users, process, serving, wait_ready
+from botfarm_client import Farm
+from conftest import (
+    KEY,
+    PACKAGE,
+    ROOT,
+    acquire,
+    command,
+    free_port,
+    fresh_database,
+    make_users,
+    process,
+    serving,
+    wait_ready,
+)
 from conftest import settings as configured
+from gate import create, held
 
 from farm.clients import SCOPES
 from farm.problems import Problem
@@ -206,6 +220,32 @@ def test_the_lines_about_clients_work(empty_database, tmp_path):
     assert "1 passed" in told
     assert "\ngrace is ours\n" in told
     assert "\ntests run as grace\n" in told
+
+
+@pytest.mark.parametrize("name", ["GitHub Actions", "GitLab CI", "Jenkins"])
+def test_what_the_recipes_for_ci_let_a_shell_run_works(empty_database, project, tmp_path, name):
+    """The step, which is one process, and what always runs. All else in them is their makers': there is no linter of
+    Jenkins' to be had, so its braces are counted."""
+    (recipe,) = re.findall(rf"^{name}:\n\n```\w+\n(.*?)^```$", PAGES["docs/clients.md"], re.M | re.S)
+    step, sweep = re.findall(r"(?:exec )?botfarm (?:exec|release) [^'\n]+", recipe)
+    assert recipe.index("BOTFARM_HOLDER") < recipe.index(step)
+    assert [recipe.count(mark) for mark in "{(["] == [recipe.count(mark) for mark in "})]"]
+    tests = 'echo "$* as $BOTFARM_USER_LOGIN, under $PPID"'
+    tools = {"make": tests, "npm": tests, "botfarm": 'exec python -m botfarm_client.command "$@"'}
+    for tool, does in tools.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / tool).chmod(0o755)
+    env = {"BOTFARM_PROJECT": project, "BOTFARM_HOLDER": "job 7", "PYTHONPATH": str(PACKAGE)}
+    env["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with serving(configured(empty_database)) as alone:
+        env["BOTFARM_URL"] = alone.url
+        create(alone.url, project)
+        with subprocess.Popen(["sh", "-c", step], env=env, stdout=subprocess.PIPE, text=True) as run:
+            assert run.communicate(timeout=60)[0] == f"test as bot-0, under {run.pid}\n"
+        Farm(alone.url, holder="job 7").acquire(project, heartbeat=False)
+        assert held(alone.url, project) == ["bot-0"]
+        subprocess.run(["sh", "-c", sweep], env=env, check=True, timeout=60)
+        assert held(alone.url, project) == []
 
 
 def test_the_tables_about_clients_have_all_that_there_is():

@@ -322,7 +322,7 @@ def timeouts(tmp_path_factory):
 
 @each_way
 def test_a_test_that_pytest_timeout_ends_by_its_thread_frees_its_user(service, project, suite, tmp_path, timeouts, way):
-    """It ends the process, as a kill does: by the ttl, or by what the controller of xdist does at the end of the run."""
+    """It ends the process as a kill does, so the ttl frees it, or the controller of xdist at the end of the run."""
     (user,) = create(service.url, project)
     words = [*way, "-p", "pytest_timeout", "--timeout=1", "--timeout-method=thread"]
     with asleep(suite, tmp_path, *words, ttl=60 if way else 3, PYTHONPATH=f"{PACKAGE}:{timeouts}") as run:
