@@ -4,6 +4,7 @@ service that restarts."""
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -92,6 +93,7 @@ class Gate:
             while b"\r\n\r\n" not in request or len(request.partition(b"\r\n\r\n")[2]) < _length(request):
                 request += caller.recv(65536)
             self.sent.append(request)
+            request = re.sub(rb"(?i)\r\nconnection: keep-alive", b"\r\nConnection: close", request)
             while self.silent:
                 time.sleep(0.02)
             if self.says is not None:

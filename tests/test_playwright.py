@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import signal
 import threading
@@ -16,6 +17,7 @@ from urllib.parse import parse_qs
 import httpx
 import pytest
 from conftest import KEY, free_port, long_chapter, process, serving, settings, until, wait_ready
+from gate import gate
 from runners import Pool, npm, run, running, stop
 
 long_chapter("installs what Playwright Test runs on")
@@ -50,6 +52,14 @@ def test_a_worker_of_playwright_that_a_failed_test_ends_gets_a_user_again(playwr
     assert "1 failed" in told
     assert "1 passed" in told
     assert [(lock["holder"], lock["ended_by"]) for lock in pool.history()] == [("job 7", "released")] * 2
+
+
+def test_a_run_of_playwright_that_ends_at_the_first_failure_gives_its_user_back(playwright: Path, pool: Pool):
+    pool.add(1)
+    told = run(playwright, *of_playwright("restart", "-x"), status=1, env=pool.env())
+    assert "1 failed" in told
+    assert "1 did not run" in told
+    assert pool.ends() == ["released"]
 
 
 def test_a_lost_lock_fails_the_test_of_playwright_at_once(playwright: Path, pool: Pool):
@@ -153,10 +163,39 @@ def test_a_restart_of_the_service_loses_no_user_of_playwright(playwright, projec
                     assert pool.ends() == ["released"]
 
 
+def test_a_network_that_is_away_for_20_s_fails_no_test_of_playwright(playwright: Path, pool: Pool, tmp_path: Path):
+    pool.add(1)
+    with gate(pool.url) as way:
+        env = pool.env(BOTFARM_URL=way.url, TEST_TTL="30", TEST_SECONDS="32", TEST_TIMEOUT="60")
+        with running(playwright, tmp_path / "output", *of_playwright("hold"), env=env) as process:
+            until(lambda: "holds bot-0" in (tmp_path / "output").read_text(), 60)
+            sent = len(way.sent)
+            until(lambda: len(way.sent) > sent, 15)  # it has been renewed
+            way.silent = True
+            time.sleep(20)
+            way.silent = False
+            assert process.wait(60) == 0, (tmp_path / "output").read_text()
+    assert pool.ends() == ["released"]
+
+
+def test_a_test_of_playwright_that_slept_past_the_end_of_its_lock_fails_on_waking(playwright, pool, tmp_path):
+    """As the machine does: here all processes of the run are stopped."""
+    pool.add(1)
+    with running(playwright, tmp_path / "output", *of_playwright("hold"), env=pool.env(TEST_TTL="3")) as process:
+        until(lambda: "holds bot-0" in (tmp_path / "output").read_text(), 60)
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(4)
+        os.killpg(process.pid, signal.SIGCONT)
+        assert process.wait(8) == 1
+    assert 'LockLost: the lock on the user "bot-0" was lost: ' in (tmp_path / "output").read_text()
+    assert pool.ends() == ["expired"]
+
+
 @pytest.mark.parametrize(
     ("number", "whom", "ended", "seconds"),
     [
         (signal.SIGINT, "group", "released", 10),
+        (signal.SIGINT, "runner", "released", 10),
         (signal.SIGTERM, "runner", "released", 10),
         (signal.SIGKILL, "runner", "released", 10),
         (signal.SIGKILL, "worker", "released", 10),

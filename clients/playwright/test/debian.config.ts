@@ -7,7 +7,7 @@ export default {
   ...readme,
   testDir: 'tests',
   reporter: 'line',
-  timeout: 20_000,
+  timeout: 1000 * Number(process.env.TEST_TIMEOUT ?? 20),
   use: {
     ...readme.use,
     botFilter: { ...readme.use?.botFilter, ttl: Number(process.env.TEST_TTL ?? 60), wait: 30 },
