@@ -166,7 +166,7 @@ def test_a_restart_of_the_service_loses_no_user_of_playwright(playwright, projec
 def test_a_network_that_is_away_for_20_s_fails_no_test_of_playwright(playwright: Path, pool: Pool, tmp_path: Path):
     pool.add(1)
     with gate(pool.url) as way:
-        env = pool.env(BOTFARM_URL=way.url, TEST_TTL="30", TEST_SECONDS="32", TEST_TIMEOUT="60")
+        env = pool.env(BOTFARM_URL=way.url, TEST_TTL="24", TEST_SECONDS="34", TEST_TIMEOUT="60")
         with running(playwright, tmp_path / "output", *of_playwright("hold"), env=env) as process:
             until(lambda: "holds bot-0" in (tmp_path / "output").read_text(), 60)
             sent = len(way.sent)
