@@ -241,6 +241,25 @@ def test_without_a_url_it_says_how_to_set_one(project):
     assert (done.returncode, done.stderr) == (78, "botfarm: no BotFarm is named: set BOTFARM_URL to its URL\n")
 
 
+def test_a_standard_error_that_nobody_reads_changes_nothing(service, project):
+    made = {user["login"]: user for user in create(service.url, project, count=2)}
+    reads, writes = os.pipe()
+    os.close(reads)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": writes, "text": True}
+    start = [*BOTFARM, "exec", "--count", "2"]
+    nobody = subprocess.run(
+        [*start, *filters(project, "--label", "a=b"), "true"], env=around(service.url), stderr=writes
+    )
+    assert nobody.returncode == 65
+    words = [*start, *filters(project), "echo $BOTFARM_USER_1_LOGIN; read line"]
+    with subprocess.Popen(words, env=around(service.url), **pipes) as run:
+        force(service.url, made[run.stdout.readline().strip()])
+        run.communicate("\n", timeout=20)
+    os.close(writes)
+    assert run.returncode == 124
+    assert held(service.url, project) == []
+
+
 def test_who_waits_gets_the_user_of_who_ends(service, project):
     (user,) = create(service.url, project)
     with running(service.url, *filters(project), "echo $$; sleep 0.5") as first:

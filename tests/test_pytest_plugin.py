@@ -183,6 +183,9 @@ def test_a_suite_that_borrows_nothing_calls_nobody(service, run):
         assert run("def test_it(): pass\n", url=way.url)[0] == 0
         assert way.sent == []
     assert run("def test_it(): pass\n", url="")[0] == 0
+    status, told = run("def test_it(bot): pass\n", "--override-ini=botfarm_project=", url=service.url)
+    assert status == 1
+    assert "botfarm: no project is named: set --botfarm-project, or the ini key botfarm_project" in told
     status, told = run("def test_it(bot): pass\n", url="")
     assert status == 1
     assert "botfarm: no BotFarm is named: set BOTFARM_URL, --botfarm-url, or the ini key botfarm_url" in told

@@ -32,7 +32,8 @@ class Stopped(Exception):
 
 
 def say(text: str) -> None:
-    print(f"botfarm: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it; users are given back all the same
+        os.write(2, f"botfarm: {text}\n".encode())
 
 
 def seconds(text: str) -> int:

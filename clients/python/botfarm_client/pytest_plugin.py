@@ -105,6 +105,8 @@ class Borrowed:
         """One user. For a test that runs again it is another one than before, where there is one."""
         with self.plainly():
             wish = self.wish(*wishes)
+            if not (wish["project_id"] or wish.get("user_id")):
+                raise Misconfigured("no project is named: set --botfarm-project, or the ini key botfarm_project")
             lock = self.farm.acquire(**wish, heartbeat=False)
             worn: list[Lock] = []
             with contextlib.suppress(NoneFree):
