@@ -97,7 +97,6 @@ def read_address(url: str, name: str = "DATABASE_URL") -> Address:
         is_query = isinstance(fault, BadQuery) and "@" in url.partition("?")[0]
         raise SchemaError(f"{name} is not readable: {fault if is_query else special}") from None
     try:
-        _check_twice(parts, asked)
         asked = _of_service(asked)
         seconds = _checked(asked)
         _find_certificates(asked)
@@ -126,16 +125,25 @@ def _parts(url: str) -> tuple[SplitResult, dict[str, str]]:
     pairs = [part.partition("=") for part in parts.query.split("&") if part]
     if not all(sign and re.fullmatch(r"[\w.]+", key) for key, sign, _ in pairs):
         raise BadQuery("what follows its ? are not words with values, as in sslmode=require&connect_timeout=10.")
-    return parts, {key: unquote(value) for key, _, value in pairs}
+    asked = {key: unquote(value) for key, _, value in pairs}
+    return _as_libpq_counts(parts, asked), asked
 
 
-def _check_twice(parts: SplitResult, asked: dict[str, str]) -> None:
-    """ValueError for what stands before the question mark and behind it: libpq takes the latter, asyncpg the former."""
+def _as_libpq_counts(parts: SplitResult, asked: dict[str, str]) -> SplitResult:
+    """Without what stands before the question mark and behind it, too: for asyncpg the former would count.
+
+    Google prints postgresql://USER:PASSWORD@localhost/DB?host=/cloudsql/INSTANCE.
+    """
     login, _, hosts = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
-    before = {"user": user, "password": password, "host": hosts, "port": hosts, "dbname": parts.path[1:]}
-    if twice := [key for key, value in before.items() if value and key in asked]:
-        raise ValueError(f"{twice[0]} can't be honoured behind the ?: what stands before it counts, so write it there")
+    if hosts and {"host", "port"} & asked.keys():
+        pairs = [re.split(r":(?=\d*$)", host) for host in hosts.split(",")]
+        asked.setdefault("host", ",".join(unquote(pair[0]) for pair in pairs))
+        asked.setdefault("port", ",".join("".join(pair[1:]) or "5432" for pair in pairs))
+        hosts = ""
+    login = ":".join(["" if "user" in asked else user, "" if "password" in asked else password])
+    path = "" if {"dbname", "database"} & asked.keys() else parts.path
+    return parts._replace(netloc=f"{login}@{hosts}" if login != ":" else hosts, path=path)
 
 
 def _of_service(asked: dict[str, str]) -> dict[str, str]:

@@ -558,12 +558,6 @@ def test_options_that_are_none_are_told_with_what_to_write(empty_database, optio
     refused(with_query(empty_database, options=options), "DATABASE_URL", "?options=-c%20search_path%3DNAME")
 
 
-@pytest.mark.parametrize("name", ["user", "password", "host", "port", "dbname"])
-def test_what_stands_twice_in_a_url_is_refused_by_name(name):
-    """psql would go by what stands behind the question mark, and the driver by what stands before it."""
-    refused(f"postgresql://u:hidden@127.0.0.1:1/d?{name}=1", f"DATABASE_URL: {name} can't be honoured behind the ?")
-
-
 def test_all_of_libpq_is_known():
     ours = {"host", "port", "user", "password", "dbname"}
     known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}

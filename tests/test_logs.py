@@ -278,7 +278,7 @@ async def test_what_changes_nothing_is_no_line(api, project, log):
     assert (await api.patch(f"/users/{uuid.uuid4()}", json=same)).status_code == 404
     for path in ("/users", f"/users/{user['id']}", f"/locks/{lock['id']}", "/pools", "/livez", "/readyz", "/metrics"):
         assert (await api.get(path)).status_code == 200
-    assert log.after(begin) == []
+    assert [line for line in log.after(begin) if line["event"] != "lock-expired"] == []  # of other tests' locks
 
 
 async def test_the_log_tells_the_same_as_the_history_after_a_storm(service, api, database, project, log, long):

@@ -284,7 +284,8 @@ def imported(folder):
     "spelling",
     [
         "postgresql://{user}:{password}@{host}:{port}/{dbname}",
-        "postgres://{user}:{password}@{host}:{port}/{dbname}?application_name=x&sslmode=prefer&host=h.invalid&user=x",
+        "postgres://x:{password}@h.invalid:{port}/x?application_name=x&host={host}&user={user}&dbname={dbname}",
+        "postgres://{user}:x@{host}:1/{dbname}?sslmode=prefer&port={port}&password={password}",
         "postgresql://?user={user}&password={password}&database={dbname}&host={host}&port={port}",
         "postgresql://{user}:{password}@?dbname={dbname}&host=127.0.0.1,{host}&port=1,{port}",
         "postgresql://{user}:{password}@127.0.0.1:1,{host}:{port}/{dbname}?target_session_attrs=any",
