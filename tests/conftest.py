@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -51,6 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for number in (signal.SIGINT, signal.SIGQUIT):  # what a shell's `&` makes ignored, our children would ignore, too
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for name, count in (("short", 25), ("long", 100)):
         hypothesis.settings.register_profile(name, max_examples=count)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
