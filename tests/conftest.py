@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for number in (signal.SIGINT, signal.SIGQUIT):  # what a shell's `&` makes ignored, our children would ignore, too
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ignored behind `nohup` or `&`, also by our children
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for name, count in (("short", 25), ("long", 100)):
