@@ -52,9 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ignored behind `nohup` or `&`, also by our children
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:  # behind `nohup` or `&`, and then by all that tests start, too
+            signal.signal(number, lambda *_: None)  # by this process alone
     for name, count in (("short", 25), ("long", 100)):
         hypothesis.settings.register_profile(name, max_examples=count)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
