@@ -86,6 +86,7 @@ def refused(url: str, *words: str, **env: str) -> str:
         assert "Traceback" not in run.stderr
         assert 1 <= run.stderr.count("\n") <= 3, run.stderr
         told.add("".join(line for line in run.stderr.splitlines(True) if "fsync off" not in line))  # that of the tests
+    assert len(told) == 1, told
     (text,) = told
     for word in words:
         assert word in text, text
@@ -184,7 +185,7 @@ async def test_a_start_that_waits_for_a_database_ends_when_it_is_told_to_and_say
         with process(env={"DATABASE_URL": url, "BOTFARM_PORT": "1"}) as waiting:
             (await asyncio.to_thread(silent.accept))[0].close()
             waiting.terminate()
-            await asyncio.to_thread(waiting.wait, 5)
+            await asyncio.to_thread(waiting.wait, 10)
             assert "hidden" not in ready.read(waiting.stdout)
 
 

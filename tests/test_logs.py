@@ -312,6 +312,8 @@ async def test_the_log_tells_the_same_as_the_history_after_a_storm(service, api,
 
     await asyncio.gather(*(one(number) for number in range(callers)))
     await api.delete("/locks?holder=storm-0")
+    for user in users:
+        await api.put(f"/users/{user}/lock")
     for user in users[:6]:
         await api.delete(f"/users/{user}/lock")
     for user in users[6:]:
