@@ -81,8 +81,9 @@ class Log:
 
 
 @pytest.fixture
-def log(service, tmp_path, monkeypatch):
-    """The events of the shared service."""
+def log(service, database, tmp_path, monkeypatch):
+    """The events of the shared service, where no lock that another test has left ends meanwhile."""
+    asyncio.run(execute(database, "update locks set expires_at = expires_at + interval '1 hour'"))
     written = Log(tmp_path / "log")
     monkeypatch.setattr(service.farm.events, "journal", written.journal)
     return written
