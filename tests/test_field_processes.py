@@ -531,7 +531,7 @@ async def test_a_caller_that_sends_no_more_and_waits_in_vain_is_told_so(api, ser
 
 
 def waiters(service, project):
-    return [ask for ask in service.farm.desk.queue if str(ask.wishes[0].project_id) == project]
+    return [ask for ask in list(service.farm.desk.queue) if str(ask.wishes[0].project_id) == project]
 
 
 @pytest.mark.parametrize("how", ["at once", "in two steps", "after a while"])

@@ -58,7 +58,7 @@ def brisk(monkeypatch):
 async def queued(service, count=1):
     """Until so many calls wait at a replica."""
     for _ in range(1000):
-        if len([ask for ask in service.farm.desk.queue if ask.wait]) >= count:
+        if len([ask for ask in list(service.farm.desk.queue) if ask.wait]) >= count:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("nobody waits")
