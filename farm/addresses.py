@@ -13,8 +13,9 @@ import os
 import re
 import socket
 import ssl
+import threading
 from collections.abc import Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -222,13 +223,20 @@ async def connect(url: str, name: str = "DATABASE_URL", **options: Any) -> async
 
 
 def run_apart(work: Coroutine[Any, Any, T]) -> T:
-    """Run it to its end, also from within an event loop. Elsewhere a signal ends it at once."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+    """Run it to its end, also from within an event loop. A signal whose handler raises ends the wait at once.
+
+    In a thread of its own: raised within asyncio, such an exception let its loop spin for ever in 5 of 700 starts.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(asyncio.run(work))
+        except BaseException as fault:
+            outcome.set_exception(fault)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 # ---- What goes wrong there ---------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors import Multiprocess
 
+from farm.addresses import run_apart
 from farm.check import address
 from farm.database import open_pool
 from farm.locks import ANSWERS, GONE, WAITS
@@ -415,7 +416,7 @@ def serve(settings: Settings, app: str) -> int:
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
         signal.signal(stop, lambda *_: sys.exit(0))
     with prepared(settings) as url:
-        found = {"DATABASE_URL": url, "BOTFARM_KEYS": asyncio.run(_keys(settings, url))}
+        found = {"DATABASE_URL": url, "BOTFARM_KEYS": run_apart(_keys(settings, url))}
         for variable in found:  # the application reads the environment
             os.environ.pop(f"{variable}_FILE", None)
         os.environ.update(found)

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import re
+import sys
 import threading
 import time
 import uuid
@@ -127,7 +128,7 @@ class Journal:
             self.lost += 1
             return
         self._lines.append(self._shown(entry) + b"\n")
-        if self._thread is None:
+        if self._thread is None and not sys.is_finalizing():  # then a thread that is started never runs
             self._thread = threading.Thread(target=self._run, name="log", daemon=True)
             self._thread.start()
             atexit.register(self.flush)

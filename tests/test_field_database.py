@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import signal
 import socket
 import ssl
 import struct
@@ -53,6 +54,7 @@ from grid import Grid, Wire, answers, ask, eventually, postgres, replicas
 import farm.database
 import farm.migrations
 import farm.settings
+from farm.addresses import run_apart
 
 
 @pytest.fixture(autouse=True)
@@ -180,13 +182,42 @@ async def says(running: Any, text: str) -> bool:
 
 async def test_a_start_that_waits_for_a_database_ends_when_it_is_told_to_and_says_it_once():
     """Nothing is ever answered there."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"postgresql://u:hidden@127.0.0.1:{silent.getsockname()[1]}/d?connect_timeout=60"
-        with process(env={"DATABASE_URL": url, "BOTFARM_PORT": "1"}) as waiting:
-            (await asyncio.to_thread(silent.accept))[0].close()
-            waiting.terminate()
-            await asyncio.to_thread(waiting.wait, 10)
-            assert "hidden" not in ready.read(waiting.stdout)
+    with silent() as (listener, url), process(env={"DATABASE_URL": url, "BOTFARM_PORT": "1"}) as waiting:
+        (await asyncio.to_thread(listener.accept))[0].close()
+        waiting.terminate()
+        await asyncio.to_thread(waiting.wait, 10)
+        assert "hidden" not in ready.read(waiting.stdout)
+
+
+@contextmanager
+def silent() -> Iterator[tuple[socket.socket, str]]:
+    """A server that answers nothing, and its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener, f"postgresql://u:hidden@127.0.0.1:{listener.getsockname()[1]}/d?connect_timeout=60"
+
+
+def test_a_wait_for_the_database_ends_at_a_signal_also_where_asyncio_does_not():
+    """As after an exception within asyncio itself, where its loop span in one of 100 starts that were told to end."""
+    over = threading.Event()
+
+    async def stubborn() -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        while not over.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    def end(*_: object) -> None:
+        threading.Timer(5, over.set).start()
+        sys.exit()
+
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with pytest.raises(SystemExit):
+            run_apart(stubborn())
+        assert not over.is_set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        over.set()
 
 
 @contextmanager
@@ -213,6 +244,15 @@ def test_bad_settings_are_told_without_a_traceback_by_uvicorn_too():
     with by_uvicorn("mysql://x") as failing:
         told, _ = failing.communicate(timeout=30)
     assert told == "Bad settings:\nDATABASE_URL: must begin with postgresql://\n"
+
+
+def test_a_start_by_uvicorn_ends_when_it_is_told_to_however_long_it_may_wait_for_an_answer():
+    with silent() as (listener, url), by_uvicorn(url) as waiting:
+        listener.accept()[0].close()
+        with listener.accept()[0]:  # without TLS, as `prefer` has it
+            waiting.terminate()
+            told, _ = waiting.communicate(timeout=10)
+    assert "Traceback" not in told
 
 
 async def test_a_start_by_uvicorn_that_waits_ends_when_it_is_told_to(bare_database):

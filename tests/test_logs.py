@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections import Counter
@@ -540,6 +541,16 @@ def running(stderr: Any, **env: str) -> Any:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(20)
+
+
+def test_what_is_told_when_python_has_ended_already_holds_nothing_up():
+    """As asyncio does of a task that was given up: no thread runs any more then that could write it."""
+    lines = (
+        "from farm.telemetry import tell",
+        "class Late: __del__ = lambda self, tell=tell: tell('late', 1)",
+        "late = Late()",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, timeout=20, check=True)
 
 
 async def test_nobody_waits_for_a_slow_reader_and_all_is_there_at_the_end(empty_database, project):
