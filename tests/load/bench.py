@@ -599,6 +599,20 @@ def cycle_beside(service: Service, pools: int, count: int, seconds: int) -> Run:
         return cycle(service, CONNECTIONS, seconds, pools=pools)
 
 
+@row(21, Target("cycle requests/s of 10,000 users who all have a session of 256 KiB to without", 0.97, 1.0))
+def sessions(bench: Bench) -> Sequence[float]:
+    """Takes 6 GB of disk."""
+    many = bench.length(10_000, 200)
+    with ExitStack() as stack:
+        plain, kept = bench.fill(bench.start(stack), many), bench.fill(bench.start(stack), many)
+        harness.keep_sessions_by_sql(kept.database, 256 * 1024)
+        runs = bench.alternate({
+            f"cycle, {many:,} users with sessions": partial(cycle, kept, CONNECTIONS),
+            f"cycle, {many:,} users without": partial(cycle, plain, CONNECTIONS),
+        }, bench.length(20, 1))  # fmt: skip
+    return [ratio(runs[0], runs[1])]
+
+
 # ---- Against another checkout alone ------------------------------------------------------------------------
 
 

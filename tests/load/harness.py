@@ -181,6 +181,21 @@ def lock_by_sql(url: str, count: int) -> None:
     )
 
 
+def keep_sessions_by_sql(url: str, size: int) -> None:
+    """A session of that many bytes for every user, good for a day, as PUT would have stored it."""
+    sql(
+        url,
+        "update locks set session_until = clock_timestamp() + interval '1 day'",
+        f"""
+        insert into user_sessions (user_id, key_id, sealed, stored_at, ends_at)
+        select user_id, 'k1', convert_to(repeat('x', {size}), 'utf8'), clock_timestamp(), session_until
+        from locks""",
+        "vacuum analyze locks",
+        "checkpoint",
+        "select",
+    )
+
+
 # ---- Services ----------------------------------------------------------------------------------------------
 
 
