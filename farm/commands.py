@@ -400,11 +400,11 @@ def main(argv: Sequence[str] | None = None, app: str = "botfarm:app") -> int:
     except click.Abort:  # SIGINT
         return 130
     except BadSettings as error:
-        return say(print, error, status=2)
+        return say(sys.stderr.write, f"{error}\n", status=2)
     except Exception as error:
         if (told := _foreseen(error)) is None:
             raise
-        return say(print, told, status=3 if words[0] == "serve" else 1)
+        return say(sys.stderr.write, f"{told}\n", status=3 if words[0] == "serve" else 1)
     finally:
         let_go_of_output()
 
@@ -420,7 +420,7 @@ def hold_standard_files() -> None:
 
 
 def say(tell: Callable[..., object], *words: object, status: int) -> int:
-    """Tell it on standard error. The status counts, whoever reads that."""
+    """Tell it on standard error, in one piece: the log writes there, too. The status counts, whoever reads that."""
     with contextlib.suppress(OSError), contextlib.redirect_stdout(sys.stderr):
         tell(*words)
     return status
