@@ -220,6 +220,17 @@ def test_a_wait_for_the_database_ends_at_a_signal_also_where_asyncio_does_not():
         over.set()
 
 
+def test_a_refusal_is_written_in_one_piece():
+    """Unbuffered, as in many containers, print() writes a text and its end apart; a log line fell between them."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        env = environment({"DATABASE_URL": "postgresql://h/d?hostaddr=::1", "PYTHONUNBUFFERED": "1"})
+        subprocess.run([sys.executable, "botfarm.py", "migrate"], env=env, cwd=ROOT, stderr=theirs, check=False)
+        told = ours.recv(10_000).decode()
+    assert "hostaddr can't be honoured" in told
+    assert told.endswith("\n")
+
+
 @contextmanager
 def by_uvicorn(url: str) -> Iterator[subprocess.Popen[str]]:
     """`uvicorn botfarm:app`, where nothing of ours looks first."""
