@@ -76,7 +76,7 @@ test('a service that is away for less than the ttl loses no lock', async () => {
 });
 
 test('a lock that somebody ended is told of, with the user and who ended it', async () => {
-  const bot = await direct.acquire({ project_id, ttl: 1 });
+  const bot = await direct.acquire({ project_id, ttl: 3 });
   const reason = lost(bot);
   await force(bot);
   assert.ok((await reason) instanceof LockLost);
