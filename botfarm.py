@@ -449,7 +449,8 @@ async def extend_lock(request: Call, id: Id, data: JSONBody[words.ExtendLock] = 
     Without a ttl the last one is used again. `holder` and `note` tell who has it from now on, and why.
     """
     owner = request.caller.owner
-    holder, note = (None if v is UNSET else v for v in (data.holder, data.note))
+    holder = None if data.holder is UNSET else data.holder
+    note = None if data.note is UNSET else data.note
     row = await request.farm.locks.extend(Renewal(id, data.ttl, owner, holder, note, request.cause))
     if row is None:
         raise await request.farm.locks.not_held(id, owner)

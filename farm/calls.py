@@ -11,7 +11,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
@@ -94,8 +94,9 @@ class Call(Request[Any, Any, State]):
 
     PAUSE = 30  # seconds that a body may take
     _read: bytes | None = None
+    _heads: dict[bytes, bytes] | None = None
 
-    @property
+    @cached_property
     def farm(self) -> Farm:
         return self.app.state.farm
 
@@ -108,26 +109,29 @@ class Call(Request[Any, Any, State]):
         return cause_of(self.scope)
 
     def header(self, name: bytes) -> str | None:
-        """A header, looked up in the scope: request.headers builds a mapping of them all first."""
-        return next((value.decode("latin-1") for key, value in self.scope["headers"] if key == name), None)
+        """The first header of that name. (Litestar's own mapping decodes them all first.)"""
+        if self._heads is None:
+            self._heads = dict([*self.scope["headers"]][::-1])
+        value = self._heads.get(name)
+        return None if value is None else value.decode("latin-1")
 
     def has_body(self) -> bool:
         """Whether a body is announced."""
-        headers = self.scope["headers"]
-        return any(name in (b"content-length", b"transfer-encoding") and value != b"0" for name, value in headers)
+        return self.header(b"content-length") not in (None, "0") or self.header(b"transfer-encoding") is not None
 
     async def body(self) -> bytes:
         """The whole body: one event for nearly every call. (Litestar's own way takes 8 of the 80 us of a call.)"""
         if self._read is None:
-            self._read = await self._read_body(self.route_handler.resolve_request_max_body_size() or 0)
-            if not self._read and needs_body(self.route_handler):
+            handler = self.route_handler
+            self._read = await self._read_body(handler, handler.resolve_request_max_body_size() or 0)
+            if not self._read and needs_body(handler):
                 raise problems.MalformedBody("There is no body, but this call takes JSON.")
         return self._read
 
-    async def _read_body(self, limit: int) -> bytes:
-        named = self.route_handler.opt.get("limit", "BOTFARM_MAX_BODY")
+    async def _read_body(self, handler: HTTPRouteHandler, limit: int) -> bytes:
+        named = handler.opt.get("limit", "BOTFARM_MAX_BODY")
         self.check_length(limit, named)
-        if data_of(self.route_handler) and self.has_body():
+        if data_of(handler) and self.has_body():
             self.check_media()
         try:
             event = await self._part()
@@ -251,7 +255,8 @@ def query_of(handler: HTTPRouteHandler) -> dict[str, Any]:
 
 
 # What Litestar hands on is an id for Python's uuid.UUID, and so are {ID}, urn:uuid:ID and +ID.
-UUID_IN_PATH = re.compile(r"/([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32})(/|$)", re.IGNORECASE)
+_HEX = "[0-9a-fA-F]"  # re.IGNORECASE would take twice as long, half a microsecond a call
+UUID_IN_PATH = re.compile(rf"/(?:{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}|{_HEX}{{32}})(?:/|$)")
 
 
 async def enter(request: Call) -> None:

@@ -272,7 +272,15 @@ def new_id() -> uuid.UUID:
     return uuid.UUID(int=bits & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62)
 
 
+def column(values: list[Any]) -> list[Any]:
+    """Values as unnest() takes them beside others. It fills up with nulls, so of nothing but nulls none is sent.
+
+    Most columns of most calls are such, and asyncpg asks of each null whether it is a list.
+    """
+    return values if any(values) or values.count(None) < len(values) else []
+
+
 def columns(items: Iterable[Struct], kind: type[Struct]) -> list[list[Any]]:
-    """A list for each field of the items but their cause, as unnest() takes them."""
+    """A column for each field of the items but their cause."""
     kept = list(items)
-    return [[getattr(item, name) for item in kept] for name in kind.__struct_fields__ if name != "cause"]
+    return [column([getattr(item, name) for item in kept]) for name in kind.__struct_fields__ if name != "cause"]

@@ -25,7 +25,7 @@ from msgspec import Struct
 
 from farm import problems
 from farm.clients import Gate
-from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections, columns, new_id
+from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections, column, columns, new_id
 from farm.passwords import KeyFault, Passwords
 from farm.settings import Settings
 from farm.telemetry import NOWHERE, Cause, Events
@@ -38,7 +38,8 @@ GONE, ANSWERS, WAITS = "botfarm-gone", "botfarm-answers", "botfarm-waits"
 STRAGGLERS = timedelta(milliseconds=20)  # a release may commit that much later than a claim has passed its place
 COSTLY = 10_000  # users from which counts are worth keeping for a moment
 KEPT = 10_000  # wishes of which something is remembered
-BY_LOCK = attrgetter("lock_id")  # in one order everywhere, so that two statements can't wait for each other
+# In one order everywhere, so that two statements can't wait for each other. (By `int`, because that is compared in C.)
+BY_LOCK = attrgetter("lock_id.int")
 
 
 class Release(Struct):
@@ -347,8 +348,8 @@ class Locks:
                 [ask.lock_ids[0] for ask in asks],
                 [ask.holder for ask in asks],
                 [ask.ttl for ask in asks],
-                [ask.key for ask in asks],
-                [ask.client for ask in asks],
+                column([ask.key for ask in asks]),
+                column([ask.client for ask in asks]),
                 [ask.note for ask in asks],
             )
         asked = {ask.lock_ids[0]: ask for ask in asks}
@@ -394,7 +395,8 @@ class Locks:
         merged: dict[tuple[uuid.UUID, uuid.UUID | None], Renewal] = {}
         for renewal in renewals:
             place = renewal.lock_id, renewal.client
-            merged[place] = renewal.after(merged[place]) if place in merged else renewal
+            if (earlier := merged.setdefault(place, renewal)) is not renewal:
+                merged[place] = renewal.after(earlier)
         extended: dict[tuple[uuid.UUID, uuid.UUID | None], asyncpg.Record] = {}
         left = sorted(merged.values(), key=BY_LOCK)
         while left:  # a statement changes a row once, so two clients of one lock have one each

@@ -25,7 +25,7 @@ from cachetools import LRUCache, TTLCache
 from msgspec import Struct
 
 from farm.addresses import SchemaError, connect
-from farm.database import DATABASE_FAULTS, NO_CONNECTION, SQL, Busy, Connections, columns, new_id
+from farm.database import DATABASE_FAULTS, NO_CONNECTION, SQL, Busy, Connections, column, columns, new_id
 from farm.problems import Overloaded, ShuttingDown
 from farm.settings import jittered, log
 from farm.telemetry import NOWHERE, Cause, Events
@@ -259,7 +259,7 @@ def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
         for number, (ask, users) in enumerate(chosen.items())
         for user, lock_id, wish in zip(users, ask.lock_ids, ask.wishes, strict=True)
     ]
-    return [list(column) for column in zip(*rows, strict=True)]
+    return [column(list(values)) for values in zip(*rows, strict=True)]
 
 
 class Desk:

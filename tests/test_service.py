@@ -342,6 +342,20 @@ def test_the_banner_has_lines_that_work(service):
         assert expected in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("values", "sent"),
+    [
+        ([None, None], []),
+        ([None, ""], [None, ""]),
+        ([0, None], [0, None]),
+        ([0, 0], [0, 0]),
+        ([None, "x"], [None, "x"]),
+    ],
+)
+def test_a_column_of_nothing_but_nulls_is_left_to_unnest(values, sent):
+    assert farm.database.column(values) == sent
+
+
 def test_new_ids_are_of_version_7_and_in_order():
     ids = [farm.database.new_id() for _ in range(100)]
     assert {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
