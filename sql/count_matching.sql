@@ -2,6 +2,7 @@
 --   $1-$5  filters: user, project, env, domain, labels (null: any), as in acquire_locks.sql
 -- Where labels are asked for their index leads to the users, and each user to its lock ("offset 0" keeps it so):
 -- a rare label in a pool of 100,000 is counted in 1 ms and not in 110.
+-- Columns are named, because `*` would plan and carry all of them (1,000 users: 0.86 ms, else 0.93).
 -- A user that was released after this statement began seems to rest, because its states are those of its beginning: for
 -- one user `is_rested` says that it does not.
 select filters.filter, counted.*, counted.ready_at <= clock_timestamp() as is_rested
@@ -21,11 +22,11 @@ cross join lateral (
         min(ready_at) as ready_at,
         min(quarantine) as quarantine
     from (
-        select *
+        select state, holder, expires_at, ready_at, quarantine
         from lock_states
         where user_id = filters.user_id
         union all
-        select *
+        select state, holder, expires_at, ready_at, quarantine
         from lock_states
         where filters.labels is null
             and pool_id in (
@@ -39,7 +40,7 @@ cross join lateral (
         select labelled.*
         from users
         cross join lateral (
-            select *
+            select state, holder, expires_at, ready_at, quarantine
             from lock_states
             where user_id = users.id
             offset 0
