@@ -4,8 +4,10 @@ service that restarts."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,9 @@ from typing import Any
 
 import httpx
 from conftest import PACKAGE, environment, free_port, process, until, wait_ready
+
+# The Python that the package runs on here: it keeps to 3.8, the service to 3.11.
+PYTHON = os.environ.get("BOTFARM_TEST_CLIENT_PYTHON", sys.executable)
 
 
 def around(url: str, **more: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ import botfarm_client.farm
 import pytest
 from botfarm_client import Farm, LockLost, Misconfigured, NoMatch, NoneFree, NotAllowed, Refused, Unreachable
 from conftest import PACKAGE, command, fresh_database, serving, settings, until
-from gate import around, create, ends, force, gate, held, history, outcomes, users
+from gate import PYTHON, around, create, ends, force, gate, held, history, outcomes, users
 
 import farm.clients
 import farm.settings
@@ -29,9 +29,7 @@ SOURCES = sorted((PACKAGE / "botfarm_client").glob("*.py"))
 
 def python(script, url="", **env):
     """What a script that uses the package prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=around(url, **env), capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([PYTHON, "-c", script], env=around(url, **env), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -59,7 +57,7 @@ def test_importing_it_loads_nothing_of_http():
         "import sys; before = {*sys.modules}; import botfarm_client; print(*{*sys.modules} - before)"
     ).split()
     assert "botfarm_client.farm" in loaded
-    assert not {"http.client", "ssl", "urllib.request", "json", "asyncio", "subprocess", "socket"} & {*loaded}
+    assert not {"http.client", "ssl", "urllib.request", "json", "asyncio", "socket", "botfarm_client.run"} & {*loaded}
 
 
 def test_its_wheel_installs_offline_brings_nothing_and_is_found(tmp_path, service, project):

@@ -21,13 +21,26 @@ import httpx
 import pytest
 from botfarm_client import Farm
 from conftest import free_port, long_chapter, serving, settings, until
-from gate import around, create, ends, force, gate, held, history, outcomes, restartable, seconds_until_free, users
+from gate import (
+    PYTHON,
+    around,
+    create,
+    ends,
+    force,
+    gate,
+    held,
+    history,
+    outcomes,
+    restartable,
+    seconds_until_free,
+    users,
+)
 
 from farm.settings import Secret
 
 long_chapter("waits for the ends of processes for a minute")
 
-BOTFARM = [sys.executable, "-m", "botfarm_client.command"]
+BOTFARM = [PYTHON, "-m", "botfarm_client.command"]
 # The same with its times a fourteenth: half a second to TERM, a third of one to KILL.
 HASTY = "import botfarm_client.run as r, botfarm_client.command as c; r.TERM_AFTER, r.KILL_AFTER = 0.5, 0.35; c.main()"
 
@@ -40,7 +53,7 @@ def botfarm(url, *words, **env):
 @contextmanager
 def running(url, *words, hasty=False):
     """`botfarm exec … -- sh -c SCRIPT` in the midst of it, once the script has said that it is ready, its pid first."""
-    start = [sys.executable, "-c", HASTY] if hasty else BOTFARM
+    start = [PYTHON, "-c", HASTY] if hasty else BOTFARM
     with tempfile.TemporaryFile("w+") as told:
         started = subprocess.Popen(
             [*start, "exec", *words],

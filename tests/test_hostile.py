@@ -432,7 +432,8 @@ def test_an_origin_that_is_none_is_refused_at_the_start(origins):
 
 
 @pytest.mark.parametrize(
-    "deep", ["[" * 100_000, '{"x":' * 100_000, '{"labels":' + "[" * 100_000, '{"x":' + "[" * 2000 + "]" * 2000 + "}"]
+    "deep",
+    ["[" * 100_000, '{"x":' * 100_000, '{"labels":' + "[" * 100_000, '{"x":' + "[" * 99_999 + "]" * 99_999 + "}"],
 )
 async def test_json_that_is_nested_deep_is_malformed(api, deep):
     refused = await api.post("/locks", content=deep)

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager, suppress
 from xml.etree import ElementTree
@@ -14,7 +13,7 @@ from xml.etree import ElementTree
 import httpx
 import pytest
 from conftest import PACKAGE, long_chapter, serving, settings, until
-from gate import around, create, ends, gate, held, history, outcomes, restartable, seconds_until_free, users
+from gate import PYTHON, around, create, ends, gate, held, history, outcomes, restartable, seconds_until_free, users
 
 long_chapter("lets runs of pytest end in all ways for a minute")
 
@@ -41,7 +40,7 @@ def suite(service, project, tmp_path):
         env = inherited | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         options = ["-p", "botfarm_client.pytest_plugin", "-p", "no:cacheprovider", f"--botfarm-ttl={ttl}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        return subprocess.Popen([sys.executable, "-m", "pytest", *options, *words], env=env, cwd=tmp_path, **pipes)
+        return subprocess.Popen([PYTHON, "-m", "pytest", *options, *words], env=env, cwd=tmp_path, **pipes)
 
     return start
 
@@ -318,7 +317,7 @@ def test_a_run_of_xdist_that_is_ended_frees_its_user(service, project, suite, tm
 def timeouts(tmp_path_factory):
     """Where pytest-timeout is."""
     there = tmp_path_factory.mktemp("timeouts")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target"]
+    pip = [PYTHON, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target"]
     subprocess.run([*pip, there, "pytest-timeout==2.4.0"], check=True, timeout=120)
     return there
 
