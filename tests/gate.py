@@ -98,7 +98,8 @@ class Gate:
             while b"\r\n\r\n" not in request or len(request.partition(b"\r\n\r\n")[2]) < _length(request):
                 request += caller.recv(65536)
             self.sent.append(request)
-            request = re.sub(rb"(?i)\r\nconnection: keep-alive", b"\r\nConnection: close", request)
+            request = re.sub(rb"(?i)\r\nconnection: keep-alive", b"", request)
+            request = request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
             while self.silent:
                 time.sleep(0.02)
             if self.says is not None:

@@ -348,6 +348,7 @@ def test_who_asks_goes_on_while_the_service_is_away(service, project, way):
 def test_who_waits_goes_on_however_often_the_service_restarts_meanwhile(service, project, way, monkeypatch):
     """Here it is away for longer than an acquire is patient, but each time for less."""
     monkeypatch.setattr(botfarm_client.farm, "PATIENCE", 1)
+    monkeypatch.setattr(botfarm_client.farm, "THERE", 1)
     create(service.url, project)
     holding = Farm(service.url).acquire(project)
     waits = threading.Thread(target=lambda: Farm(way.url).acquire(project, wait=20).release())

@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import pytest
-from conftest import long_chapter
+from conftest import long_chapter, until
+from gate import force, gate
 from runners import CLIENTS, Pool, lay, run, running, stop
 
 long_chapter("installs what JUnit 5 runs on")
@@ -27,10 +29,9 @@ def of_maven(*arguments: str) -> list[str]:
     return ["mvn", "-B", "-ntp", "-f", "reactor.xml", "-Dsurefire.failIfNoSpecifiedTests=false", *arguments]
 
 
-def of_junit(pool: Pool, tests: str) -> list[str]:
-    return of_maven(
-        "test", f"-Dtest={tests}", f"-Dbotfarm.project={pool.project}", "-Dbotfarm.ttl=3", "-Dbotfarm.wait=9"
-    )
+def of_junit(pool: Pool, tests: str, ttl: int = 3, wait: int = 9) -> list[str]:
+    terms = [f"-Dbotfarm.project={pool.project}", f"-Dbotfarm.ttl={ttl}", f"-Dbotfarm.wait={wait}"]
+    return of_maven("test", f"-Dtest={tests}", *terms)
 
 
 def test_junit_lends_parameters_a_user(junit5: Path, pool: Pool):
@@ -69,3 +70,25 @@ def test_a_user_is_free_again_when_junit_is_stopped(junit5, pool, tmp_path, numb
     with running(junit5, tmp_path / "output", *of_junit(pool, "HoldTest"), env=pool.env()) as process:
         stop(pool, process, tmp_path / "output", number, whom, seconds)
     assert pool.ends() == [ended]
+
+
+def test_who_waits_in_junit_goes_on_when_a_reply_is_lost_or_the_wait_is_cut_off(junit5, pool, tmp_path):
+    """Here by a proxy that allows a minute, which is as long as the client tries a service that is away."""
+    pool.add(1)
+    (user,) = pool.users()
+    junit = of_junit(pool, "GreetingTest#aBotLogsIn", ttl=60, wait=300)
+    with gate(pool.url) as way:
+        way.late, way.loses = [2], 1
+        with running(junit5, tmp_path / "output", *junit, env=pool.env(BOTFARM_URL=way.url)) as process:
+            until(pool.held, 60)
+            force(pool.url, user)
+            ours = httpx.put(f"{pool.url}/users/{user['id']}/lock").raise_for_status().json()
+            until(lambda: len(way.sent) == 3, 10)  # the second call has learnt that the lock of its key has ended
+            for seconds in (0, 61):
+                asked = len(way.sent)
+                time.sleep(seconds)
+                way.cut()
+                until(lambda asked=asked: len(way.sent) == asked + 1, 10)
+            httpx.delete(f"{pool.url}/locks/{ours['id']}").raise_for_status()
+            assert process.wait(60) == 0, (tmp_path / "output").read_text()
+    assert pool.ends() == ["forced", "released", "released"]

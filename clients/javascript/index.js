@@ -11,6 +11,7 @@ const { setTimeout: sleep } = require('node:timers/promises');
 
 const PATIENCE = 60; // seconds for which a service that is away is asked again: longer than its restart takes
 const REPLY = 10; // seconds in which a call that does not wait is answered
+const THERE = 20; // seconds after which a wait that is cut off had reached the service: a proxy before it allows no more
 const CODE = 135; // seconds for a one-time code: the longest period, 5 s, and the reply
 const WAIT = 290; // seconds that one call may wait: Node.js gives up on a reply after 300
 const AWAY = [502, 503, 504]; // of a service that restarts, or of a proxy before it
@@ -61,12 +62,12 @@ class Farm {
   async acquire({ user, project_id, env, domain, labels, prefer, ...options }) {
     const filter = user ? {} : { project_id, env, domain, labels, prefer };
     const path = user ? ['PUT', `/users/${encodeURIComponent(user)}/lock`] : ['POST', '/locks'];
-    return this.#grant(path, filter, options, (lock, sent) => new Bot(this, lock, sent));
+    return this.#grant(path, filter, options, (lock, asked) => new Bot(this, lock, asked));
   }
 
   /** Several users, all or none, in the order asked: the fields are those of `POST /locks/sets`. */
   async acquireSet(users, options = {}) {
-    const bots = ({ locks }, sent) => locks.map((lock) => new Bot(this, lock, sent));
+    const bots = ({ locks }, asked) => locks.map((lock) => new Bot(this, lock, asked));
     return this.#grant(['POST', '/locks/sets'], { users }, options, bots);
   }
 
@@ -78,33 +79,38 @@ class Farm {
 
   async #grant([method, path], filter, { ttl = 60, wait = 300, ...more }, bots) {
     const end = uptime() + wait;
-    const key = randomUUID(); // the same in every try: where a reply was lost, the next one brings that lock
-    for (;;) {
+    let key = randomUUID(); // the same in every try: where a reply was lost, the next one brings that lock
+    for (let asked = uptime(); ; ) {
       const left = () => Math.min(Math.max(Math.ceil(end - uptime()), 0), WAIT);
       const body = () => ({ holder: this.holder, ttl, wait: left(), ...filter, ...more });
       try {
-        const { body: granted, sent } = await this.call(method, path, { key, body, reply: WAIT + REPLY });
-        return bots(granted, sent);
+        const { body: granted } = await this.call(method, path, { key, body, reply: () => left() + REPLY });
+        return bots(granted, asked);
       } catch (refused) {
-        if (!['pool-exhausted', 'user-locked'].includes(refused.slug) || !left()) throw refused;
-        await sleep(1000);
+        if (refused.slug === 'lock-ended') {
+          [key, asked] = [randomUUID(), uptime()]; // it was granted, and over before a reply came through
+        } else {
+          if (!['pool-exhausted', 'user-locked'].includes(refused.slug) || !left()) throw refused;
+          await sleep(1000);
+        }
       }
     }
   }
 
   /**
-   * One call, repeated while the service is away for up to `PATIENCE`; its answer, and when it was sent. With a
-   * `deadline` it is repeated until then, whatever is refused (a token, perhaps) but the lock itself.
+   * One call, repeated while the service is away for up to `PATIENCE`; its answer, and when it was sent. One with a
+   * `key` may wait, and be cut off as often as it takes. With a `deadline` it is repeated until then, whatever is
+   * refused (a token, perhaps) but the lock itself.
    */
-  async call(method, path, { key, body, reply = REPLY, deadline } = {}) {
+  async call(method, path, { key, body, reply = () => REPLY, deadline } = {}) {
     let end = deadline;
     for (let pause = 0.25; ; pause = Math.min(pause * 2, 5)) {
       const sent = uptime();
-      const seconds = Math.min(reply, (deadline ?? Infinity) - sent);
+      const seconds = Math.min(reply(), (deadline ?? Infinity) - sent);
       const answer = await this.#ask(method, path, key, body, seconds).catch((error) => error);
       const fault = faultOf(`${method} ${this.#url}${path.split('?')[0]}`, answer);
       if (!fault) return { body: answer.body, sent };
-      end ??= uptime() + PATIENCE;
+      if (!end || (key && uptime() - sent > THERE)) end = uptime() + PATIENCE;
       const next = answer.after ?? pause;
       const final = deadline ? fault.slug === 'lock-not-held' : fault instanceof Refused;
       if (final || uptime() + next >= end) throw fault;
@@ -171,7 +177,7 @@ class Bot {
   #released = new AbortController();
   #lost = new AbortController();
 
-  constructor(farm, lock, sent) {
+  constructor(farm, lock, asked) {
     this.#farm = farm;
     this.#deadline = uptime() + lock.ttl;
     this.lock = lock;
@@ -179,7 +185,7 @@ class Bot {
     this.login = lock.user.login;
     this.password = lock.user.password;
     this.labels = lock.user.labels;
-    this.#beat(uptime() - sent > 1); // it has waited: only a renewal tells when the lock ends at the soonest
+    this.#beat(uptime() - asked > 1); // it has waited: only a renewal tells when the lock ends at the soonest
   }
 
   /** Aborted when the user is lost; its `reason` is a `LockLost`. */
@@ -203,7 +209,7 @@ class Bot {
 
   /** A one-time code, given to nobody else. After one it is a period until the next: 30 s with most systems. */
   async totp() {
-    const { body } = await this.#farm.call('POST', `/locks/${this.lock.id}/totp`, { reply: CODE });
+    const { body } = await this.#farm.call('POST', `/locks/${this.lock.id}/totp`, { reply: () => CODE });
     return body.code;
   }
 

@@ -1,9 +1,14 @@
 import assert from 'node:assert/strict';
+import { randomUUID } from 'node:crypto';
 import { createServer, request } from 'node:http';
-import { uptime } from 'node:os';
+import os from 'node:os';
 import { after, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { Farm, LockLost, Unreached } from '@botfarm/client';
+
+const uptime = os.uptime;
+let skipped = 0; // seconds
+os.uptime = () => uptime() + skipped; // before the client is loaded, which takes it from there
+const { Farm, LockLost, Unreached } = await import('@botfarm/client');
 
 const URL = process.env.BOTFARM_URL;
 const project_id = process.env.BOTFARM_PROJECT;
@@ -32,7 +37,8 @@ const through = (reply, forward) => forward(pass(reply));
 const late = (reply, forward) => forward((answer) => setTimeout(pass(reply), 1500, answer));
 const hang = () => {};
 const cut = (reply) => reply.destroy();
-const loseReply = (reply, forward) => forward(() => reply.destroy());
+const cutWait = (reply) => cut(reply, (skipped += 30));
+const loseReply = (reply, forward) => forward((answer) => cut(reply, answer.resume()));
 const away = (reply) => reply.writeHead(503, { 'Retry-After': '1' }).end();
 const held = async () => (await (await fetch(`${URL}/users?project_id=${project_id}&state=locked`)).json()).items.length;
 const force = ({ user }) => fetch(`${URL}/users/${user.id}/lock`, { method: 'DELETE' });
@@ -64,6 +70,26 @@ test('a lost reply costs no user', async () => {
   assert.equal(await held(), 1);
   await bot.release();
   assert.equal(await held(), 0);
+});
+
+for (const [ttl, fence] of Object.entries({ 3: 1, 1: 2 })) {
+  test(`a lock whose reply was lost is renewed at once, or asked for anew where it has ended: ttl ${ttl}`, async () => {
+    const user = { login: 'bot-0', password: 'pw-0', project_id: randomUUID(), env: 'stage' };
+    const json = { 'Content-Type': 'application/json' };
+    assert.ok((await fetch(`${URL}/users`, { method: 'POST', headers: json, body: JSON.stringify(user) })).ok);
+    const farm = await behind([loseReply, away, away]);
+    const bot = await farm.acquire({ project_id: user.project_id, ttl: Number(ttl) });
+    assert.equal(bot.lock.fence, fence);
+    await sleep(2500);
+    assert.equal(bot.signal.aborted, false);
+    await bot.release();
+  });
+}
+
+test('who waits behind a proxy that cuts calls off goes on, however often it does', async () => {
+  const farm = await behind(Array(4).fill(cutWait));
+  const bot = await farm.acquire({ project_id, wait: 300 });
+  await bot.release();
 });
 
 test('a service that is away for less than the ttl loses no lock', async () => {
@@ -148,5 +174,5 @@ test('a refusal tells why', async () => {
 test('without an address, or with none there, it says so', async () => {
   assert.throws(() => new Farm({ env: {} }), /BOTFARM_URL is not set/);
   const nobody = new Farm({ url: 'http://127.0.0.1:1' });
-  await assert.rejects(nobody.call('GET', '/locks', { deadline: uptime() + 1 }), (error) => error instanceof Unreached);
+  await assert.rejects(nobody.call('GET', '/locks', { deadline: os.uptime() + 1 }), (error) => error instanceof Unreached);
 });

@@ -21,6 +21,7 @@ TTL, WAIT = 60, 300  # seconds
 CALL = 10.0  # seconds for the reply to a call that does not wait
 CODE = 135.0  # seconds for a one-time code: the longest period, 5 s, and the reply
 PATIENCE = 30.0  # seconds for which an acquire asks a service that is away; fewer where it does not wait
+THERE = 20.0  # seconds after which a call that is cut off, by a restart or a proxy's limit, had reached the service
 T = TypeVar("T")
 
 # The clock that runs on while the machine sleeps, as a lock's time does.
@@ -32,17 +33,14 @@ def clock() -> float:
 
 
 def persist(attempt: Callable[[], T], patience: float) -> T:
-    """Try until the service answers, for so many seconds from the first failure on.
-
-    What took longer than PATIENCE had been there meanwhile: a call that waited was cut off, as by a restart.
-    """
+    """Try until the service answers, for so many seconds after the first failure, or after the last that took THERE."""
     end = None
     while True:
         began = clock()
         try:
             return attempt()
         except Unreachable as fault:
-            if end is None or clock() > began + PATIENCE:
+            if end is None or clock() > began + THERE:
                 end = clock() + patience
             left = end - clock()
             if left <= 0:

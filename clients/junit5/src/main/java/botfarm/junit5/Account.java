@@ -16,14 +16,14 @@ public final class Account implements AutoCloseable {
     private LockLost lost;
     private Thread test; // to be interrupted when the user is lost
 
-    Account(Farm farm, Farm.Reply granted) {
+    Account(Farm farm, Map<?, ?> lock, double asked) {
         this.farm = farm;
-        lock = granted.body();
+        this.lock = lock;
         user = (Map<?, ?>) lock.get("user");
         ttl = (Long) lock.get("ttl");
         deadline = Farm.clock() + ttl;
         // Who has waited learns from a renewal alone when the lock ends at the soonest.
-        renewAtOnce = Farm.clock() - granted.sent() > 1;
+        renewAtOnce = Farm.clock() - asked > 1;
         farm.held.add(this);
         heartbeat.setDaemon(true);
         heartbeat.start();
@@ -87,7 +87,7 @@ public final class Account implements AutoCloseable {
         boolean interrupted = Thread.interrupted(); // a test that was stopped gives its user back all the same
         try {
             String query = outcome == null ? "" : "?outcome=" + outcome;
-            farm.call("DELETE", "/locks/" + lockId() + query, null, () -> "", Farm.REPLY, 0);
+            farm.call("DELETE", "/locks/" + lockId() + query, null, () -> "", () -> Farm.REPLY, 0);
         } catch (Refused refused) {
             if (!"lock-not-held".equals(refused.slug())) { // else it has ended, or a lost reply had ended it
                 throw refused;
@@ -141,7 +141,7 @@ public final class Account implements AutoCloseable {
 
     private void renew() throws InterruptedException {
         try {
-            deadline = farm.call("PATCH", "/locks/" + lockId(), null, () -> "{}", Farm.REPLY, deadline).sent() + ttl;
+            deadline = farm.call("PATCH", "/locks/" + lockId(), null, () -> "{}", () -> Farm.REPLY, deadline).sent() + ttl;
         } catch (Refused refused) {
             if ("lock-not-held".equals(refused.slug())) {
                 throw new LockLost(login(), refused.getMessage());

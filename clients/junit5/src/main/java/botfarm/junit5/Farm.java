@@ -17,6 +17,7 @@ import java.util.Map;
 import java.util.Set;
 import java.util.UUID;
 import java.util.concurrent.ConcurrentHashMap;
+import java.util.function.DoubleSupplier;
 import java.util.function.Supplier;
 import java.util.stream.Collectors;
 
@@ -24,6 +25,7 @@ import java.util.stream.Collectors;
 final class Farm {
     private static final double PATIENCE = 60; // seconds for which a service that is away is asked again
     static final double REPLY = 10; // seconds in which a call that does not wait is answered
+    private static final double THERE = 20; // seconds after which a wait that is cut off, by a proxy, had got through
     private static final Set<Integer> AWAY = Set.of(0, 502, 503, 504); // it, or what a proxy says of it
     private static final long NANOS = System.nanoTime();
     private static final long MILLIS = System.currentTimeMillis();
@@ -52,33 +54,46 @@ final class Farm {
 
     /** A free user that fits, or the one with that id; waits for one. The filter has the fields of POST /locks. */
     Account acquire(String user, Map<String, Object> filter, int ttl, int wait) throws InterruptedException {
-        double end = clock() + wait;
+        double asked = clock();
+        double end = asked + wait;
         String key = UUID.randomUUID().toString(); // the same in every try: a lost reply's lock comes with the next one
+        DoubleSupplier left = () -> Math.max(Math.ceil(end - clock()), 0);
         Supplier<String> body = () -> {
-            Map<String, Object> asked = new HashMap<>(filter);
-            asked.putAll(Map.of("holder", holder, "ttl", ttl, "wait", Math.max((long) Math.ceil(end - clock()), 0)));
-            return Json.write(asked);
+            Map<String, Object> wish = new HashMap<>(filter);
+            wish.putAll(Map.of("holder", holder, "ttl", ttl, "wait", (long) left.getAsDouble()));
+            return Json.write(wish);
         };
-        Reply granted = user.isEmpty()
-                ? call("POST", "/locks", key, body, wait + REPLY, 0)
-                : call("PUT", "/users/" + encode(user) + "/lock", key, body, wait + REPLY, 0);
-        return new Account(this, granted);
+        DoubleSupplier reply = () -> left.getAsDouble() + REPLY;
+        try {
+            Reply granted = user.isEmpty()
+                    ? call("POST", "/locks", key, body, reply, 0)
+                    : call("PUT", "/users/" + encode(user) + "/lock", key, body, reply, 0);
+            return new Account(this, granted.body, asked);
+        } catch (Refused refused) {
+            if (!"lock-ended".equals(refused.slug())) { // it was granted, and over before a reply came through
+                throw refused;
+            }
+            return acquire(user, filter, ttl, (int) left.getAsDouble());
+        }
     }
 
     /**
-     * One call, repeated while the service is away. With a deadline (not 0) it is repeated until then, whatever is
-     * refused (a token, perhaps) but the lock itself.
+     * One call, repeated while the service is away. One with a key may wait, and be cut off as often as it takes. With
+     * a deadline (not 0) it is repeated until then, whatever is refused (a token, perhaps) but the lock itself.
      */
-    Reply call(String method, String path, String key, Supplier<String> body, double reply, double deadline)
+    Reply call(String method, String path, String key, Supplier<String> body, DoubleSupplier reply, double deadline)
             throws InterruptedException {
         double end = deadline;
         for (double pause = 0.25; ; pause = Math.min(pause * 2, 5)) {
-            Reply answer = ask(method, path, key, body, deadline == 0 ? reply : Math.min(reply, deadline - clock()));
+            double seconds = reply.getAsDouble();
+            Reply answer = ask(method, path, key, body, deadline == 0 ? seconds : Math.min(seconds, deadline - clock()));
             if (answer.isGood()) {
                 return answer;
             }
             Refused refused = answer.refusal(method + " " + url + path);
-            end = end == 0 ? clock() + PATIENCE : end;
+            if (end == 0 || (key != null && clock() - answer.sent > THERE)) {
+                end = clock() + PATIENCE;
+            }
             double next = answer.after > 0 ? answer.after : pause;
             boolean fatal = deadline == 0 ? !AWAY.contains(answer.status) : "lock-not-held".equals(refused.slug());
             if (fatal || clock() + next >= end) {
