@@ -336,7 +336,7 @@ async def import_users(request: Call) -> words.Imported:
         raise problems.UnsupportedMediaType(f"The content type is {media!r}, but an import is {NDJSON} or {CSV}.")
     request.check_encoding()
     request.check_length(settings.max_import, "BOTFARM_MAX_IMPORT")
-    file = (NdjsonFile if media == NDJSON else CsvFile)(settings, request.caller.projects)
+    file = (NdjsonFile if media == NDJSON else CsvFile)(settings, farm.passwords, request.caller.projects)
     imported = await farm.imports.run(file, request.parts())
     farm.desk.freed()
     farm.events.imported(imported, request.cause)

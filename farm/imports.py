@@ -55,9 +55,10 @@ Numbered = tuple[int, ImportedUser, Timed | None]  # the line that a user began 
 class ImportFile:
     """Splits an import into lines, and reads these; what is wrong with them gathers in `errors`, the first 100."""
 
-    def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
+    def __init__(self, settings: Settings, passwords: Passwords, projects: Sequence[uuid.UUID] | None) -> None:
         """`projects` are what the caller is limited to; None: all."""
         self.settings = settings
+        self.passwords = passwords
         self.projects = projects
         self.errors: list[LineError] = []
         self._number = 0
@@ -99,7 +100,10 @@ class ImportFile:
         return sorted(self.errors, key=lambda error: error.line)[:100]
 
     def check(self, number: int, values: Any) -> Numbered | None:
-        """Of several faults in a line the first is told, so that the first 100 tell of as many lines."""
+        """Of several faults in a line the first is told, so that the first 100 tell of as many lines.
+
+        NotSealed where it has codes and hashes alone are stored.
+        """
         if isinstance(values, dict) and not values.keys() <= TOLD:  # most lines have nothing else
             values = {name: value for name, value in values.items() if not only_tells(name)}
         try:
@@ -113,6 +117,8 @@ class ImportFile:
         if user.env not in self.settings.envs or user.domain not in self.settings.domains:
             fault = next(forbidden(self.settings, user))
             return self.fail(number, fault.field, fault.message)
+        if user.totp is not UNSET:
+            self.passwords.sealing()
         try:
             return number, user, read_totp(user.totp) if user.totp else None
         except ValueError as error:
@@ -173,8 +179,8 @@ class CsvFile(ImportFile):
 
     header: list[str] | None = None  # before it was read; empty: it is bad, and no line is looked at
 
-    def __init__(self, settings: Settings, projects: Sequence[uuid.UUID] | None = None) -> None:
-        super().__init__(settings, projects)
+    def __init__(self, settings: Settings, passwords: Passwords, projects: Sequence[uuid.UUID] | None) -> None:
+        super().__init__(settings, passwords, projects)
         self._record = bytearray()  # one whose quotes are not closed yet, and the line it began on
         self._quotes = self._began = 0
 
@@ -341,8 +347,7 @@ class Import:
         return await self.passwords.store(id, password, patient=True)
 
     def _codes(self, id: uuid.UUID, timed: Timed | None, known: asyncpg.Record | None) -> Columns | None:
-        """What to store; None keeps what stands, where that is the same. NotSealed without keys."""
-        self.passwords.sealing()
+        """What to store; None keeps what stands, where that is the same."""
         if timed == (opened(self.passwords, known) if known and known["sealed"] else None):
             return None
         return sealed(self.passwords, id, timed) if timed else NO_CODES

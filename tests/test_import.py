@@ -12,6 +12,7 @@ import pytest
 from conftest import acquire, make_users, slug
 
 import farm.imports
+import farm.passwords
 import farm.settings
 from farm.imports import CHUNK
 
@@ -141,7 +142,7 @@ async def test_only_the_first_hundred_errors_are_told(api, project):
 
 def test_after_a_hundred_errors_no_line_is_looked_at_any_more():
     """All 20,000 that fit into one part of a body would hold up every other call for a second."""
-    file = farm.imports.NdjsonFile(farm.settings.Settings())
+    file = farm.imports.NdjsonFile(farm.settings.Settings(), farm.passwords.Passwords(None), None)
     assert list(file.feed(b"{}\n" * 20_000)) == []
     assert len(file.errors) == 100
 
