@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import long_chapter, until
+from gate import gate
 from runners import CLIENTS, Pool, lay, run, running
 
 VERSION = "v1.8.1"
@@ -68,3 +72,20 @@ def test_users_are_free_again_when_k6_is_stopped(k6, folder, pool, tmp_path, num
         os.killpg(process.pid, number)
         until(lambda: not pool.held(), seconds)
     assert pool.ends() == [ended] * 2
+
+
+def test_who_waits_in_k6_goes_on_when_a_proxy_cuts_the_wait_off(k6: str, folder: Path, pool: Pool, tmp_path: Path):
+    """Later than the client would try a service that is away."""
+    pool.add(2)
+    (user, _) = pool.users()
+    with gate(pool.url) as way:
+        env = pool.env(BOTFARM_URL=way.url) | {"TEST_WAIT": "100"}
+        ours = httpx.put(f"{pool.url}/users/{user['id']}/lock").raise_for_status().json()
+        with running(folder, tmp_path / "output", k6, "run", "hold.js", env=env):
+            until(lambda: len(way.sent) == 1, 20)
+            time.sleep(41)
+            way.cut()
+            until(lambda: len(way.sent) == 2, 10)
+            assert re.search(rb'"wait":5\d', way.sent[1])
+            httpx.delete(f"{pool.url}/locks/{ours['id']}").raise_for_status()
+            until(lambda: (tmp_path / "output").read_text().count("holds bot-") == 2, 20)

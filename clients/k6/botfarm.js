@@ -5,6 +5,8 @@ import { sleep } from 'k6';
 
 const SET = 100; // users that one call of the service lends at most
 const PATIENCE = 40; // seconds for which a service that is away is asked again; k6 gives setup() 60
+const THERE = 20; // seconds after which a wait that is cut off, as by a proxy, had reached the service
+const TIMEOUT = 1050; // k6's own error code: nobody had answered
 const AWAY = [0, 502, 503, 504];
 const FORM = 'application/x-www-form-urlencoded';
 
@@ -17,7 +19,7 @@ export function acquire({ count, ttl, wait = 30, ...filter }) {
   try {
     while (bots.length < count) {
       const users = [{ ...filter, count: Math.min(count - bots.length, SET) }];
-      const { locks } = call('POST', '/locks/sets', { users, ttl, wait, holder }, wait);
+      const { locks } = call('POST', '/locks/sets', { users, ttl, holder }, wait);
       bots.push(...locks.map(({ user }) => user));
     }
   } catch (refused) {
@@ -42,11 +44,15 @@ export function release({ holder, bots }) {
 
 function call(method, path, body, wait = 0) {
   const key = crypto.randomUUID(); // the same in every try: a lost reply's locks come with the next one
-  const end = Date.now() + PATIENCE * 1000;
+  const begun = Date.now();
+  let end = begun + PATIENCE * 1000;
   for (;;) {
-    let answer = ask(method, path, body, key, wait);
-    if (answer.status === 401 && authenticate()) answer = ask(method, path, body, key, wait);
+    const sent = Date.now();
+    const left = Math.max(Math.ceil(wait - (sent - begun) / 1000), 0);
+    let answer = ask(method, path, body, key, left);
+    if (answer.status === 401 && authenticate()) answer = ask(method, path, body, key, left);
     if (answer.status >= 200 && answer.status < 300) return answer.json();
+    if (answer.error_code !== TIMEOUT && Date.now() - sent > THERE * 1000) end = Date.now() + PATIENCE * 1000;
     if (!AWAY.includes(answer.status) || Date.now() > end) throw new Error(`BotFarm: ${method} ${path}: ${told(answer)}`);
     sleep(Number(answer.headers['Retry-After']) || 1);
   }
@@ -55,7 +61,7 @@ function call(method, path, body, wait = 0) {
 function ask(method, path, body, key, wait) {
   const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': key };
   if (token) headers.Authorization = `Bearer ${token}`;
-  return send(method, path, body && JSON.stringify(body), { headers, timeout: `${wait + 10}s` });
+  return send(method, path, body && JSON.stringify({ ...body, wait }), { headers, timeout: `${wait + 10}s` });
 }
 
 function send(method, path, body, params) {

@@ -1,10 +1,11 @@
 import { sleep } from 'k6';
 import { acquire, bot, release } from './botfarm.js';
 
-export const options = { vus: 2, duration: '60s', gracefulStop: '0s' };
+export const options = { vus: 2, duration: '60s', gracefulStop: '0s', setupTimeout: '120s' };
 
 export function setup() {
-  return acquire({ project_id: __ENV.BOTFARM_PROJECT, count: Number(__ENV.TEST_COUNT || 2), ttl: 3, wait: 1 });
+  const [count, wait] = [Number(__ENV.TEST_COUNT || 2), Number(__ENV.TEST_WAIT || 1)];
+  return acquire({ project_id: __ENV.BOTFARM_PROJECT, count, ttl: 3, wait });
 }
 
 export default function (data) {
