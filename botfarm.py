@@ -92,7 +92,7 @@ from farm.clients import (
 from farm.codes import sealed_codes
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
 from farm.embedded import EmbeddedError
-from farm.imports import CsvFile, NdjsonFile, exported, labels_of, wants_csv
+from farm.imports import PAGE, CsvFile, NdjsonFile, exported, labels_of, wants_csv
 from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
@@ -351,7 +351,7 @@ async def export_users(request: Call, filters: NamedDependency[words.UserFilter]
     """
     request.check(filters)
     pool, projects = request.farm.pool, request.caller.projects
-    first = await pool.fetch(SQL["list_users"], *filters.columns((*words.FIRST_PLACE, 500), projects))
+    first = await pool.fetch(SQL["list_users"], *filters.columns((*words.FIRST_PLACE, PAGE), projects))
     accept = ",".join(request.headers.getall("accept", []))
     labels = await labels_of(pool, filters, projects, first) if wants_csv(accept) else None
     request.farm.events.log("users-exported", request.cause)

@@ -432,6 +432,7 @@ class Imports:
 # ---- Users to lines ----------------------------------------------------------------------------------------
 
 
+PAGE = 500  # users that are read at once
 CSV_COLUMNS = ("login", "project_id", "env", "domain")  # and one for each label
 
 
@@ -467,8 +468,9 @@ async def exported(
         yield _csv_line([*CSV_COLUMNS, *(f"label.{key}" for key in labels)])
     while rows:
         yield b"".join(_ndjson_of(row) if labels is None else _csv_of(row, labels) for row in rows)
-        page = (rows[-1]["created_at"], rows[-1]["id"], 500)
-        rows = await pool.fetch(SQL["list_users"], *filters.columns(page, projects))
+        page = (rows[-1]["created_at"], rows[-1]["id"], PAGE)
+        is_last = len(rows) < PAGE
+        rows = [] if is_last else await pool.fetch(SQL["list_users"], *filters.columns(page, projects))
 
 
 def _ndjson_of(row: asyncpg.Record) -> bytes:

@@ -285,17 +285,17 @@ PAGE = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nConnection: close\r\n
 
 
 @contextlib.contextmanager
-def narrow(service):
-    """A connection of which the system takes but 16 KiB on either side, and the service's end of it."""
+def narrow(service, size=16384):
+    """A connection of which the system keeps but so many bytes on either side, and the service's end of it."""
     host, _, port = service.url.removeprefix("http://").partition(":")
     with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         known = set(service.server.server_state.connections)
         connection.connect((host, int(port)))
         until(lambda: service.server.server_state.connections - known, 5)
         (other,) = service.server.server_state.connections - known
         with socket.socket(fileno=os.dup(other.transport.get_extra_info("socket").fileno())) as theirs:
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         yield connection, other
 
 
@@ -316,15 +316,15 @@ async def test_the_end_of_a_reply_has_to_be_read_too(service, api, project, monk
     """A part that is small enough to pause nobody, after a larger one that was read."""
     monkeypatch.setattr(farm.server.Protocol, "LATE", 1.5)  # what reads the larger one may pause on a busy machine
     user = {"password": "p", "project_id": project, "env": "stage"}
-    lines = "\n".join(json.dumps(user | {"login": f"bot-{number}"}) for number in range(640))
+    lines = "\n".join(json.dumps(user | {"login": f"bot-{number}"}) for number in range(690))
     answer = await api.post("/users/import", content=lines, headers={"Content-Type": "application/x-ndjson"})
-    assert answer.json()["created"] == 640
-    with narrow(service) as (connection, other):
+    assert answer.json()["created"] == 690
+    with narrow(service, 4096) as (connection, other):
         connection.sendall(f"GET /users/export?project_id={project} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
-        until(lambda: other.cycle, 5)
-        while not other.cycle.response_complete:
-            assert connection.recv(2048)
-            time.sleep(0.001)
+        read = b""
+        while read.count(b'"login"') < farm.imports.PAGE:
+            read += connection.recv(2048)
+        until(lambda: other.cycle.response_complete, 5)
         assert 0 < other.transport.get_write_buffer_size() < 65536
         until(lambda: other not in service.server.server_state.connections, 10)
 
