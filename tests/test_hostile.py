@@ -323,7 +323,9 @@ async def test_the_end_of_a_reply_has_to_be_read_too(service, api, project, monk
         connection.sendall(f"GET /users/export?project_id={project} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
         read = b""
         while read.count(b'"login"') < farm.imports.PAGE:
-            read += connection.recv(2048)
+            part = connection.recv(2048)
+            assert part
+            read += part
         until(lambda: other.cycle.response_complete, 5)
         assert 0 < other.transport.get_write_buffer_size() < 65536
         until(lambda: other not in service.server.server_state.connections, 10)
