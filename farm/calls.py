@@ -73,7 +73,7 @@ class Farm:
         self.exporter = Exporter(events, pool, self.snapshot)
         self.codes = Codes(pool, passwords)
         self.sessions = Sessions(pool, passwords, events)
-        self.imports = Imports(settings, hot, pool, passwords)
+        self.imports = Imports(settings, hot, pool)
 
     def stop(self) -> None:
         """The service ends: those who wait are told."""

@@ -296,9 +296,9 @@ TAKEN = "Other calls made, renamed or deleted users of this file meanwhile, and 
 class Import:
     """One import: a temporary table in one transaction, filled chunk by chunk and applied at the end."""
 
-    def __init__(self, connection: asyncpg.Connection, passwords: Passwords, file: ImportFile) -> None:
+    def __init__(self, connection: asyncpg.Connection, file: ImportFile) -> None:
         self.connection = connection
-        self.passwords = passwords
+        self.passwords = file.passwords
         self.file = file
         self.kinds: Counter[str] = Counter()
 
@@ -386,11 +386,10 @@ class Imports:
 
     CROWD = 20  # so many may wait for their turn
 
-    def __init__(self, settings: Settings, hot: Connections, pool: Connections, passwords: Passwords) -> None:
+    def __init__(self, settings: Settings, hot: Connections, pool: Connections) -> None:
         self._limit = settings.max_import
         self._hot = hot
         self._pool = pool
-        self._passwords = passwords
         self._turns = asyncio.Semaphore(2)
         self._waiting = 0
 
@@ -398,7 +397,7 @@ class Imports:
         async with self._turn(), self._pool.acquire() as connection:
             async with connection.transaction():
                 await connection.execute(SQL["import_stage"])
-                job = Import(connection, self._passwords, file)
+                job = Import(connection, file)
                 async for users in chunks(body, file, self._limit):
                     await job.stage(users)
                 await job.check()
