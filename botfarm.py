@@ -73,9 +73,9 @@ from litestar.datastructures import State
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
+from litestar.openapi import ResponseSpec
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
-from litestar.response import Stream
-from litestar.static_files import create_static_files_router
+from litestar.response import File, Stream
 from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
 from msgspec import UNSET
 
@@ -301,7 +301,7 @@ async def list_pools(request: Call, project_id: FromQuery[uuid.UUID | None] = No
     return words.PoolList([words.Pool(**row, waiting=waiting(words.Wish.of_pool(row))) for row in rows])
 
 
-@get("/overview", **READING)
+@get("/overview", **READING, responses={304: ResponseSpec(None, description="Nothing has changed")})
 async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = None) -> Response[words.Overview]:
     """What a page shows at a glance: pools, the 200 locks that end first, the 50 latest ends.
 
@@ -702,6 +702,8 @@ DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm AP
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css"><div id="ui"></div>
 <script src="/docs/assets/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script></html>"""
 
+ASSETS = {file.name: file for file in (importlib.resources.files("swagger_ui") / "static").iterdir()}
+
 START = 'SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})'
 
 # What the pages may load and where they may stand: their own files, and in no frame.
@@ -740,6 +742,14 @@ async def docs() -> str:
 @get("/docs/start.js", media_type="text/javascript", include_in_schema=False)
 async def docs_start() -> str:
     return START
+
+
+@get("/docs/assets/{name:str}", include_in_schema=False)
+async def docs_asset(name: FromPath[str]) -> File:
+    """A file of Swagger UI. (Litestar's own router for files answers a name that no file can have with a 500.)"""
+    if name not in ASSETS:
+        raise problems.NotFound.at(f"/docs/assets/{name}")
+    return File(str(ASSETS[name]), content_disposition_type="inline")
 
 
 @get("/docs/openapi.json", include_in_schema=False)
@@ -859,14 +869,12 @@ def cors_of(settings: Settings) -> CORSConfig | None:
 
 def create_app(settings: Settings) -> Litestar:
     """The service as an ASGI application."""
-    assets = str(importlib.resources.files("swagger_ui") / "static")
-    pages = [index, dashboard_css, dashboard_js, docs, docs_start, docs_openapi]
+    pages = [index, dashboard_css, dashboard_js, docs, docs_start, docs_asset, docs_openapi]
     return Litestar(
         route_handlers=[
             options_of(settings),  # first: Litestar adds its own where there is none yet
             *calls_of(settings),
             *pages,
-            create_static_files_router(path="/docs/assets", directories=[assets], include_in_schema=False),
         ],
         lifespan=[running],
         state=State({"settings": settings, "openapi": partial(openapi_document, settings, tuple(calls_of(settings)))}),

@@ -6,7 +6,6 @@ A secret that was sent is never a part of what is told.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from email.message import Message
@@ -83,7 +82,10 @@ def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[Fie
 
 def _faults_in_set(parts: Any, settings: Settings) -> Iterator[FieldError]:
     for number, part in enumerate(parts if isinstance(parts, list) else ()):
-        for fault in _faults(part, SetPart, settings) if isinstance(part, dict) else ():
+        if not isinstance(part, dict):
+            yield FieldError(f"users[{number}]", f"{shown(part)} is not allowed: Expected `object`")
+            continue
+        for fault in _faults(part, SetPart, settings):
             yield FieldError(f"users[{number}].{fault.field}", fault.message)
 
 
@@ -95,8 +97,6 @@ def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, settings:
 def _number(text: str) -> float:
     """60.0 is 60: in JSON they are the same."""
     number = float(text)
-    if math.isinf(number):
-        raise msgspec.DecodeError("a number is out of range")
     return int(number) if number.is_integer() else number
 
 
@@ -130,6 +130,8 @@ def decode_body(body: bytes, kind: type[T], settings: Settings) -> T:
             return msgspec.json.decode(body, type=kind)
         except msgspec.ValidationError:  # once more: for what was sent, and maybe it was just a 60.0
             return _convert(UNTYPED.decode(body), kind, settings)
+    except msgspec.ValidationError as error:  # a number of over 4,300 digits
+        raise Invalid.field(None, str(error).partition(" - at ")[0]) from None
     except UNREADABLE as error:
         why = str(error) or "nested too deep"
         raise MalformedBody(f"The body is not JSON in UTF-8 that can be read: {why}.") from None

@@ -47,10 +47,10 @@ def _get(url: str) -> tuple[int, str]:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("it is no http:// or https:// address")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(unquote(parts.hostname), parts.port, timeout=5)
-    connection.request("GET", parts.path)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+    with contextlib.closing(kind(unquote(parts.hostname), parts.port, timeout=5)) as connection:
+        connection.request("GET", parts.path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
 
 
 if __name__ == "__main__":

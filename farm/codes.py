@@ -14,7 +14,7 @@ import re
 import time
 import uuid
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import asyncpg
 import msgspec
@@ -30,6 +30,7 @@ from farm.problems import CodeSpent, Invalid, NoTotp, ShuttingDown
 
 ALGORITHMS: dict[str, Any] = {"SHA1": hashes.SHA1, "SHA256": hashes.SHA256, "SHA512": hashes.SHA512}
 SHORTEST = 10  # bytes of a secret
+LONGEST = 2000  # characters of what it is written in
 
 
 class Generator(Struct, frozen=True):
@@ -52,12 +53,14 @@ class Timed(Struct, frozen=True):
 
 def read_totp(text: str) -> Timed:
     """An otpauth URI, or a bare secret in base32. ValueError says what is wrong with it, and shows nothing of it."""
+    if len(text) > LONGEST:
+        raise ValueError(f"it has over {LONGEST} characters")
     if not text[:8].lower().startswith("otpauth:"):
         return Timed(Generator(_secret(text)))
-    uri = urlsplit(text)
-    if uri.netloc.lower() != "totp":
+    beginning, _, query = text.partition("#")[0].partition("?")
+    if not re.match("otpauth://totp(/|$)", beginning, re.IGNORECASE):
         raise ValueError("the URI must begin with otpauth://totp/")
-    pairs = parse_qsl(uri.query)
+    pairs = parse_qsl(query, keep_blank_values=True)
     given = dict(pairs)
     if len(given) < len(pairs):
         raise ValueError("a parameter of the URI is there twice")
@@ -106,10 +109,11 @@ def opened(passwords: Passwords, row: asyncpg.Record) -> Timed:
 
 def sealed_codes(passwords: Passwords, owner: uuid.UUID, totp: str | UnsetType | None) -> Columns:
     """Of what a caller sent. NotSealed where hashes alone are stored, whatever that is."""
-    if totp is not UNSET:
-        passwords.sealing()
+    if totp is UNSET:
+        return NO_CODES
+    passwords.sealing()
     try:
-        return sealed(passwords, owner, read_totp(totp)) if totp else NO_CODES
+        return NO_CODES if totp is None else sealed(passwords, owner, read_totp(totp))
     except ValueError as error:
         raise Invalid.field("totp", str(error)) from None
 

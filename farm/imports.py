@@ -22,7 +22,7 @@ import msgspec
 from litestar.exceptions import ClientException
 from msgspec import UNSET
 
-from farm.bodies import UNREADABLE, field_errors
+from farm.bodies import UNREADABLE, UNTYPED, field_errors
 from farm.codes import NO_CODES, Columns, Timed, opened, read_totp, sealed
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id
 from farm.passwords import Passwords
@@ -48,6 +48,7 @@ CHUNK = 500  # users that are staged at once
 
 TOLD = frozenset(ImportedUser.__struct_fields__)
 FIELDS = ("login", "password", "project_id", "env", "domain", "totp")
+NEEDED = frozenset({"login", "project_id", "env"})
 NAMES = (*FIELDS, *TELLING, "has_session", "has_totp")
 Numbered = tuple[int, ImportedUser, Timed | None]  # the line that a user began on, the user, and its codes
 
@@ -117,10 +118,11 @@ class ImportFile:
         if user.env not in self.settings.envs or user.domain not in self.settings.domains:
             fault = next(forbidden(self.settings, user))
             return self.fail(number, fault.field, fault.message)
-        if user.totp is not UNSET:
-            self.passwords.sealing()
+        if user.totp is UNSET:
+            return number, user, None
+        self.passwords.sealing()
         try:
-            return number, user, read_totp(user.totp) if user.totp else None
+            return number, user, None if user.totp is None else read_totp(user.totp)
         except ValueError as error:
             return self.fail(number, "totp", str(error))
 
@@ -132,7 +134,7 @@ class NdjsonFile(ImportFile):
         if not line.strip():
             return None
         try:
-            values = msgspec.json.decode(line)
+            values = UNTYPED.decode(line)
         except UNREADABLE:
             way_out = "write one object a line, or send CSV as text/csv"
             return self.fail(number, None, f"the line is not JSON in UTF-8: {way_out}")
@@ -220,13 +222,14 @@ class CsvFile(ImportFile):
 
     def _read_header(self, number: int, cells: list[str | None]) -> None:
         names = [cell or "" for cell in cells]
-        missing = {"login", "project_id", "env"}.difference(names)
+        missing = set(NEEDED).difference(names)
+        is_header = len(NEEDED & {meant(name) for name in names}) > 1  # else a name may be a password
         before = set[str]()
-        for column, name in enumerate(names, 1):  # by number: without a header, a name would be a password
+        for column, name in enumerate(names, 1):
             if only_tells(name) or name in FIELDS or (name.startswith("label.") and re.match(WORD, name[6:])):
                 if name in before:
                     self.fail(number, name, f"the column {shown(name)} is there twice")
-            elif right := meant(name):
+            elif is_header and (right := meant(name)):
                 self.fail(number, right, f"column {column} is called {shown(name)}: write {right!r}")
                 missing.discard(right)
             else:

@@ -1,7 +1,7 @@
 """The schema: which migrations there are, and bringing a database up to date.
 
-yoyo applies the kept of `migrations/`, over psycopg. Importing the two takes 0.1 s and 10 MB, so only a
-run that has something to do does it.
+yoyo applies the files of `migrations/`, over psycopg. Importing the two takes 0.1 s and 10 MB, so only a run that has
+something to do does it.
 """
 
 from __future__ import annotations

@@ -106,10 +106,11 @@ def parameter_schema(parameter: dict[str, Any], settings: Settings) -> dict[str,
 
 
 def success_of(operation: dict[str, Any], media: Iterable[str] | None) -> dict[str, Any]:
-    """The good reply; one that is not JSON is text, whatever Litestar made of its type, or of one of these."""
-    done = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
-    for answer in done.values():
-        answer["description"] = "Done"
+    """The good replies; one that is not JSON is text, whatever Litestar made of its type, or of one of these."""
+    done = {status: answer for status, answer in operation["responses"].items() if status < "4"}
+    for status, answer in done.items():
+        if status < "3":
+            answer["description"] = "Done"
         if (content := answer.get("content")) and (media or JSON not in content):
             answer["content"] = {kind.partition(";")[0]: {"schema": {"type": "string"}} for kind in media or content}
     return done
@@ -122,7 +123,7 @@ def problems_of(handler: HTTPRouteHandler, path: str, secured: bool) -> list[typ
     kinds += [problems.DatabaseUnavailable, problems.Overloaded] if "scope" in handler.opt else []
     kinds += [problems.NotFound] if "{" in path else []
     kinds += [problems.Unauthenticated, problems.Forbidden] if secured else []
-    takes_body = "data" in handler.parsed_fn_signature.parameters or "json" in handler.opt
+    takes_body = "data" in handler.parsed_fn_signature.parameters or handler.opt.keys() & {"json", "bodiless"}
     if takes_body or "DELETE" in handler.http_methods:
         kinds += [problems.MalformedBody, problems.UnsupportedMediaType, problems.BodyTooLarge]
     return list(dict.fromkeys(kinds))

@@ -124,7 +124,7 @@ BAD = {
     "JBSWY3DPCANARYAA=A": "base32",
     "JBSWY3DPCANARYA": "10 bytes",
     "JBSWY3DPCANARYÄÄ": "base32",
-    "": "",
+    "": "10 bytes",
     "otpauth://hotp/canary?secret=" + SECRET: "otpauth://totp/",
     "otpauth:canary": "otpauth://totp/",
     "otpauth://totp/canary": "10 bytes",
@@ -135,8 +135,11 @@ BAD = {
     f"otpauth://totp/canary?secret={SECRET}&period=14": "15 to 120",
     f"otpauth://totp/canary?secret={SECRET}&period=121": "15 to 120",
     f"otpauth://totp/canary?secret={SECRET}&period=3e1": "15 to 120",
-    "otpauth://[canary/": "",
-    "canary" * 400: "",
+    f"otpauth://totp/canary?secret={SECRET}&digits=": "6 to 8",
+    "otpauth://[canary/": "otpauth://totp/",
+    "otpauth://[canary]/": "otpauth://totp/",
+    "otpauth://canary\u2100/": "otpauth://totp/",
+    "canary" * 400: "over 2000 characters",
 }
 
 
@@ -467,8 +470,8 @@ async def test_a_csv_has_a_column_for_it_whose_empty_cells_keep_what_is_there(ap
     assert [user["has_totp"] for user in users] == [True, True, False]
 
 
-async def test_an_import_with_one_bad_secret_stores_nothing_and_shows_nothing(api, project):
-    canary = "CANARY" + "A" * 20 + "1"
+@pytest.mark.parametrize("canary", ["CANARY" + "A" * 20 + "1", "otpauth://[CANARY]/", ""])
+async def test_an_import_with_one_bad_secret_stores_nothing_and_shows_nothing(api, project, canary):
     lines = [line(project, login=f"u{n}", password="p", totp=SECRET) for n in range(3)]
     answer = await send(api, "\n".join([*lines, line(project, login="bad", password="p", totp=canary)]))
     assert slug(answer) == "invalid"

@@ -674,6 +674,7 @@ async def test_a_repeat_of_a_key_whose_lock_has_ended_is_told_at_once_though_it_
         ("PUT", "/users/{id}/lock", {"ttl": 10**6, "wait": -1, "holder": "\n"}, ["wait", "holder", "ttl"]),
         ("POST", "/locks/sets", {"ttl": 0, "users": [{"env": "x", "domain": "y", "project_id": PROJECT}, {"env": 5}]},
          ["ttl", "users[0].env", "users[0].domain", "users[1].project_id", "users[1].env"]),
+        ("POST", "/locks/sets", {"users": [7, {"project_id": PROJECT, "shoe": 1}]}, ["users[0]", "users[1].shoe"]),
         ("POST", "/locks/sets", {"holder": 5, "users": [{"env": "x", "project_id": PROJECT, "count": 1}]},
          ["holder", "users[0].env"]),
     ],

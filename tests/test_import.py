@@ -126,6 +126,14 @@ async def test_bad_csv_is_named_by_line(api, project, text, errors):
     assert sorted(told, key=str) == sorted(errors, key=str)
 
 
+@pytest.mark.parametrize("password", ["Password!", "Label.hunter2", "E-n-v"])
+async def test_without_a_header_no_password_is_shown_whatever_it_looks_like(api, project, password):
+    answer = await send(api, f"bot-1,{password},{project},stage\n".encode(), CSV)
+    assert slug(answer) == "invalid"
+    assert [error["line"] for error in answer.json()["errors"]] == [1] * 7
+    assert password not in answer.text
+
+
 async def test_a_login_twice_in_a_file_names_both_lines(api, project):
     users = [{"login": "a"}, {"login": "b"}, {"login": "a"}, {"login": "a", "env": "prod"}]
     answer = await send(api, ndjson(project, *users))

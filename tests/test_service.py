@@ -234,7 +234,8 @@ def test_what_checks_a_container_listens_where_the_service_does_if_nothing_is_se
     assert f'"BOTFARM_PORT") or "{defaults.port}"' in (ROOT / "farm/check.py").read_text()
     assert farm.check.address("fd00::1", 80) == "http://[fd00::1]:80"
     assert farm.check.address("::", "80") == "http://[::1]:80"
-    for url in ("127.0.0.1:8000", "postgres://127.0.0.1", "http://", "http://127.0.0.1:http", "http://[::1"):
+    nowhere = f"127.0.0.1:{free_port()}"
+    for url in (nowhere, "postgres://127.0.0.1", "http://", "http://127.0.0.1:http", "http://[::1"):
         assert farm.check.check(url) == 1
         assert f"{url} does not answer: " in capfd.readouterr().err
 
@@ -326,6 +327,15 @@ async def test_the_pages_work_without_internet(api):
         assert "//" not in re.sub(r"<!.*?>", "", page)
         for asset in re.findall(r'(?:href|src)="(/[^"]+)"', page):
             assert (await api.get(asset)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["%00", "swagger-ui.css%00", "swagger-ui.css/x", "swagger-ui.css%2Fx", "x" * 256, "%2e%2e"]
+)
+async def test_a_file_that_no_page_loads_is_not_found(api, name):
+    answer = await api.get(f"/docs/assets/{name}")
+    assert (answer.status_code, slug(answer)) == (404, "not-found")
+    assert (await api.request("OPTIONS", "/docs/assets/x")).headers["Allow"] == "GET, HEAD, OPTIONS"
 
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; CI installs it")
