@@ -82,11 +82,13 @@ def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[Fie
 
 def _faults_in_set(parts: Any, settings: Settings) -> Iterator[FieldError]:
     for number, part in enumerate(parts if isinstance(parts, list) else ()):
-        if not isinstance(part, dict):
-            yield FieldError(f"users[{number}]", f"{shown(part)} is not allowed: Expected `object`")
-            continue
-        for fault in _faults(part, SetPart, settings):
+        for fault in _faults(part, SetPart, settings) if isinstance(part, dict) else ():
             yield FieldError(f"users[{number}].{fault.field}", fault.message)
+        if not isinstance(part, dict):
+            try:
+                msgspec.convert(part, SetPart)
+            except msgspec.ValidationError as error:
+                yield _fault(error, f"users[{number}]", part, SetPart)
 
 
 def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, settings: Settings) -> list[FieldError]:

@@ -2,7 +2,8 @@
 --   $1 id  $2 login  $3 secret  $4 domain  $5 labels  (null leaves a value as it is)
 --   $6  whether its one-time codes change  boolean
 --   $7 key id  $8 sealed  $9 period  of these (null: it has none any more)
--- A user of another domain belongs to another pool, so its lock row moves in the same statement.
+-- A user of another domain belongs to another pool, so its lock row moves in the same statement. Two calls take turns at
+-- the user, and the second sees all else as it was before the first: so no condition below asks what was there then.
 -- What has changed comes back; a password that is given counts, though it may be the same.
 with before as materialized (
     select *
@@ -40,22 +41,13 @@ new_pool as (
 ),
 with_codes as (
     insert into user_codes (user_id, key_id, sealed, period)
-    select id, $7::text, $8::bytea, $9::int
+    select id, $7::text, $8::bytea, coalesce($9::int, 30)
     from changed
-    where $8::bytea is not null
+    where $6::boolean
     on conflict (user_id) do update
     set key_id = excluded.key_id,
         sealed = excluded.sealed,
-        period = excluded.period
-),
-without_codes as (
-    update user_codes
-    set key_id = null,
-        sealed = null
-    from changed
-    where user_codes.user_id = changed.id
-        and $6::boolean
-        and $8::bytea is null
+        period = coalesce($9::int, user_codes.period)
 ),
 moved as (
     update locks
@@ -74,10 +66,7 @@ moved as (
         select id from new_pool
     ) as pool
     where locks.user_id = $1::uuid
-        and (
-            locks.pool_id <> pool.id
-            or (locks.session_until is not null and changed.names && array['login', 'password'])
-        )
+        and ($4::text is not null or changed.names && array['login', 'password'])
 )
 select names
 from changed

@@ -7,8 +7,9 @@ import gzip
 import json
 import uuid
 
+import asyncpg
 import pytest
-from conftest import acquire, make_users, slug
+from conftest import acquire, blocked, make_users, slug
 
 import farm.words
 
@@ -396,3 +397,24 @@ async def test_an_export_has_every_user_and_no_secret(api, project):
     assert [json.loads(line) for line in answer.text.splitlines()] == users
     assert "pw-" not in answer.text
     assert slug(await api.get("/users/export?limit=1")) == "invalid"
+
+
+async def test_of_two_changes_at_once_the_later_one_counts_in_all_that_a_user_has(api, project, database):
+    """The one that waits for the other saw the pool and the codes as they were before that one."""
+    (user,) = await make_users(api, project)
+    connection = await asyncpg.connect(database)
+    changes = []
+    try:
+        async with connection.transaction():
+            await connection.execute(f"select from users where id = '{user['id']}' for update")
+            for count, (domain, totp) in enumerate([("canary", "JBSWY3DPEHPK3PXP"), ("regular", None)], 1):
+                call = api.patch(f"/users/{user['id']}", json={"domain": domain, "totp": totp})
+                changes.append(asyncio.create_task(call))
+                await blocked(database, count)
+    finally:
+        await connection.close()
+    assert [(await change).status_code for change in changes] == [200, 200]
+    changed = (await api.get(f"/users/{user['id']}")).json()
+    assert (changed["domain"], changed["has_totp"]) == ("regular", False)
+    assert (await acquire(api, project, domain="canary")).status_code == 404
+    assert (await acquire(api, project, domain="regular")).status_code == 201
