@@ -78,15 +78,11 @@ FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 SECONDS = 5.0
 
 
+@cache
 def warn_once(text: str) -> None:
     """Once a start: its workers say nothing."""
     if multiprocessing.parent_process() is None:
-        _warned(text)
-
-
-@cache
-def _warned(text: str) -> None:
-    log.warning("%s", text)
+        log.warning("%s", text)
 
 
 def read_address(url: str, name: str = "DATABASE_URL") -> Address:
