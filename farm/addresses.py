@@ -145,7 +145,7 @@ def _as_libpq_counts(parts: SplitResult, asked: dict[str, str]) -> SplitResult:
 
 def _of_service(asked: dict[str, str]) -> dict[str, str]:
     """With what the connection service file says under the name of `service`. ValueError without that."""
-    file = asked.pop("servicefile", "") or os.environ.get("PGSERVICEFILE") or Path.home() / ".pg_service.conf"
+    file = asked.pop("servicefile", "") or os.environ.get("PGSERVICEFILE") or os.path.expanduser("~/.pg_service.conf")
     if not (service := asked.pop("service", None)):
         return asked
     known = configparser.ConfigParser(interpolation=None)

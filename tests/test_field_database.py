@@ -54,7 +54,7 @@ from grid import Grid, Wire, answers, ask, eventually, postgres, replicas
 import farm.database
 import farm.migrations
 import farm.settings
-from farm.addresses import run_apart
+from farm.addresses import read_address, run_apart
 
 
 @pytest.fixture(autouse=True)
@@ -628,6 +628,13 @@ async def test_parameters_are_honoured(bare_database, tmp_path, monkeypatch):
         async with farm.database.open_pool(url, 1, "force_custom_plan", 5) as pool:
             row = await pool.fetchrow("select current_schema(), current_setting('application_name')")
             assert tuple(row or ()) == ("own", "50%")
+
+
+def test_an_address_needs_no_home_folder(monkeypatch):
+    """As in a container that runs as a uid without a passwd entry."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert read_address("postgresql://u@h:5432/d").place == "h:5432"
 
 
 @pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])
