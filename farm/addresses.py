@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import asyncpg
 from msgspec import Struct
@@ -88,7 +88,7 @@ def warn_once(text: str) -> None:
 def read_address(url: str, name: str = "DATABASE_URL") -> Address:
     """SchemaError says what can't be honoured, by the variable's name. No part of a password is told."""
     try:
-        parts, asked = _parts(url)
+        asked = _asked(url)
     except ValueError as fault:
         special = "write what is special in its password as %2F (/), %23 (#), %3F (?), %40 (@)."
         is_query = isinstance(fault, BadQuery) and "@" in url.partition("?")[0]
@@ -102,45 +102,37 @@ def read_address(url: str, name: str = "DATABASE_URL") -> Address:
     if passed := sorted(PASSED_OVER & asked.keys()):
         warn_once(f"In the database's URL {', '.join(passed)} passed over: BotFarm's driver has nothing like it.")
     kept = {key: value for key, value in asked.items() if key not in PASSED_OVER}
-    host = parts.netloc.rpartition("@")[2] or asked.get("host") or os.environ.get("PGHOST") or "its local socket"
-    port = asked.get("port") or os.environ.get("PGPORT") or "5432"
-    place = host if re.search(r"[^:]:\d+$", host) or host.startswith("its") else f"{host}, port {port}"
-    return Address(urlunsplit(parts._replace(query=urlencode(kept, quote_via=quote))), unquote(place), seconds)
+    host, port = asked.get("host") or os.environ.get("PGHOST") or "its local socket", asked.get("port")
+    place = f"{host}:{port}" if port else f"{host}, port {os.environ.get('PGPORT') or 5432}"
+    return Address(f"postgresql://?{urlencode(kept, quote_via=quote)}", place, seconds)
 
 
 class BadQuery(ValueError):
     """What follows the question mark is not readable."""
 
 
-def _parts(url: str) -> tuple[SplitResult, dict[str, str]]:
-    """ValueError where a password breaks the URL: what it leaves of host and port, for one, is none."""
+def _asked(url: str) -> dict[str, str]:
+    """What the URL asks for, by libpq's names. What is asked for twice counts as it stands behind the question mark.
+
+    (For asyncpg what stands before it would count. Google prints
+    postgresql://USER:PASSWORD@localhost/DB?host=/cloudsql/INSTANCE.) ValueError where a password breaks the URL: what
+    it leaves of host and port, for one, is none.
+    """
     parts = urlsplit(url)
     login, _, hosts = parts.netloc.rpartition("@")
-    broken = [h for h in hosts.split(",") if not re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?", h)]
-    if broken or "@" in login + parts.path or parts.fragment or "%00" in url:
+    places = [re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::(\d*))?", host) for host in hosts.split(",")]
+    if not all(places) or "@" in login + parts.path or parts.fragment or "%00" in url:
         raise ValueError
     pairs = [part.partition("=") for part in parts.query.split("&") if part]
     if not all(sign and re.fullmatch(r"[\w.]+", key) for key, sign, _ in pairs):
         raise BadQuery("what follows its ? are not words with values, as in sslmode=require&connect_timeout=10.")
-    asked = {key: unquote(value) for key, _, value in pairs}
-    return _as_libpq_counts(parts, asked), asked
-
-
-def _as_libpq_counts(parts: SplitResult, asked: dict[str, str]) -> SplitResult:
-    """Without what stands before the question mark and behind it, too: for asyncpg the former would count.
-
-    Google prints postgresql://USER:PASSWORD@localhost/DB?host=/cloudsql/INSTANCE.
-    """
-    login, _, hosts = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
-    if hosts and {"host", "port"} & asked.keys():
-        pairs = [re.split(r":(?=\d*$)", host) for host in hosts.split(",")]
-        asked.setdefault("host", ",".join(unquote(pair[0]) for pair in pairs))
-        asked.setdefault("port", ",".join("".join(pair[1:]) or "5432" for pair in pairs))
-        hosts = ""
-    login = ":".join(["" if "user" in asked else user, "" if "password" in asked else password])
-    path = "" if {"dbname", "database"} & asked.keys() else parts.path
-    return parts._replace(netloc=f"{login}@{hosts}" if login != ":" else hosts, path=path)
+    names, ports = zip(*(place.groups() for place in places if place), strict=True)
+    before = {"user": user, "password": password, "host": ",".join(names), "dbname": parts.path[1:]}
+    if any(ports):
+        before["port"] = ",".join(port or "5432" for port in ports)
+    behind = {"dbname" if key == "database" else key: value for key, _, value in pairs}
+    return {key: unquote(value) for key, value in (before | behind).items() if value}
 
 
 def _of_service(asked: dict[str, str]) -> dict[str, str]:

@@ -46,7 +46,7 @@ def _for_libpq(address: Address, connection: Any) -> dict[str, Any]:
     place, found = connection._addr, connection._params
     settings = dict(found.server_settings or {})  # all that asyncpg does not know
     asked = dict(parse_qsl(urlsplit(address.url).query))
-    kept = {name: value for name, value in asked.items() if name not in settings and name != "database"}
+    kept = {name: value for name, value in asked.items() if name not in settings}
     host, port = place.split("/.s.PGSQL.") if isinstance(place, str) else place
     options = [settings.pop("options", "")]
     options += [re.sub(r"([\\\s])", r"\\\1", f"-c{name}={value}") for name, value in settings.items()]
