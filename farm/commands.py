@@ -70,7 +70,7 @@ def serve_command(app: str) -> int:
     from farm.server import serve
     from farm.telemetry import log_as_lines
 
-    log_as_lines()
+    log_as_lines(settings.log == "events")
     return serve(settings, app)
 
 

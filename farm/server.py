@@ -407,8 +407,6 @@ async def _keys(settings: Settings, url: str) -> str:
 
 def serve(settings: Settings, app: str) -> int:
     """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
-    if settings.log == "quiet":
-        logging.getLogger().setLevel(logging.WARNING)
     _check_host(settings.host)
     _open_many_files()
     if settings.auth == "off" and not _is_loopback(settings.host):
