@@ -326,8 +326,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
-            _greet()
+        _greet()
 
 
 class _Workers(Multiprocess):
@@ -384,17 +383,16 @@ def _config(settings: Settings, app: str) -> uvicorn.Config:
     )
 
 
-def _run(config: uvicorn.Config) -> bool:
-    """Whether it has served."""
+def _run(config: uvicorn.Config) -> int:
+    """The exit status. (One process that can't start ends with it by itself.)"""
     if config.workers == 1:
-        server = _Server(config)
-        server.run()
-        return server.started
+        _Server(config).run()
+        return 0
     workers = _Workers(config, [config.bind_socket()])
     with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
         os.environ[SHARED] = folder
         workers.run()
-    return workers.started and all(process.exitcode != STARTUP_FAILURE for process in workers.processes)
+    return STARTUP_FAILURE if any(process.exitcode == STARTUP_FAILURE for process in workers.processes) else 0
 
 
 async def _keys(settings: Settings, url: str) -> str:
@@ -418,4 +416,4 @@ def serve(settings: Settings, app: str) -> int:
         for variable in found:  # the application reads the environment
             os.environ.pop(f"{variable}_FILE", None)
         os.environ.update(found)
-        return 0 if _run(_config(settings, app)) else STARTUP_FAILURE
+        return _run(_config(settings, app))
