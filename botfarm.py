@@ -80,7 +80,7 @@ from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
 from msgspec import UNSET
 
 from farm import problems, words
-from farm.addresses import RIGHTS, SchemaError, read_address
+from farm.addresses import RIGHTS, SchemaError, read_address, run_apart
 from farm.bodies import media_of
 from farm.calls import Call, Farm, echo, enter, fail, idempotency_key, refusal, refuse, reply
 from farm.clients import (
@@ -97,7 +97,7 @@ from farm.locks import Release, Renewal
 from farm.migrations import MIGRATIONS, prepared
 from farm.openapi import openapi_document
 from farm.overview import takes_gzip
-from farm.passwords import Passwords, check_keys, keyring_of, load_keys
+from farm.passwords import KeyFault, Passwords, keyring_of, proven_keys
 from farm.server import end_with_parent, on_stop
 from farm.sessions import LONGEST
 from farm.settings import BadSettings, Secret, Settings, jittered, log
@@ -783,7 +783,7 @@ def starting() -> Iterator[None]:
     heard = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except (SchemaError, EmbeddedError, SystemExit) as fault:
+    except (SchemaError, EmbeddedError, KeyFault, SystemExit) as fault:
         if not isinstance(fault, SystemExit):
             log.error("%s", fault)
         logging.getLogger("uvicorn.error").disabled = True
@@ -803,14 +803,13 @@ async def running(app: Litestar) -> AsyncIterator[None]:
             if settings.listen_url:
                 read_address(settings.listen_url.reveal(), "BOTFARM_LISTEN_URL")
             database = stack.enter_context(prepared(settings))
+            keyring = keyring_of(run_apart(proven_keys(settings, database)))
         seconds, pooler = Connections.STATEMENT, settings.pooler
         hot = await stack.enter_async_context(open_pool(database, 4, "force_generic_plan", seconds, pooler))
         pool = await stack.enter_async_context(
             open_pool(database, settings.pool_size, "force_custom_plan", seconds, pooler)
         )
         hot.kin = pool.kin = [hot, pool]
-        keyring = keyring_of(load_keys(settings))
-        await check_keys(pool, keyring)
         passwords = Passwords(keyring)
         stack.callback(passwords.close)
         stack.callback(JOURNAL.flush)  # after the last words of what is closed below

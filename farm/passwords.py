@@ -22,7 +22,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from farm import embedded
-from farm.database import SQL, Connections
+from farm.database import SQL, Connections, open_pool
 from farm.problems import NotSealed, Overloaded
 from farm.settings import Secret, Settings, parse_keys, read_text
 
@@ -234,3 +234,11 @@ def load_keys(settings: Settings) -> Secret | None:
 
 def keyring_of(keys: Secret | None) -> Keyring | None:
     return Keyring(keys.reveal()) if keys else None
+
+
+async def proven_keys(settings: Settings, url: str) -> Secret | None:
+    """Those that the database's passwords are sealed with. KeyFault where they are not."""
+    keys = load_keys(settings)
+    async with open_pool(url, 1, "force_custom_plan", 60, settings.pooler) as pool:
+        await check_keys(pool, keyring_of(keys))
+    return keys

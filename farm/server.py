@@ -31,10 +31,9 @@ from uvicorn.supervisors import Multiprocess
 
 from farm.addresses import run_apart
 from farm.check import address
-from farm.database import open_pool
 from farm.locks import ANSWERS, GONE, WAITS
 from farm.migrations import prepared
-from farm.passwords import check_keys, keyring_of, load_keys
+from farm.passwords import proven_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
 from farm.settings import BadSettings, Settings, log
 from farm.telemetry import SHARED
@@ -395,14 +394,6 @@ def _run(config: uvicorn.Config) -> int:
     return STARTUP_FAILURE if any(process.exitcode == STARTUP_FAILURE for process in workers.processes) else 0
 
 
-async def _keys(settings: Settings, url: str) -> str:
-    """Those that the database's passwords are sealed with."""
-    keys = load_keys(settings)
-    async with open_pool(url, 1, "force_custom_plan", 60, settings.pooler) as pool:
-        await check_keys(pool, keyring_of(keys))
-    return keys.reveal() if keys else ""
-
-
 def serve(settings: Settings, app: str) -> int:
     """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
     _check_host(settings.host)
@@ -412,7 +403,8 @@ def serve(settings: Settings, app: str) -> int:
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
         signal.signal(stop, lambda *_: sys.exit(0))
     with prepared(settings) as url:
-        found = {"DATABASE_URL": url, "BOTFARM_KEYS": run_apart(_keys(settings, url))}
+        keys = run_apart(proven_keys(settings, url))
+        found = {"DATABASE_URL": url, "BOTFARM_KEYS": keys.reveal() if keys else ""}
         for variable in found:  # the application reads the environment
             os.environ.pop(f"{variable}_FILE", None)
         os.environ.update(found)

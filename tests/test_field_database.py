@@ -232,11 +232,11 @@ def test_a_refusal_is_written_in_one_piece():
 
 
 @contextmanager
-def by_uvicorn(url: str) -> Iterator[subprocess.Popen[str]]:
+def by_uvicorn(url: str, **env: str) -> Iterator[subprocess.Popen[str]]:
     """`uvicorn botfarm:app`, where nothing of ours looks first."""
     words = [sys.executable, "-m", "uvicorn", "botfarm:app", "--port", str(free_port())]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(words, env=environment({"DATABASE_URL": url}), cwd=ROOT, **pipes) as running:
+    with subprocess.Popen(words, env=environment({"DATABASE_URL": url} | env), cwd=ROOT, **pipes) as running:
         try:
             yield running
         finally:
@@ -248,6 +248,16 @@ def test_a_start_by_uvicorn_that_fails_says_why_without_a_traceback(server):
         told, _ = failing.communicate(timeout=30)
         assert failing.returncode == 3
     assert 'database \\"no_such_database\\" does not exist. Create it' in told
+    assert "Traceback" not in told
+
+
+def test_a_key_that_does_not_fit_is_told_without_a_traceback_by_uvicorn_too(empty_database):
+    with serving(settings(empty_database)):
+        pass
+    with by_uvicorn(empty_database, BOTFARM_KEYS="k1:" + "B" * 43 + "=") as failing:
+        told, _ = failing.communicate(timeout=30)
+        assert failing.returncode == 3
+    assert "the key 'k1' is not the one that this database was used with under that id" in told
     assert "Traceback" not in told
 
 
