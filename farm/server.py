@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import fcntl
 import ipaddress
-import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,6 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -43,8 +43,6 @@ from farm.words import JSON
 
 HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
 GRACE = 8  # seconds for what runs when the service is told to stop
-CALLERS = logging.getLogger("botfarm.callers")  # what uvicorn says of callers; but for errors anybody could fill it
-CALLERS.setLevel(logging.ERROR)
 
 
 class _Way:
@@ -81,8 +79,8 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, which bounds what slow and endless callers hold, and tells a call that its caller is gone.
 
     uvicorn itself would keep for ever a connection that sends nothing or half a request, a reply that nobody reads,
-    and headers and trailers of any size. It would drop a call whose caller has closed its sending half, and take for
-    a body what comes after a refusal.
+    and headers and trailers of any size. It would drop a call whose caller has closed its sending half, and the body
+    of one that wishes for another protocol, and take for a body what comes after a refusal.
     """
 
     LATE = 40  # seconds for a head; in as many a body brings SLOW bytes, and some of a reply is read
@@ -93,7 +91,6 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        self.logger = CALLERS
         self._heads = self._brought = self._bodiless = 0
         self._running: RequestResponseCycle | None = None  # the call that is answered now, or was last
         self._owed: tuple[Any, float] = None, 0
@@ -136,11 +133,33 @@ class Protocol(HttpToolsProtocol):
             self._unset_keepalive_if_required()
             return
         self._bodiless += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as wish:
+            self._read_again(data[wish.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(MalformedBody("The request is not HTTP."))
         if self._bodiless > self.HEAD and not (self._drops or self.transport.is_closing()):
             self._refuse(HeadTooLarge())
 
+    def _read_again(self, rest: bytes) -> None:
+        """Read a request that wishes to go on in another protocol as if it did not: the parser takes no body of it.
+
+        Java's own client wishes so with the first request of each connection.
+        """
+        kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        if len(kept) == len(self.headers):  # it asks by CONNECT
+            self._refuse(MalformedBody("The request is not HTTP."))
+            return
+        line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(b"".join([line, *kept, b"\r\n", rest]))
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._heads += 1
         self._bodiless = 0
         if self.url.startswith(b"//"):  # else //users is read as the index page of a host named users
@@ -158,6 +177,8 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         cycle = self.cycle
         if not cycle.response_started:
@@ -221,9 +242,6 @@ class Protocol(HttpToolsProtocol):
         return not self.transport.is_closing()
 
     # -- The end
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(MalformedBody("The request is not HTTP."))
 
     def _refuse(self, problem: Problem) -> None:
         """Answer without the application, and end the connection."""

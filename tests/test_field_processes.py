@@ -657,6 +657,27 @@ async def test_after_a_refused_body_the_connection_serves_on(body, status, pause
     assert [status for status, _ in replies_in(answer)] == [status, 200]
 
 
+WISH = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+
+
+@pytest.mark.parametrize("pause", [0, 0.1])
+@pytest.mark.parametrize(
+    "body", [b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"]
+)
+async def test_who_wishes_for_another_protocol_is_answered_in_this_one(body, pause, service):
+    """As the client that comes with Java does with the first request of each connection."""
+    head, blank, sent = (b"POST /locks HTTP/1.1\r\n" + WISH + JSON + body).partition(b"\r\n\r\n")
+    page = b"GET /pools HTTP/1.1\r\nHost: x\r\n" + WISH.replace(b"h2c", b"websocket") + b"\r\n"
+    answer = await asyncio.to_thread(raw, service.url, head + blank, sent, page, page + NEXT, pause=pause)
+    assert [status for status, _ in replies_in(answer)] == [422, 200, 200, 200]
+
+
+async def test_a_tunnel_is_refused(service):
+    for place in (b"x:80", b"http://x/users"):
+        answer = await asyncio.to_thread(raw, service.url, b"CONNECT " + place + b" HTTP/1.1\r\nHost: x\r\n\r\n", NEXT)
+        assert [status for status, _ in replies_in(answer)] == [400]
+
+
 async def test_who_expects_to_be_asked_for_its_body_is_asked_and_only_over_http_1_1(service):
     head = b"POST /locks HTTP/1.1\r\n" + JSON + b"Connection: close\r\n"
     head += b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n"
