@@ -367,17 +367,12 @@ def _open_many_files() -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def _check_host(host: str) -> None:
     """BadSettings where nothing can listen there. (uvicorn would name neither the setting nor its value.)"""
     try:
-        socket.getaddrinfo(host, None)
+        found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as fault:
         raise BadSettings(f"BOTFARM_HOST: {host!r} is not an address to listen on: {fault}") from None
+    return all(ipaddress.ip_address(place[0]).is_loopback for *_, place in found)
 
 
 def _config(settings: Settings, app: str) -> uvicorn.Config:
@@ -414,9 +409,8 @@ def _run(config: uvicorn.Config) -> int:
 
 def serve(settings: Settings, app: str) -> int:
     """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
-    _check_host(settings.host)
     _open_many_files()
-    if settings.auth == "off" and not _is_loopback(settings.host):
+    if not _is_loopback(settings.host) and settings.auth == "off":
         log.warning("Opened to %s without authentication: whoever reaches it gets passwords", settings.host)
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: end well then
         signal.signal(stop, lambda *_: sys.exit(0))
