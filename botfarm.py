@@ -675,23 +675,6 @@ async def repeat(farm: Farm, task: Callable[[], Awaitable[None]], name: str, sec
             log.exception("%s failed; it goes on", name)
 
 
-def options_of(settings: Settings) -> HTTPRouteHandler:
-    """OPTIONS names all methods of a path. (Litestar's own answer knows one handler of a path that has several.)"""
-
-    @route(
-        sorted({path for call in calls_of(settings) for path in call.paths}),
-        http_method=HttpMethod.OPTIONS,
-        status_code=204,
-        include_in_schema=False,
-    )
-    async def options(request: Call) -> Response[None]:
-        path = request.scope["path_template"].replace("{id}", "{id:uuid}")
-        methods = request.app.route_handler_method_map[path]
-        return Response(None, status_code=204, headers={"Allow": ", ".join(sorted(methods))})
-
-    return options
-
-
 # ---- Pages -------------------------------------------------------------------------------------------------
 
 # The dashboard: plain HTML, CSS and JavaScript, as a browser reads them.
@@ -761,7 +744,6 @@ async def docs_openapi(request: Call) -> Response[Any]:
 
 
 def calls_of(settings: Settings) -> list[HTTPRouteHandler]:
-    """All calls, flat: Litestar's OPTIONS would not know all methods of a path that is spread over routers."""
     calls = [
         create_user, list_users, import_users, export_users, get_user, update_user, delete_user, verify_password,
         quarantine_user, end_quarantine, list_history, list_pools, get_overview, acquire_lock, acquire_user,
@@ -871,7 +853,6 @@ def create_app(settings: Settings) -> Litestar:
     pages = [index, dashboard_css, dashboard_js, docs, docs_start, docs_asset, docs_openapi]
     return Litestar(
         route_handlers=[
-            options_of(settings),  # first: Litestar adds its own where there is none yet
             *calls_of(settings),
             *pages,
         ],

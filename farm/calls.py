@@ -259,7 +259,14 @@ _HEX = "[0-9a-fA-F]"  # re.IGNORECASE would take twice as long, half a microseco
 UUID_IN_PATH = re.compile(rf"/(?:{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}|{_HEX}{{32}})(?:/|$)")
 
 
-async def enter(request: Call) -> None:
+def methods_of(request: Call) -> Response[None]:
+    """The answer to OPTIONS. (Litestar's own knows one handler of a path that has several.)"""
+    path = request.scope["path_template"]
+    methods = next(route.methods for route in request.app.routes if route.path_format == path)
+    return Response(None, status_code=204, headers={"Allow": ", ".join(sorted(methods))})
+
+
+async def enter(request: Call) -> Response[None] | None:
     """What every call passes: who calls, and whether it says only what its handler understands.
 
     As Litestar's `before_request`: a middleware, with the layer for its exceptions, took 2 of 38 us more.
@@ -277,6 +284,7 @@ async def enter(request: Call) -> None:
     if (scope["method"] == "DELETE" or handler.opt.get("bodiless")) and request.has_body():
         request.check_media()
         request.decode(await request.body() or b"{}", NoBody)
+    return methods_of(request) if scope["method"] == "OPTIONS" else None
 
 
 async def keep_inside(farm: Farm, caller: Caller, scope: Any) -> None:
