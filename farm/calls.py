@@ -11,6 +11,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, cast
 from urllib.parse import parse_qsl
@@ -49,31 +50,25 @@ from farm.words import JSON, Body, check_words
 # ---- What the handlers share -------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Farm:
     """Everything that a worker has. Locks have connections of their own (`hot`), so that no list stands before them."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        hot: Connections,
-        pool: Connections,
-        passwords: Passwords,
-        events: Events,
-        gate: Gate | None,
-    ) -> None:
-        self.settings = settings
-        self.hot = hot
-        self.pool = pool
-        self.passwords = passwords
-        self.events = events
-        self.gate = gate
-        self.locks = Locks(settings, hot, pool, passwords, events, gate)
+    settings: Settings
+    hot: Connections
+    pool: Connections
+    passwords: Passwords
+    events: Events
+    gate: Gate | None
+
+    def __post_init__(self) -> None:
+        self.locks = Locks(self.settings, self.hot, self.pool, self.passwords, self.events, self.gate)
         self.desk = self.locks.desk
-        self.glances = Glances(pool, self.desk)
-        self.exporter = Exporter(events, pool, self.snapshot)
-        self.codes = Codes(pool, passwords)
-        self.sessions = Sessions(pool, passwords, events)
-        self.imports = Imports(settings, hot, pool)
+        self.glances = Glances(self.pool, self.desk)
+        self.exporter = Exporter(self.events, self.pool, self.snapshot)
+        self.codes = Codes(self.pool, self.passwords)
+        self.sessions = Sessions(self.pool, self.passwords, self.events)
+        self.imports = Imports(self.settings, self.hot, self.pool)
 
     def stop(self) -> None:
         """The service ends: those who wait are told."""
@@ -368,8 +363,6 @@ def problem_of(request: Request, error: HTTPException) -> Problem:
         allowed = ", ".join(sorted((error.headers or {})["allow"].split(", ")))
         detail = f"{request.method} is not allowed at {problems.shown(path)}; allowed: {allowed}."
         return problems.MethodNotAllowed(detail, headers={"Allow": allowed})
-    if error.status_code == 413:
-        return problems.BodyTooLarge.over(request.app.state.settings.max_body, "BOTFARM_MAX_BODY")
     return problems.MalformedBody(f"The request is not readable: {error.detail}.")
 
 
