@@ -582,6 +582,8 @@ def refuse_token(request: Call, error: Exception) -> Response[words.TokenError]:
     match error:
         case problems.TokenRefusal():
             refused = error
+        case problems.Overloaded():
+            refused = problems.TokenRefusal("temporarily_unavailable", error.detail, 503, retry_after=1)
         case HTTPException():
             refused = problems.TokenRefusal("invalid_request", error.detail)
         case _:

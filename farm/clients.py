@@ -7,7 +7,6 @@ answered as if there were no others. Without authentication everybody may do eve
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import hashlib
@@ -18,7 +17,6 @@ import secrets
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
@@ -30,7 +28,7 @@ from msgspec import Struct
 
 from farm.bodies import media_of
 from farm.database import SQL, Coalescer, Connections
-from farm.passwords import HASHER, matches
+from farm.passwords import HASHER, Passwords, matches
 from farm.problems import Forbidden, TokenRefusal, Unauthenticated, UnsupportedMediaType, shown
 from farm.settings import Secret, log, parse_keys
 from farm.telemetry import Cause
@@ -150,7 +148,6 @@ class Gate:
     FAILURES, REQUESTS = 10, 120  # a minute, of one client from one address
     STRAY_FAILURES = 100  # a minute, from one address under whatever names
     LONGEST = 2048  # characters of an Authorization header; our tokens have some 400
-    CROWD = 100  # secrets that may wait for their check
 
     def __init__(self, pool: Connections, keys: Secret) -> None:
         self._pool = pool
@@ -162,8 +159,7 @@ class Gate:
             self.MOST, ttu=lambda _, checked, __: checked[1], timer=time.monotonic
         )
         self.refresh = Coalescer(self._read, 10_000)
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="secrets")
-        self._waiting = 0
+        self._secrets = Passwords(None)  # with threads and a crowd of their own: who asks for tokens delays no password
         self._nobody = HASHER.hash(secrets.token_urlsafe(32))  # what the secret of an unknown client is compared with
 
     async def admit(self, sent: str | None, scope: str) -> Caller:
@@ -241,7 +237,8 @@ class Gate:
         self._limit(near, near["failures"] >= self.STRAY_FAILURES)
         row = await self._pool.fetchrow(SQL["get_client"], id)
         known = (row["secret_hash"], row["previous_hash"]) if row else (None, None)
-        valid = await self._verify([stored or self._nobody for stored in known], secret)
+        hashes = [stored or self._nobody for stored in known]  # as slow for an unknown client as for a known one
+        valid = await self._secrets.in_thread(lambda: any(matches(each, secret) for each in hashes))
         own, near = await self._count(asking, failures=0 if valid else 1)
         self._limit(own, own["failures"] - (not valid) >= self.FAILURES)
         if row is None or not valid:
@@ -260,17 +257,6 @@ class Gate:
             text = f"Too many requests or failures of this client at this address; try again in {wait} seconds."
             raise TokenRefusal("temporarily_unavailable", text, 429, retry_after=wait)
 
-    async def _verify(self, stored: list[str], secret: str) -> bool:
-        """Whether the secret is that of one of the hashes: as slow for an unknown client as for a known one."""
-        if self._waiting >= self.CROWD:
-            raise TokenRefusal("temporarily_unavailable", "Too many ask for tokens; try again.", 503, retry_after=1)
-        self._waiting += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, lambda: any(matches(each, secret) for each in stored))
-        finally:
-            self._waiting -= 1
-
     def issue(self, client_id: uuid.UUID, scope: str) -> str:
         """A signed token."""
         now = int(time.time())
@@ -287,7 +273,7 @@ class Gate:
         return jwt.encode(claims, self._keys[first], "HS256", headers={"kid": first})
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._secrets.close()
 
 
 # ---- POST /token: the client credentials grant, RFC 6749 section 4.4 ---------------------------------------

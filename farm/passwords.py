@@ -116,16 +116,16 @@ class Passwords:
         """What to keep of a password. Overloaded where too many wait for a hash; who is patient waits, too."""
         if self.keyring:
             return self.keyring.seal(owner, clear)
-        return await self._in_thread(patient, HASHER.hash, clear)
+        return await self.in_thread(HASHER.hash, clear, patient=patient)
 
     async def verify(self, owner: uuid.UUID, secret: str, clear: str, patient: bool = False) -> bool:
         if secret.startswith(SEALED):
             return hmac.compare_digest(self._open(owner, secret).encode(), clear.encode())
-        return await self._in_thread(patient, matches, secret, clear)
+        return await self.in_thread(matches, secret, clear, patient=patient)
 
-    async def _in_thread(self, patient: bool, work: Callable[..., R], *texts: str) -> R:
+    async def in_thread(self, work: Callable[..., R], *texts: str, patient: bool = False) -> R:
         if self._waiting >= self.CROWD and not patient:
-            raise Overloaded(f"{self._waiting} calls wait for the hash of a password already; try again in a moment.")
+            raise Overloaded(f"{self._waiting} calls wait for a hash already; try again in a moment.")
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work, *texts)

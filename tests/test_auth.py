@@ -279,7 +279,7 @@ async def test_all_requests_are_limited_too_and_checked_for_that_first(secured, 
 
 
 async def test_too_many_secrets_at_once_are_refused_and_do_not_stop_calls(secured, monkeypatch):
-    monkeypatch.setattr(farm.clients.Gate, "CROWD", 2)
+    monkeypatch.setattr(farm.passwords.Passwords, "CROWD", 2)
     async with caller(secured, "locks") as api:
         slow = farm.passwords.HASHER
         clients = [await add_client(secured.database, "locks", hasher=slow) for _ in range(20)]
