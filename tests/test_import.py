@@ -155,6 +155,13 @@ def test_after_a_hundred_errors_no_line_is_looked_at_any_more():
     assert len(file.errors) == 100
 
 
+@pytest.mark.parametrize("header", [b"," * 60_000, b"login," * 10_000])
+def test_after_a_hundred_errors_no_column_is_looked_at_any_more(header):
+    file = farm.imports.CsvFile(farm.settings.Settings(), farm.passwords.Passwords(None), None)
+    assert list(file.feed(header + b"\n")) == []
+    assert 100 <= len(file.errors) <= 103  # with the columns that are missing
+
+
 async def test_what_is_no_import_is_refused(api, project, service, monkeypatch):
     assert slug(await send(api, "{}", {"Content-Type": "application/json"})) == "unsupported-media-type"
     assert (await send(api, "")).json() == {"created": 0, "updated": 0, "unchanged": 0}
