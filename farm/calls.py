@@ -23,6 +23,7 @@ from litestar.datastructures import State
 from litestar.exceptions import ClientException, HTTPException, ValidationException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import Message, Scope
+from litestar.typing import FieldDefinition
 from msgspec import Struct
 
 from farm import problems
@@ -119,7 +120,7 @@ class Call(Request[Any, Any, State]):
         if self._read is None:
             handler = self.route_handler
             self._read = await self._read_body(handler, handler.resolve_request_max_body_size() or 0)
-            if not self._read and needs_body(handler):
+            if not self._read and (data := data_of(handler)) and not data.has_default:
                 raise problems.MalformedBody("There is no body, but this call takes JSON.")
         return self._read
 
@@ -177,7 +178,7 @@ class Call(Request[Any, Any, State]):
 
         Litestar would take "60" for 60 and "null" for null, which widens a filter: so bodies are read here.
         """
-        return self.decode(await self.body(), data_of(self.route_handler))
+        return self.decode(await self.body(), cast("FieldDefinition", data_of(self.route_handler)).annotation)
 
     async def any_json(self) -> bytes:
         """The body as it was sent, which is JSON of any form."""
@@ -219,16 +220,9 @@ class Call(Request[Any, Any, State]):
 
 
 @lru_cache
-def data_of(handler: HTTPRouteHandler) -> Any:
-    """The struct of its body; None where it takes no JSON."""
-    field = handler.parsed_fn_signature.parameters.get("data")
-    return field.annotation if field else None
-
-
-@lru_cache
-def needs_body(handler: HTTPRouteHandler) -> bool:
-    field = handler.parsed_fn_signature.parameters.get("data")
-    return field is not None and not field.has_default
+def data_of(handler: HTTPRouteHandler) -> FieldDefinition | None:
+    """What it declares as its `data`; None where it takes no JSON."""
+    return handler.parsed_fn_signature.parameters.get("data")
 
 
 def query_name(field: Any) -> str:

@@ -16,7 +16,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 
 from farm import VERSION, problems, words
-from farm.calls import Call
+from farm.calls import Call, data_of
 from farm.clients import FORM, SCOPES
 from farm.problems import Problem
 from farm.settings import Settings
@@ -77,7 +77,7 @@ def describe(operation: dict[str, Any], handler: HTTPRouteHandler, settings: Set
     if settings.auth == "on":
         needed = handler.opt.get("scope")
         operation["security"] = [{"oauth2": [needed]}] if needed else []
-    if data := handler.parsed_fn_signature.parameters.get("data"):
+    if data := data_of(handler):
         operation["requestBody"]["required"] = not data.has_default
     elif handler.opt.get("upload"):
         lines = {"schema": {"type": "string", "description": "lines like ImportedUser, or of an export"}}
@@ -123,8 +123,7 @@ def problems_of(handler: HTTPRouteHandler, path: str, secured: bool) -> list[typ
     kinds += [problems.DatabaseUnavailable, problems.Overloaded] if "scope" in handler.opt else []
     kinds += [problems.NotFound] if "{" in path else []
     kinds += [problems.Unauthenticated, problems.Forbidden] if secured else []
-    takes_body = "data" in handler.parsed_fn_signature.parameters or handler.opt.keys() & {"json", "bodiless"}
-    if takes_body or "DELETE" in handler.http_methods:
+    if data_of(handler) or handler.opt.keys() & {"json", "bodiless"} or "DELETE" in handler.http_methods:
         kinds += [problems.MalformedBody, problems.UnsupportedMediaType, problems.BodyTooLarge]
     return list(dict.fromkeys(kinds))
 
