@@ -69,7 +69,7 @@ class Farm:
         self.exporter = Exporter(self.events, self.pool, self.snapshot)
         self.codes = Codes(self.pool, self.passwords)
         self.sessions = Sessions(self.pool, self.passwords, self.events)
-        self.imports = Imports(self.settings, self.hot, self.pool)
+        self.imports = Imports(self.hot, self.pool)
 
     def stop(self) -> None:
         """The service ends: those who wait are told."""

@@ -267,9 +267,9 @@ async def _parts(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield part
 
 
-async def chunks(body: AsyncIterator[bytes], file: ImportFile, limit: int) -> AsyncIterator[list[Numbered]]:
+async def chunks(body: AsyncIterator[bytes], file: ImportFile) -> AsyncIterator[list[Numbered]]:
     """The users of a body, CHUNK at a time. After 100 errors the rest is read and dropped."""
-    size, users = 0, []
+    size, users, limit = 0, [], file.settings.max_import
     async for part in _parts(body):
         size += len(part)
         if size > limit:
@@ -386,8 +386,7 @@ class Imports:
 
     CROWD = 20  # so many may wait for their turn
 
-    def __init__(self, settings: Settings, hot: Connections, pool: Connections) -> None:
-        self._limit = settings.max_import
+    def __init__(self, hot: Connections, pool: Connections) -> None:
         self._hot = hot
         self._pool = pool
         self._turns = asyncio.Semaphore(2)
@@ -398,7 +397,7 @@ class Imports:
             async with connection.transaction():
                 await connection.execute(SQL["import_stage"])
                 job = Import(connection, file)
-                async for users in chunks(body, file, self._limit):
+                async for users in chunks(body, file):
                     await job.stage(users)
                 await job.check()
                 if pools := await connection.fetch(SQL["import_pools"], timeout=600):
