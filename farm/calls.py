@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
@@ -88,7 +89,8 @@ class NoBody(Body, frozen=True):
 class Call(Request[Any, Any, State]):
     """A request, with what handlers ask of it."""
 
-    PAUSE = 30  # seconds that a body may take
+    PAUSE = 30  # seconds that a body may take, and that it may pause
+    SLOWEST = 16 * 1024  # bytes a second that it has to bring after them
     _read: bytes | None = None
     _heads: dict[bytes, bytes] | None = None
 
@@ -129,36 +131,40 @@ class Call(Request[Any, Any, State]):
         self.check_length(limit, named)
         if data_of(handler) and self.has_body():
             self.check_media()
-        try:
-            event = await self._part()
-            if not event.get("more_body", False) and len(event["body"]) <= limit:
-                return event["body"]
-            async with asyncio.timeout(self.PAUSE):
-                return await self._read_rest(event, limit, named)
-        except TimeoutError:
-            text = f"The body did not come to its end within {self.PAUSE} seconds."
-            raise problems.MalformedBody(text, headers={"Connection": "close"}) from None
+        event = await self._part()
+        body = event["body"]
+        if event.get("more_body", False):
+            gathered = bytearray(body)
+            async for part in self.parts():
+                gathered += part
+                if len(gathered) > limit:
+                    break
+            body = bytes(gathered)
+        if len(body) > limit:
+            raise problems.BodyTooLarge.over(limit, named)
+        return body
 
     def check_length(self, limit: int, named: str) -> None:
         """Refuse a body that is announced as too long before any of it is sent."""
         if int(self.header(b"content-length") or 0) > limit:
             raise problems.BodyTooLarge.over(limit, named)
 
-    async def _read_rest(self, event: dict[str, Any], limit: int, named: str) -> bytes:
-        body = bytearray()
-        while True:
-            body += event["body"]
-            if len(body) > limit:
-                raise problems.BodyTooLarge.over(limit, named)
-            if not event.get("more_body", False):
-                return bytes(body)
-            event = await self._part()
-
     async def parts(self) -> AsyncIterator[bytes]:
-        """The body as it arrives, of any length."""
-        more = True
+        """The body as it arrives. One that pauses or drips holds a call, maybe a transaction, and is given up."""
+        waited, size, more = 0.0, 0, True
         while more:
-            event = await self._part()
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(min(self.PAUSE, self.PAUSE + size / self.SLOWEST - waited)):
+                    event = await self._part()
+            except TimeoutError:
+                text = (
+                    f"The body did not come to its end within {self.PAUSE} seconds: it paused for as long, or brought "
+                    f"under {self.SLOWEST} bytes a second; nothing was stored."
+                )
+                raise problems.MalformedBody(text, headers={"Connection": "close"}) from None
+            waited += time.monotonic() - began
+            size += len(event["body"])
             more = event.get("more_body", False)
             yield event["body"]
 
@@ -238,8 +244,8 @@ def query_of(handler: HTTPRouteHandler) -> dict[str, Any]:
     """The query parameters of a handler: those of its own and of its dependencies, and what Litestar knows of them."""
     known = dict(handler.parsed_fn_signature.parameters)
     for name, provider in handler.resolve_dependencies().items():
-        if known.pop(name, None):
-            known |= provider.parsed_fn_signature.parameters
+        del known[name]
+        known |= provider.parsed_fn_signature.parameters
     return {query_name(field): field for name, field in known.items() if name not in RESERVED_KWARGS}
 
 

@@ -10,7 +10,6 @@ import asyncio
 import codecs
 import contextlib
 import re
-import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -32,15 +31,12 @@ from farm.problems import (
     Invalid,
     LineError,
     LoginTaken,
-    MalformedBody,
     Overloaded,
     shown,
 )
 from farm.settings import WORD, Settings
 from farm.words import CSV, NDJSON, TELLING, Imported, ImportedUser, User, UserFilter, forbidden, only_tells
 
-PAUSE = 30  # seconds that a body may take, and an import pause
-SLOWEST = 16 * 1024  # bytes a second that an import has to bring, after its first PAUSE
 LONGEST_LINE = 64 * 1024
 CHUNK = 500  # users that are staged at once
 
@@ -249,28 +245,10 @@ class CsvFile(ImportFile):
 # ---- The body ----------------------------------------------------------------------------------------------
 
 
-async def _parts(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The body as it arrives. One that pauses or drips holds a transaction and a turn, and is given up."""
-    waited, size = 0.0, 0
-    while True:
-        begin = time.monotonic()
-        try:
-            async with asyncio.timeout(min(PAUSE, PAUSE + size / SLOWEST - waited)):
-                part = await anext(stream, None)
-        except TimeoutError:
-            text = f"The import paused for {PAUSE} seconds, or brought under {SLOWEST} bytes a second"
-            raise MalformedBody(f"{text}; nothing was stored.", headers={"Connection": "close"}) from None
-        if part is None:
-            return
-        waited += time.monotonic() - begin
-        size += len(part)
-        yield part
-
-
 async def chunks(body: AsyncIterator[bytes], file: ImportFile) -> AsyncIterator[list[Numbered]]:
     """The users of a body, CHUNK at a time. After 100 errors the rest is read and dropped."""
     size, users, limit = 0, [], file.settings.max_import
-    async for part in _parts(body):
+    async for part in body:
         size += len(part)
         if size > limit:
             raise BodyTooLarge(f"The import is over BOTFARM_MAX_IMPORT, {limit} bytes: send it in parts.")

@@ -229,7 +229,7 @@ def test_a_body_that_takes_long_is_given_up(service, monkeypatch):
 
 
 async def test_an_import_that_drips_is_given_up(service, api, project, monkeypatch):
-    monkeypatch.setattr(farm.imports, "PAUSE", 0.4)
+    monkeypatch.setattr(farm.calls.Call, "PAUSE", 0.4)
     head = b"POST /users/import HTTP/1.1\r\nContent-Type: application/x-ndjson\r\nContent-Length: 9999\r\n\r\n"
     line = f'{{"login": "a", "password": "p", "project_id": "{project}", "env": "stage"}}\n'.encode()
     answer = await asyncio.to_thread(raw, service.url, head, line, *[b"\n"] * 30, pause=0.1)
@@ -466,8 +466,8 @@ async def test_odd_numbers_and_double_keys_are_answered(api, project, ttl, statu
 
 def test_the_limits_of_the_security_table_are_those_of_the_program():
     text = " ".join((ROOT / "docs/security.md").read_text().split())
-    late, pause, pace = farm.server.Protocol.LATE, farm.imports.PAUSE, farm.imports.SLOWEST // 1024
-    bodies = f"{pause} s for a body, {pace} KiB/s for an import after its first {pause} s"
+    late, pause, pace = farm.server.Protocol.LATE, farm.calls.Call.PAUSE, farm.calls.Call.SLOWEST // 1024
+    bodies = f"{pause} s for a body, {pace} KiB/s for one that takes longer"
     assert f"{late} s for a head, {bodies}, {late} s for a reply that is not read" in text
     lines, heads = farm.imports.LONGEST_LINE // 1024, farm.server.Protocol.HEAD // 1024
     assert f"import lines of {lines} KiB, heads of {heads} KiB (431 `{farm.problems.HeadTooLarge.slug}`)" in text
