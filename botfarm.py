@@ -83,12 +83,7 @@ from farm import problems, words
 from farm.addresses import RIGHTS, SchemaError, read_address, run_apart
 from farm.bodies import media_of
 from farm.calls import Call, Farm, echo, enter, fail, idempotency_key, refusal, refuse, reply
-from farm.clients import (
-    LONGEST_FORM,
-    Gate,
-    grant_token,
-    read_form,
-)
+from farm.clients import LONGEST_FORM, Gate, grant_token, read_form
 from farm.codes import sealed_codes
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
 from farm.embedded import EmbeddedError

@@ -30,13 +30,7 @@ from msgspec import Struct
 from farm import problems
 from farm.addresses import RIGHTS
 from farm.bodies import check_json, decode_body, media_of, told
-from farm.clients import (
-    CALLER,
-    Caller,
-    Gate,
-    caller_of,
-    cause_of,
-)
+from farm.clients import CALLER, Caller, Gate, caller_of, cause_of
 from farm.codes import Codes
 from farm.database import DATABASE_FAULTS, SCHEMA_FAULTS, SQL, Connections
 from farm.imports import Imports

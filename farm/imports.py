@@ -25,15 +25,7 @@ from farm.bodies import UNREADABLE, UNTYPED, field_errors
 from farm.codes import NO_CODES, Columns, Timed, opened, read_totp, sealed
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id
 from farm.passwords import Passwords
-from farm.problems import (
-    BodyTooLarge,
-    Forbidden,
-    Invalid,
-    LineError,
-    LoginTaken,
-    Overloaded,
-    shown,
-)
+from farm.problems import BodyTooLarge, Forbidden, Invalid, LineError, LoginTaken, Overloaded, shown
 from farm.settings import WORD, Settings
 from farm.words import CSV, NDJSON, TELLING, Imported, ImportedUser, User, UserFilter, forbidden, only_tells
 
