@@ -130,22 +130,7 @@ KEYED: dict[str, Any] = LOCKING | {
 Id = FromPath[uuid.UUID]
 Limit = Annotated[int, QueryParameter(ge=1, le=1000)]
 Cursor = Annotated[str | None, QueryParameter(max_length=200, description="`next` of the page before")]
-
-
-def user_filter(
-    project_id: FromQuery[uuid.UUID | None] = None,
-    env: FromQuery[str | None] = None,
-    domain: FromQuery[str | None] = None,
-    having: Annotated[words.UserState | None, QueryParameter(name="state")] = None,  # Litestar keeps `state` for itself
-    holder: Annotated[str | None, QueryParameter(max_length=200, pattern=words.PLAIN)] = None,
-    login: Annotated[str | None, QueryParameter(max_length=254, pattern=words.PLAIN)] = None,
-    label: FromQuery[list[words.LabelPair] | None] = None,
-    login_prefix: Annotated[str | None, QueryParameter(min_length=1, max_length=254, pattern=words.PLAIN)] = None,
-) -> words.UserFilter:
-    return words.UserFilter(project_id, env, domain, having, holder, login, label or [], login_prefix)
-
-
-FILTERED = {"filters": Provide(user_filter, sync_to_thread=False)}
+FILTERED = {"filters": Provide(words.UserFilter, sync_to_thread=False)}
 
 
 async def find_user(farm: Farm, id: uuid.UUID) -> User:

@@ -12,11 +12,13 @@ import json
 import re
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import asyncpg
 import msgspec
+from litestar.params import FromQuery, QueryParameter
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from farm.problems import FieldError, Invalid, shown
@@ -190,21 +192,22 @@ class ExtendLock(Body, frozen=True):
     note: Note | UnsetType = UNSET
 
 
-class UserFilter(Struct):
-    """Which users are listed; null for any."""
+@dataclass
+class UserFilter:
+    """Which users are listed: the query parameters; null for any."""
 
-    project_id: uuid.UUID | None
-    env: str | None
-    domain: str | None
-    state: str | None
-    holder: str | None
-    login: str | None
-    label: list[str]
-    login_prefix: str | None
+    project_id: FromQuery[uuid.UUID | None] = None
+    env: FromQuery[str | None] = None
+    domain: FromQuery[str | None] = None
+    having: Annotated[UserState | None, QueryParameter(name="state")] = None  # Litestar keeps `state` for itself
+    holder: Annotated[str | None, QueryParameter(max_length=200, pattern=PLAIN)] = None
+    login: Annotated[str | None, QueryParameter(max_length=254, pattern=PLAIN)] = None
+    label: FromQuery[list[LabelPair] | None] = None
+    login_prefix: Annotated[str | None, QueryParameter(min_length=1, max_length=254, pattern=PLAIN)] = None
 
     def columns(self, page: Sequence[Any], projects: tuple[uuid.UUID, ...] | None) -> list[Any]:
         """As list_users.sql takes them, for one page, and a caller who is limited to projects (null: all)."""
-        pairs = {cast("tuple[str, str]", tuple(label.split(":", 1))) for label in self.label}
+        pairs = {cast("tuple[str, str]", tuple(label.split(":", 1))) for label in self.label or ()}
         labels = json.dumps(dict(pairs)) if pairs else None
         if len(dict(pairs)) < len(pairs):  # one key with two values, which nobody has
             labels = "[]"
@@ -212,7 +215,7 @@ class UserFilter(Struct):
         if projects and len(projects) == 1:  # which an index leads to
             project_id, projects = projects[0], None
         prefix = None if self.login_prefix is None else re.sub(r"([\\%_])", r"\\\1", self.login_prefix) + "%"
-        asked = [project_id, self.env, self.domain, self.state, self.holder, self.login, labels]
+        asked = [project_id, self.env, self.domain, self.having, self.holder, self.login, labels]
         return [*asked, *page, projects, prefix]
 
 
