@@ -19,10 +19,10 @@ from urllib.parse import parse_qsl
 
 import msgspec
 from litestar import Request, Response
-from litestar.constants import RESERVED_KWARGS
 from litestar.datastructures import State
 from litestar.exceptions import ClientException, HTTPException, ValidationException
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import QueryParameter
 from litestar.types import Message, Scope
 from litestar.typing import FieldDefinition
 from msgspec import Struct
@@ -225,10 +225,6 @@ def data_of(handler: HTTPRouteHandler) -> FieldDefinition | None:
     return handler.parsed_fn_signature.parameters.get("data")
 
 
-def query_name(field: Any) -> str:
-    return getattr(field.kwarg_definition, "name", None) or field.name
-
-
 def is_repeatable(field: Any) -> bool:
     return any(kind.is_non_string_sequence for kind in (field, *field.inner_types))
 
@@ -236,11 +232,11 @@ def is_repeatable(field: Any) -> bool:
 @lru_cache
 def query_of(handler: HTTPRouteHandler) -> dict[str, Any]:
     """The query parameters of a handler: those of its own and of its dependencies, and what Litestar knows of them."""
-    known = dict(handler.parsed_fn_signature.parameters)
-    for name, provider in handler.resolve_dependencies().items():
-        del known[name]
-        known |= provider.parsed_fn_signature.parameters
-    return {query_name(field): field for name, field in known.items() if name not in RESERVED_KWARGS}
+    fields = [*handler.parsed_fn_signature.parameters.values()]
+    for provider in handler.resolve_dependencies().values():
+        fields += provider.parsed_fn_signature.parameters.values()
+    declared = ((field.kwarg_definition, field) for field in fields)
+    return {kind.name or field.name: field for kind, field in declared if isinstance(kind, QueryParameter)}
 
 
 # What Litestar hands on is an id for Python's uuid.UUID, and so are {ID}, urn:uuid:ID and +ID.
@@ -268,7 +264,7 @@ async def enter(request: Call) -> Response[None] | None:
         if caller.projects is not None:
             await keep_inside(request.farm, caller, scope)
     if scope["query_string"] and not handler.opt.get("page"):  # a page's address holds what its script reads
-        check_query(scope["query_string"], query_of(handler), scope["path_params"])
+        check_query(scope["query_string"], query_of(handler))
     # What was meant as a filter there must not widen it, and a code that is not what was asked for must not be spent.
     if (scope["method"] == "DELETE" or handler.opt.get("bodiless")) and request.has_body():
         request.check_media()
@@ -289,7 +285,7 @@ async def keep_inside(farm: Farm, caller: Caller, scope: Any) -> None:
         raise problems.UserNotFound.of(id) if is_user else problems.LockNotHeld.of(id)
 
 
-def check_query(query: bytes, known: Mapping[str, Any], path: Mapping[str, Any]) -> None:
+def check_query(query: bytes, known: Mapping[str, Any]) -> None:
     """Invalid where parameters are unknown, there twice, or "null": a mistyped filter widens no call."""
     try:
         pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)
@@ -297,7 +293,7 @@ def check_query(query: bytes, known: Mapping[str, Any], path: Mapping[str, Any])
         why = f"{error} (it may have 100 parameters, in UTF-8)"
         raise problems.Invalid.field(None, f"the query string is not readable: {why}") from None
     counted = Counter(name for name, _ in pairs)
-    faults = [problems.FieldError(name, "unknown field") for name in counted if name not in known or name in path]
+    faults = [problems.FieldError(name, "unknown field") for name in counted if name not in known]
     for name, value in dict(pairs).items():
         field = known.get(name)
         if field and counted[name] > 1 and not is_repeatable(field):
