@@ -232,10 +232,7 @@ async def verify_password(request: Call, id: Id, data: JSONBody[words.PasswordCh
     return words.Valid(valid)
 
 
-@post(
-    "/users/{id:uuid}/quarantine", status_code=200, **WRITING,
-    raises=[problems.UserNotFound],
-)  # fmt: skip
+@post("/users/{id:uuid}/quarantine", status_code=200, **WRITING, raises=[problems.UserNotFound])
 async def quarantine_user(request: Call, id: Id, data: JSONBody[words.QuarantineReason]) -> User:
     """Take a user out.
 
@@ -246,10 +243,7 @@ async def quarantine_user(request: Call, id: Id, data: JSONBody[words.Quarantine
     return await find_user(request.farm, id)
 
 
-@delete(
-    "/users/{id:uuid}/quarantine", status_code=200, **WRITING,
-    raises=[problems.UserNotFound],
-)  # fmt: skip
+@delete("/users/{id:uuid}/quarantine", status_code=200, **WRITING, raises=[problems.UserNotFound])
 async def end_quarantine(request: Call, id: Id) -> User:
     """Put a user back. Also when it is not quarantined."""
     farm = request.farm
@@ -476,9 +470,7 @@ async def put_session(request: Call, id: Id, ttl: SessionTtl = 86400) -> None:
         raise await request.farm.locks.not_held(id, client)
 
 
-@get(
-    "/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NoSession, problems.NotSealed],
-)  # fmt: skip
+@get("/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NoSession, problems.NotSealed])
 async def get_session(request: Call, id: Id) -> Response[Any]:
     """The session of the user, byte for byte as it was stored."""
     client = request.caller.client
