@@ -27,7 +27,7 @@ class Sessions:
 
     async def put(self, lock_id: uuid.UUID, client: uuid.UUID | None, session: bytes, ttl: int, cause: Cause) -> bool:
         keyring = self._passwords.sealing()
-        held = await self._pool.fetchrow(SQL["get_held"], lock_id, client)
+        held = await self._pool.fetchrow(SQL["get_lock"], lock_id, client)
         if held:
             sealed = keyring.seal_as("session", held["user_id"], session)
             held = await self._pool.fetchrow(SQL["put_session"], lock_id, client, ttl, keyring.first, sealed)
