@@ -469,7 +469,7 @@ class Exporter:
         if began >= self._until:
             try:
                 self._pools = await self._pool.fetch(SQL["list_pools"], None, None, timeout=5)
-            except (asyncpg.UndefinedTableError, *DATABASE_FAULTS) as fault:
+            except DATABASE_FAULTS as fault:
                 self._pools = []
                 self._events.database_failed("No counts of users for a scrape", fault)
             ended = time.monotonic()
