@@ -153,7 +153,7 @@ async def create_user(request: Call, data: JSONBody[words.NewUser]) -> Response[
     made = (id, data.login, secret, data.project_id, data.env, data.domain, labels, *totp)
     if (row := await farm.pool.fetchrow(SQL["create_user"], *made)) is None:
         raise problems.LoginTaken.of(data.login)
-    farm.events.user("created", id, request.cause)
+    farm.events.log("user-created", request.cause, user_id=id)
     farm.desk.freed()
     return reply(User.of(row), 201, {"Location": f"/users/{id}"})
 
@@ -197,7 +197,7 @@ async def update_user(request: Call, id: Id, data: JSONBody[words.UserChanges]) 
     except asyncpg.UniqueViolationError:
         raise problems.LoginTaken.of(login) from None
     if changed:
-        farm.events.user("changed", id, request.cause, changed=changed)
+        farm.events.log("user-changed", request.cause, user_id=id, changed=changed)
     farm.desk.freed()  # it may fit somebody now
     return await find_user(farm, id)
 
@@ -217,7 +217,7 @@ async def delete_user(request: Call, id: Id, force: FromQuery[bool] = False) -> 
         raise problems.Forbidden.scope("admin") if force else problems.UserLocked.of(id, row)
     if row["lock_id"]:
         events.ended("forced" if row["held"] else "expired", row, request.cause)
-    events.user("deleted", id, request.cause)
+    events.log("user-deleted", request.cause, user_id=id)
 
 
 @post("/users/{id:uuid}/verify", status_code=200, **WRITING, raises=[problems.UserNotFound])
@@ -239,7 +239,7 @@ async def quarantine_user(request: Call, id: Id, data: JSONBody[words.Quarantine
     A current lock runs on; after it the user is not handed out until it is put back.
     """
     if await request.farm.pool.fetchval(SQL["set_quarantine"], id, data.reason):
-        request.farm.events.quarantined(id, data.reason, request.cause)
+        request.farm.events.log("user-quarantined", request.cause, user_id=id, reason=data.reason)
     return await find_user(request.farm, id)
 
 
@@ -248,7 +248,7 @@ async def end_quarantine(request: Call, id: Id) -> User:
     """Put a user back. Also when it is not quarantined."""
     farm = request.farm
     if await farm.pool.fetchval(SQL["set_quarantine"], id, None):
-        farm.events.user("freed", id, request.cause)
+        farm.events.log("user-freed", request.cause, user_id=id)
     farm.desk.freed()
     return await find_user(farm, id)
 
@@ -313,7 +313,7 @@ async def import_users(request: Call) -> words.Imported:
     file = (NdjsonFile if media == NDJSON else CsvFile)(settings, farm.passwords, request.caller.projects)
     imported = await farm.imports.run(file, request.parts())
     farm.desk.freed()
-    farm.events.imported(imported, request.cause)
+    farm.events.log("users-imported", request.cause, **msgspec.structs.asdict(imported))
     return imported
 
 

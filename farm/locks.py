@@ -385,7 +385,7 @@ class Locks:
             release = once[row["lock_id"], row["client"]]
             self.events.ended("released", row, release.cause, release.cooldown, release.outcome)
             if row["quarantined"]:
-                self.events.quarantined(row["user_id"], row["quarantined"], release.cause)
+                self.events.log("user-quarantined", release.cause, user_id=row["user_id"], reason=row["quarantined"])
         if freed:
             self.desk.freed()
         return [id(release) in freed for release in releases]

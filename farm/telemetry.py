@@ -38,7 +38,7 @@ from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections
 from farm.passwords import SEALED
 from farm.problems import Problem, TokenRefusal
 from farm.settings import log
-from farm.words import Imported, UserState, Wish
+from farm.words import UserState, Wish
 
 # ---- The log -----------------------------------------------------------------------------------------------
 
@@ -319,16 +319,6 @@ class Events:
         self._ends[how].inc()
         self._holds.observe(held)
         self.log(f"lock-{how}", cause, lock, held_seconds=held, cooldown_seconds=cooldown or None, outcome=outcome)
-
-    def user(self, event: str, user_id: uuid.UUID, cause: Cause, **members: Any) -> None:
-        """A user was created, changed, deleted or freed, or its password was checked."""
-        self.log(f"user-{event}", cause, user_id=user_id, **members)
-
-    def quarantined(self, user_id: uuid.UUID, reason: str, cause: Cause) -> None:
-        self.user("quarantined", user_id, cause, reason=reason)
-
-    def imported(self, done: Imported, cause: Cause) -> None:
-        self.log("users-imported", cause, created=done.created, updated=done.updated, unchanged=done.unchanged)
 
     def refused(self, reason: str) -> None:
         """A call was refused. Nothing changed, so this is only counted."""

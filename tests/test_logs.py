@@ -449,7 +449,7 @@ def test_what_nobody_reads_is_lost_in_the_end_and_told(monkeypatch):
     events = farm.telemetry.Events(journal)
     begin = time.monotonic()
     for number in range(5000):
-        events.user("created", uuid.UUID(int=number), farm.telemetry.NOWHERE)
+        events.log("user-created", farm.telemetry.NOWHERE, user_id=uuid.UUID(int=number))
     assert time.monotonic() - begin < 5, "nobody waits for the reader"
     events.count_losses()
     events.count_losses()
@@ -463,7 +463,7 @@ def test_what_nobody_reads_is_lost_in_the_end_and_told(monkeypatch):
     assert told == lost
     assert len([line for line in lines if line["event"] == "user-created"]) == 5000 - lost
     os.close(reading)
-    events.user("created", uuid.UUID(int=1), farm.telemetry.NOWHERE)  # the reader is gone
+    events.log("user-created", farm.telemetry.NOWHERE, user_id=uuid.UUID(int=1))  # the reader is gone
     journal.flush(5)
     events.count_losses()
     assert events.registry.get_sample_value("botfarm_log_lines_lost_total") == lost + 1
