@@ -66,18 +66,15 @@ class Look:
         self._views: dict[uuid.UUID | None, View] = {}
 
     def view(self, project_id: uuid.UUID | None) -> View:
-        """Of everything, or of one project. All that have no pool share one, so nobody fills the memory with views."""
-        if found := self._views.get(project_id):
-            return found
-        pools = [pool for pool in self._pools if project_id in (None, pool.project_id)]
-        key = project_id if pools else uuid.UUID(int=0)
-        if key not in self._views:
+        """Of everything, or of one project."""
+        if project_id not in self._views:
+            pools = [pool for pool in self._pools if project_id in (None, pool.project_id)]
             held = [(pool, lock) for pool, lock in self._locks if project_id in (None, pool.project_id)]
             items = [GlancedLock.of(pool, *lock) for pool, lock in held[: self.LOCKS]]
             ended = [end for project, end in self._ended if project_id in (None, project)]
             locks = GlancedLocks(sum(pool.locked for pool in pools), items)
-            self._views[key] = View.of(Overview(pools, locks, ended[: self.ENDS]))
-        return self._views[key]
+            self._views[project_id] = View.of(Overview(pools, locks, ended[: self.ENDS]))
+        return self._views[project_id]
 
 
 class Total(Struct):
@@ -85,7 +82,6 @@ class Total(Struct):
 
     project_id: uuid.UUID
     users: int
-    counted_at: float
 
 
 class Glances:
@@ -98,7 +94,7 @@ class Glances:
     def __init__(self, pool: Connections, desk: Desk) -> None:
         self._pool = pool
         self._desk = desk
-        self._totals: dict[int, Total] = {}
+        self._totals: dict[int, Total] = {}  # those that were counted longest ago first
         self._looked_at = 0.0
         self._locked = 0  # users, in the last look
         self._since = datetime.now(UTC) - timedelta(seconds=time.monotonic())  # what the desk's clock began at
@@ -122,12 +118,7 @@ class Glances:
         return look if look and look.is_split >= (projects in self._split) else None
 
     async def _take(self, asked: list[Projects]) -> list[Look]:
-        looks = {}
-        for projects in set(asked):
-            look = self._taken(projects)
-            if look is None:
-                look = self._looks[projects] = await self._read(projects)
-            looks[projects] = look
+        looks = {projects: self._taken(projects) or await self._read(projects) for projects in set(asked)}
         return [looks[projects] for projects in asked]
 
     async def _read(self, projects: Projects) -> Look:
@@ -135,23 +126,23 @@ class Glances:
         if now > self._looked_at + self.KEPT:
             self._totals.clear()
         self._looked_at = now
-        limit = None if projects is None else list(projects)
         is_split = self._locked <= self.MANY or projects in self._split
-        row = await self._pool.fetchrow(SQL["get_overview"], limit, self._still_known(projects), is_split)
+        row = await self._pool.fetchrow(SQL["get_overview"], projects, self._still_known(projects), is_split)
         assert row
         for pool in row["pools"]:
             pool_id, project_id, _, _, total, *_ = pool
             if total is not None:
-                self._totals[pool_id] = Total(project_id, total, now)
+                self._totals.pop(pool_id, None)
+                self._totals[pool_id] = Total(project_id, total)
         waits = self._desk.longest_waits()
         pools = {pool[0]: self._glanced(pool, waits) for pool in row["pools"]}
         self._locked = sum(pool.locked for pool in pools.values())
-        return Look(pools, row, is_split, time.monotonic() - now)
+        look = self._looks[projects] = Look(pools, row, is_split, time.monotonic() - now)
+        return look
 
     def _still_known(self, projects: Projects) -> list[int]:
         """The pools that are not counted this time: all but those whose turn it is."""
         known = [id for id, total in self._totals.items() if projects is None or total.project_id in projects]
-        known.sort(key=lambda id: self._totals[id].counted_at)
         counted = 0
         for place, id in enumerate(known):
             counted += self._totals[id].users
