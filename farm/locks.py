@@ -91,7 +91,7 @@ def why_not_this(id: uuid.UUID, counts: asyncpg.Record) -> problems.Problem:
     if state == "quarantined":
         detail = f"The user {id} is quarantined: {counts['quarantine']}."
         return problems.UserUnavailable(detail, state=state, reason=counts["quarantine"])
-    if state == "resting" and not counts["is_rested"]:
+    if state == "resting":
         detail = f"The user {id} is resting until {counts['ready_at']:%Y-%m-%dT%H:%M:%S.%fZ}."
         return problems.UserUnavailable(detail, state=state, available_at=counts["ready_at"])
     return problems.UserLocked.of(id, counts) if state == "locked" else problems.UserLocked.contended(id)
@@ -437,8 +437,7 @@ class Locks:
             rows = await self.pool.fetch(SQL["count_matching"], *columns(singles, Wish))
             for row in rows:
                 wish = singles[row["filter"] - 1]
-                free = row["free"] or int(wish.user_id is not None and row["state"] == "resting" and row["is_rested"])
-                refusals[(wish,)] = Refusal(row["matching"], free, self._why_not(wish, row))
+                refusals[(wish,)] = Refusal(row["matching"], row["free"], self._why_not(wish, row))
                 self._remember((wish,), refusals[(wish,)], time.monotonic() - began)
         for wishes in dict.fromkeys(asked):
             if wishes not in refusals:

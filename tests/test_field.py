@@ -601,7 +601,7 @@ async def test_a_user_that_was_released_in_this_very_moment_does_not_rest(api, p
         assert (await api.delete(f"/locks/{lock['id']}")).status_code == 204
     await counting
     (row,) = await other.fetch("select * from counted")
-    assert (row["state"], row["is_rested"]) == ("resting", True)
+    assert (row["state"], row["free"]) == ("free", 1)
     answer = why_not_this(uuid.UUID(user["id"]), row)
     assert (answer.slug, answer.headers["Retry-After"]) == ("user-locked", "1")
     await gate.close()
