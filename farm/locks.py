@@ -317,9 +317,10 @@ class Locks:
         """The row of each that got a user with a live session, none for the others."""
         granted: dict[Ask, list[asyncpg.Record]] = {}
         for _ in range(5):  # another replica may take those that were found
-            left = [ask for ask in asks if ask not in granted and not ask.leaving]
+            left = [ask for ask in asks if ask not in granted]
             try:
-                if not (chosen := match(left, await self._find_with_sessions(left), 0)):
+                fitting = await self._find_with_sessions(left) if left else {}
+                if not (chosen := match([ask for ask in left if not ask.leaving], fitting, 0)):
                     break
                 granted |= await self.desk.hand_out(chosen)
             except Exception:

@@ -364,6 +364,35 @@ async def test_a_grant_that_nobody_is_told_of_at_the_stop_is_given_back(what, wa
     assert len([item for items in ended for item in items]) == count
 
 
+async def test_who_is_given_up_while_a_session_is_looked_for_gets_nobody(api, database, project):
+    """The statement that grants is not on its way yet."""
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    assert (await api.put(f"/locks/{lock['id']}/session", json={})).status_code == 204
+    await api.delete(f"/locks/{lock['id']}")
+    sent, over = asyncio.Event(), asyncio.Event()
+    async with farm.database.open_pool(database, 4, "force_generic_plan", 10) as pool:
+        own = farm.locks.Locks(settings(database), pool, pool, cast("Any", None), farm.telemetry.Events(None))
+        find = own._find_with_sessions
+
+        async def slow(asks):
+            sent.set()
+            await over.wait()
+            return await find(asks)
+
+        own._find_with_sessions = slow
+        ask = Ask(wishes=(farm.words.Wish(None, uuid.UUID(project)),), ttl=60, prefers_session=True)
+        call = asyncio.create_task(own.acquire(cast("Any", None), ask))
+        await sent.wait()
+        own.stop()
+        call.cancel()
+        await asyncio.wait([call])
+        over.set()
+        await own.settle()
+        await asyncio.sleep(0.2)
+    assert (await api.get(f"/users/{user['id']}")).json()["state"] == "free"
+
+
 async def test_what_waits_for_a_hash_has_a_bound_and_a_503_behind_it(empty_database, project, monkeypatch):
     assert farm.passwords.Passwords.CROWD * 0.015 / farm.passwords.Passwords.THREADS < 1
     monkeypatch.setattr(farm.passwords.Passwords, "CROWD", 10)
