@@ -49,7 +49,8 @@ freed as (
         locks.holder, locks.note, locks.acquired_at, locks.ready_at - asked.cooldown as ended_at, asked.outcome,
         case
             when asked.quarantine is not null then asked.quarantine
-            when asked.outcome = 'bad-login' and locks.bad_logins >= nullif($6::int, 0) then locks.quarantine
+            when asked.outcome = 'bad-login' and starts_with(locks.quarantine, locks.bad_logins || ' locks ended in bad-')
+            then locks.quarantine  -- by this release: a reason that stood before stays
         end as quarantined
 ),
 recorded as (

@@ -111,6 +111,19 @@ def told(line: dict[str, Any], event: str, **members: Any) -> None:
     SEEN.setdefault(event, set()).update(members, durations)
 
 
+async def test_a_bad_login_of_a_user_that_is_quarantined_already_quarantines_nobody(api, project, log):
+    (user,) = await make_users(api, project)
+    for outcome in ("bad-login", "bad-login", None):
+        lock = (await acquire(api, project)).json()
+        if outcome:
+            await api.delete(f"/locks/{lock['id']}", params={"outcome": outcome})
+    await api.post(f"/users/{user['id']}/quarantine", json={"reason": "ada looks at it"})
+    begin = len(log.lines())
+    await api.delete(f"/locks/{lock['id']}?outcome=bad-login")
+    (released,) = log.after(begin)
+    told(released, "lock-released", **of_lock(lock), outcome="bad-login")
+
+
 async def test_each_change_of_a_lock_is_one_line(api, project, log):
     await make_users(api, project, 2)
     begin = len(log.lines())
