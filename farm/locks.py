@@ -432,7 +432,7 @@ class Locks:
     async def _refusals(self, asked: list[Wishes]) -> list[Refusal]:
         """Those who are refused in one moment share the counts and the problem."""
         began = time.monotonic()
-        refusals = {wishes: self._costly[wishes][0] for wishes in asked if wishes in self._costly}
+        refusals = {wishes: known[0] for wishes in asked if (known := self._costly.get(wishes))}
         singles = [wishes[0] for wishes in dict.fromkeys(asked) if wishes not in refusals and len(wishes) == 1]
         if singles:
             rows = await self.pool.fetch(SQL["count_matching"], *columns(singles, Wish))
