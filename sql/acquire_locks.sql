@@ -4,7 +4,7 @@
 --   $7-$9   where to look first: filter (its ordinal), pool, since when free
 --   $10-$16 requests: filter (its ordinal), lock id, holder, ttl in seconds, idempotency key or null, client or null,
 --           note
--- A row comes back for each request that got a user; its ordinal is `request`, and `expired` the lock that this ended.
+-- A row comes back for each request that got a user; `expired` is the lock that this ended.
 -- Atomic because the candidates are locked with skip locked, which also checks them again in their
 -- newest version, and stay locked until the commit. A lock that has expired is taken over here, and its
 -- end recorded, so that no background task is needed.
@@ -104,7 +104,7 @@ requests as materialized (
     where (select bound.key from idempotency_keys as bound where bound.key = asked.key) is null
 ),
 paired as materialized (
-    select requests.request, requests.lock_id, requests.holder, requests.ttl, requests.key,
+    select requests.lock_id, requests.holder, requests.ttl, requests.key,
         requests.client_id, requests.note, clock_timestamp() as acquired_at, candidates.place, candidates.user_id,
         candidates.ready_at as since, candidates.lock_id as old_lock_id, candidates.holder as old_holder,
         candidates.client_id as old_client_id, candidates.note as old_note,
@@ -153,7 +153,7 @@ expired as (
     where old_lock_id is not null
         and paired.lock_id in (select taken.lock_id from taken)
 )
-select paired.request, paired.since, taken.*, users.login, users.secret, users.project_id, users.env, users.domain,
+select paired.since, taken.*, users.login, users.secret, users.project_id, users.env, users.domain,
     users.labels,
     case when paired.old_lock_id is not null then jsonb_build_object(
         'lock_id', paired.old_lock_id, 'user_id', taken.user_id, 'fence', paired.old_fence, 'holder', paired.old_holder,

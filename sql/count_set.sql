@@ -23,7 +23,6 @@ fitting as materialized (
         and users.labels @> filters.labels
 )
 select count(*) as matching,
-    count(*) filter (where state = 'free') as free,
     count(*) filter (where state = 'locked') as locked,
     count(*) filter (where state = 'resting') as resting,
     count(*) filter (where state = 'quarantined') as quarantined,

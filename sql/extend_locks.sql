@@ -28,7 +28,7 @@ extended as (
         and (asked.client_id is null or locks.client_id = asked.client_id)
         and locks.expires_at > clock_timestamp()
     returning locks.user_id, locks.fence, locks.lock_id, locks.acquired_at, locks.expires_at, locks.ttl,
-        locks.holder, locks.note, locks.client_id
+        locks.holder, locks.note
 )
 select extended.*, users.login, users.project_id, users.env, users.domain, users.labels
 from extended

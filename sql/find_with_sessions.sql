@@ -18,7 +18,6 @@ cross join lateral (
         from free_users
         where pool_id = pools.id
             and lock_id is null
-            and session_until is not null
             and session_until > clock_timestamp()
             and (filters.labels is null or (select labels @> filters.labels from users where id = free_users.user_id))
         order by ready_at
