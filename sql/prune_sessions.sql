@@ -15,8 +15,10 @@ told as (
     from ended
     where locks.user_id = ended.user_id
         and locks.session_until <= clock_timestamp()
+    returning locks.user_id
 )
 delete from user_sessions
 using ended
 where user_sessions.user_id = ended.user_id
     and user_sessions.ends_at <= clock_timestamp()
+    and (select count(*) from told) >= 0  -- the rows of locks first, as put_session.sql does

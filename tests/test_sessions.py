@@ -325,6 +325,25 @@ async def test_one_that_is_stored_anew_as_it_is_forgotten_stays(api, project, lo
     assert (await kept(api, lock)).status_code == 200
 
 
+async def test_who_stores_and_who_forgets_take_the_rows_in_one_order(api, lock, database):
+    """First that of the lock, then that of the session: else each could wait for the other."""
+    await keep(api, lock)
+    this = f"where user_id = '{lock['user']['id']}'"
+    await execute(database, f"update user_sessions set ends_at = now() {this}", "select 1")
+    await execute(database, f"update locks set session_until = now() {this}", "select 1")
+    connection = await asyncpg.connect(database)
+    try:
+        async with connection.transaction():
+            await connection.execute(f"update locks set session_until = now() + interval '1 hour' {this}")
+            pruning = asyncio.create_task(execute(database, PRUNE))
+            await blocked(database)
+            await connection.execute(f"update user_sessions set ends_at = now() + interval '1 hour' {this}")
+        await pruning
+    finally:
+        await connection.close()
+    assert (await kept(api, lock)).status_code == 200
+
+
 async def test_neither_import_nor_export_carries_it(api, project, lock):
     canary = secrets.token_hex(12)
     await keep(api, lock, f'"{canary}"'.encode())
