@@ -49,7 +49,7 @@ freed as (
         locks.holder, locks.note, locks.acquired_at, locks.ready_at - asked.cooldown as ended_at, asked.outcome,
         case
             when asked.quarantine is not null then asked.quarantine
-            when asked.outcome = 'bad-login' and starts_with(locks.quarantine, locks.bad_logins || ' locks ended in bad-')
+            when asked.outcome = 'bad-login' and starts_with(locks.quarantine, locks.bad_logins || ' locks ended in')
             then locks.quarantine  -- by this release: a reason that stood before stays
         end as quarantined
 ),
