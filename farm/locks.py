@@ -168,7 +168,10 @@ class Locks:
                 return repeated
             refusal = await self.refusal(ask.wishes)
             attempts += 1
-            if not refusal.free or attempts == 5 or ask.wait:
+            goes_on = refusal.free
+            if ask.wait:  # it was ended too early where the first such user came in this moment
+                goes_on = ask.seconds() < ask.wait and refusal.problem.status_code != 404
+            if not goes_on or attempts == 5 or GONE in request.scope["state"]:
                 return refusal.problem
             await asyncio.sleep(0.01 * (attempts - 1))  # free, but somebody has its row locked in this moment
         return await self._granted(request, ask, rows)
@@ -271,9 +274,9 @@ class Locks:
             self.unanswered.add(row["lock_id"] for row in rows)
 
     async def settle(self) -> None:
-        """Give back what is to be given back, at the end; two seconds at most."""
+        """Give back what is to be given back, at the end; a second at most."""
         with contextlib.suppress(*DATABASE_FAULTS):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(1):
                 while await self.find_lost():  # a statement that grants one may still be running
                     await asyncio.sleep(0.1)
 

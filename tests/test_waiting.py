@@ -283,6 +283,26 @@ def raw_waiter(url, project, key=None, then=b""):
     return connection
 
 
+@pytest.mark.parametrize("is_set", [False, True])
+async def test_a_user_that_is_made_while_its_waiter_is_told_that_there_is_none_is_its_own(
+    api, service, project, monkeypatch, is_set
+):
+    """The count that ends the wait is older than the user. Before, the call was refused at once, its wait unspent."""
+    counting = service.farm.locks.refusal._run
+
+    async def slowly(asked):
+        refusals = await counting(asked)
+        if refusals[0].problem.status_code == 404:
+            await make_users(api, project, 2)
+        return refusals
+
+    monkeypatch.setattr(service.farm.locks.refusal, "_run", slowly)
+    here = {"project_id": project, "count": 2}
+    wanted = {"users": [here], "wait": 5} if is_set else {"project_id": project, "wait": 5}
+    answer = await api.post("/locks/sets" if is_set else "/locks", json=wanted)
+    assert answer.status_code == 201, answer.text
+
+
 async def test_a_waiter_that_went_away_is_never_given_a_user(api, service, project):
     await make_users(api, project)
     lock = (await acquire(api, project)).json()
