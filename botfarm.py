@@ -782,7 +782,7 @@ async def running(app: Litestar) -> AsyncIterator[None]:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks, timeout=1)  # bounded: a driver may swallow a cancellation
+            await asyncio.wait(tasks, timeout=0.5)  # bounded: a driver may swallow a cancellation
             await farm.locks.settle()
 
 

@@ -95,9 +95,12 @@ NO_CONNECTION = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg
 
 
 def _is_broken(connection: Any, fault: asyncpg.InterfaceError) -> bool:
-    """Whether it is the connection that fails, and not what it was asked."""
+    """Whether it is the connection that fails, and not what it was asked.
+
+    One that the server ends between two statements seems to be busy with another one: we give each to one call alone.
+    """
     with contextlib.suppress(asyncpg.InterfaceError):  # raised where the pool has given it up
-        return connection.is_closed() or "is cancelling" in str(fault)
+        return connection.is_closed() or any(sign in str(fault) for sign in ("is cancelling", "another operation"))
     return True
 
 
@@ -134,7 +137,8 @@ class Connections:
                 raise Lost(f"the connection ended: {fault}") from fault
             raise
         finally:  # bounded, because it waits for a cancelled statement, which a frozen server never ends
-            await self._pool.release(connection, timeout=1)
+            with contextlib.suppress(*NO_CONNECTION):  # one that can't be given back the pool has ended
+                await self._pool.release(connection, timeout=1)
 
     async def look_anew(self) -> None:
         """Use no connection that there is once more: new ones look for the server that takes writes."""
@@ -194,7 +198,7 @@ async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str
         yield Connections(pool)
     finally:
         try:
-            await asyncio.wait_for(pool.close(), 2)
+            await asyncio.wait_for(pool.close(), 0.5)
         except TimeoutError:
             pool.terminate()
 

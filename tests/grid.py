@@ -301,13 +301,13 @@ async def answers(port: int, path: str) -> bool:
 
 
 async def _pump(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: Callable[[], bool], silence: float
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: Callable[[bytes], bytes], silence: float
 ) -> None:
-    """Hand bytes on until one side ends, or `passes` says that these get lost, and the connection with them."""
+    """Hand bytes on until one side ends, or `passes` says that none get through, and the connection is lost."""
     with suppress(*LOST):
-        while (part := await reader.read(1 << 16)) and passes():
+        while (part := await reader.read(1 << 16)) and (passing := passes(part)):
             if time.monotonic() < silence:
-                writer.write(part)
+                writer.write(passing)
                 await writer.drain()
     writer.close()
 
@@ -364,11 +364,13 @@ class Wire:
     share: float = 0.0
     silent_after: float = float("inf")  # seconds after which a connection stays open, but nothing gets through
     cuts: int = 0
+    behind: tuple[bytes, bytes] | None = None  # an answer with the first of these is followed by the second
 
-    def _passes(self) -> bool:
+    def _passes(self, part: bytes) -> bytes:
         lost = random.random() < self.share
         self.cuts += lost
-        return not lost
+        sign, more = self.behind or (b"", b"")
+        return b"" if lost else part + more if sign in part else part
 
     async def _upstream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         parts = urlsplit(self.url)
@@ -382,7 +384,7 @@ class Wire:
         silence = time.monotonic() + self.silent_after
         try:
             await asyncio.gather(
-                _pump(reader, up_writer, lambda: True, silence),
+                _pump(reader, up_writer, bytes, silence),
                 _pump(up_reader, writer, self._passes, silence),
             )
         finally:

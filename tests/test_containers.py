@@ -205,7 +205,7 @@ def test_probes_ask_what_the_program_answers():
 
 
 def test_a_pod_may_take_longer_to_end_than_a_shutdown_takes():
-    shutdown = farm.server.GRACE + 2
+    shutdown = farm.server.GRACE + 3
     (_, before) = SERVICE["lifecycle"]["preStop"]["exec"]["command"]
     assert POD["terminationGracePeriodSeconds"] > shutdown + int(before)
     assert seconds(COMPOSE["botfarm"]["stop_grace_period"]) > shutdown

@@ -21,7 +21,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from conftest import execute, fresh_database, long_chapter
+from conftest import client, execute, fresh_database, long_chapter, slug
 from grid import (
     LONGEST,
     UNSTEADY,
@@ -44,6 +44,7 @@ from grid import (
 
 import farm.database
 import farm.migrations
+import farm.words
 
 long_chapter("crashes servers and services for a minute")
 
@@ -162,6 +163,18 @@ async def test_a_replica_that_stops_answers_every_waiter(empty_database, folder,
         assert all(reply.headers["retry-after"] for reply in replies)
         (lock,) = await execute(empty_database, "select lock_id from locks")
         assert str(lock["lock_id"]) == held.body["id"]
+
+
+async def test_a_replica_whose_database_is_frozen_stops_within_ten_seconds(mortal, mortal_database, folder):
+    async with replicas(mortal_database, folder, {}) as (replica,):
+        grid = Grid([replica.port])
+        await grid.create(1)
+        async with mortal.frozen():
+            wish = {"project_id": grid.project, "wait": 60}
+            calls = [asyncio.create_task(ask(replica.port, "POST", "/locks", wish)) for _ in range(3)]
+            await asyncio.sleep(0.2)
+            assert await asyncio.to_thread(replica.stop, 10) == 0
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def waited_for(port: int, project: str, calls: int) -> bool:
@@ -334,6 +347,21 @@ async def test_connections_that_are_cut_lose_no_user(empty_database, folder, lon
         await conclude(careless, empty_database)
     assert wire.cuts > 5
     assert evidence.outcomes["acquire 503 database-unavailable"] > 5
+
+
+async def test_an_import_whose_connection_ends_between_two_statements_is_told_so(empty_database, folder, project):
+    """As a server that shuts down ends it: with a word that nothing has asked for. It was a 500."""
+    last = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+    user = {"login": "u", "password": "pw", "project_id": project, "env": "stage"}
+    wire = Wire(empty_database)
+    async with wire.open() as url, replicas(url, folder, {}) as running:
+        spare = await spare_users(running)
+        wire.behind = b"SELECT 0\0", b"E" + (len(last) + 4).to_bytes(4) + last
+        async with client(f"http://127.0.0.1:{running[0].port}") as api:
+            answer = await api.post("/users/import", json=user, headers={"Content-Type": farm.words.NDJSON})
+            assert slug(answer) == "database-unavailable"
+        await recovered(ports(running), spare)
+    assert "Traceback" not in (folder / "replica-0.log").read_text()
 
 
 # ---- Clocks ------------------------------------------------------------------------------------------------

@@ -113,6 +113,28 @@ def test_a_kill_of_any_other_process_of_a_start_stops_no_service(folder):
         assert running.poll() is None
 
 
+def test_workers_that_stop_leave_nobody_at_the_port(empty_database):
+    """The process that started them held it open as long as one of them had a call: who came was accepted and reset."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with process(env={"DATABASE_URL": empty_database, "BOTFARM_PORT": str(port), "BOTFARM_WORKERS": "2"}) as running:
+        wait_ready(url)
+        with connect(url) as held:
+            held.sendall(b"POST /users HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            time.sleep(0.2)
+            running.terminate()
+            until(lambda: is_refused(port), 3)
+            assert running.poll() is None
+
+
+def is_refused(port):
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_nothing_of_a_command_outlives_its_kill(folder):
     env = {"BOTFARM_HOME": str(folder / "home")}
     with process("client", "list", env=env) as running:
