@@ -186,6 +186,7 @@ def client_commands() -> None:
 @named
 @click.option("--scope", "scopes", required=True, callback=_scopes, help="some of users:read users:write locks admin")
 @click.option("--project", "projects", type=click.UUID, multiple=True, help="limit it to projects")
+@setting_flags("home")
 def add_client(name: str, scopes: list[str], projects: tuple[uuid.UUID, ...]) -> int:
     """Add a client and print its secret, this once."""
     secret, hashed = _new_secret()
@@ -194,6 +195,7 @@ def add_client(name: str, scopes: list[str], projects: tuple[uuid.UUID, ...]) ->
 
 
 @client_commands.command("list")
+@setting_flags("home")
 def list_clients() -> int:
     """List the clients."""
     return _shown(_clients("list_clients"))
@@ -205,6 +207,7 @@ def list_clients() -> int:
     "--keep", metavar="SECONDS", type=click.IntRange(0, 9_999_999), default=3600, show_default=True,
     help="for how long the old secret stays valid",
 )  # fmt: skip
+@setting_flags("home")
 def rotate_client(name: str, keep: int) -> int:
     """Give a client a new secret and print it, this once."""
     secret, hashed = _new_secret()
@@ -214,6 +217,7 @@ def rotate_client(name: str, keep: int) -> int:
 
 @client_commands.command("remove")
 @named
+@setting_flags("home")
 def remove_client(name: str) -> int:
     """Remove a client; its tokens end within a minute."""
     return _shown(_clients("remove_client", name), f"The client {name!r} does not exist.")

@@ -332,6 +332,19 @@ def test_a_home_that_is_none_is_told_by_its_name(how, folder):
         assert "Set BOTFARM_HOME to another folder" in told
 
 
+CLIENT_COMMANDS = ["client add ci --scope locks", "client list", "client rotate ci", "client remove ci"]
+
+
+@pytest.mark.parametrize("words", CLIENT_COMMANDS)
+def test_each_command_about_clients_looks_in_the_home_that_it_is_told(words, folder):
+    """Else it made a database of its own beside that of the service, and the client in it."""
+    home = folder / "home"
+    damage("a file", home)
+    refused = command(*words.split(), "--home", str(home))
+    assert refused.returncode == 1
+    assert str(home) in refused.stderr
+
+
 def test_a_service_that_runs_is_told_of_whatever_its_lock_file_holds(old_home):
     running = embedded.start(old_home)
     try:
