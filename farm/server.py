@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import ipaddress
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -320,12 +321,16 @@ def on_stop(stop: Callable[[], None]) -> None:
 
 
 def banner(settings: Settings) -> str:
+    """Lines to paste: a value that calls take by default is another one where it is not allowed here."""
     service = address(settings.host, settings.port)
     project = "11111111-1111-4111-8111-111111111111"
     token = ' -H "Authorization: Bearer $TOKEN"' if settings.auth == "on" else ""
     json_post = f"curl -X POST{token} -H 'Content-Type: {JSON}'"
-    user = f'{{"login": "bot-1", "password": "secret", "project_id": "{project}", "env": "stage"}}'
-    wish = f'{{"project_id": "{project}", "env": "stage", "holder": "me"}}'
+    pool = {"project_id": project, "env": "stage" if "stage" in settings.envs else settings.envs[0]}
+    domain = {} if "regular" in settings.domains else {"domain": settings.domains[0]}
+    ttl = {} if settings.max_ttl >= 300 else {"ttl": settings.max_ttl}
+    user = json.dumps({"login": "bot-1", "password": "secret", **pool, **domain})
+    wish = json.dumps({**pool, **ttl, "holder": "me"})
     return f"""BotFarm serves at {service}  (API: {service}/docs)
 create:  {json_post} '{service}/users' -d '{user}'
 acquire: {json_post} '{service}/locks' -d '{wish}'

@@ -15,7 +15,6 @@ import uuid
 from urllib.parse import urlsplit
 
 import asyncpg
-import httpx
 import msgspec
 import pytest
 from conftest import (
@@ -341,15 +340,28 @@ async def test_a_file_that_no_page_loads_is_not_found(api, name):
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; CI installs it")
 
 
+BANNER = """\
+BotFarm serves at http://127.0.0.1:8000  (API: http://127.0.0.1:8000/docs)
+create:  curl -X POST -H 'Content-Type: application/json' 'http://127.0.0.1:8000/users' -d \
+'{"login": "bot-1", "password": "secret", "project_id": "11111111-1111-4111-8111-111111111111", "env": "stage"}'
+acquire: curl -X POST -H 'Content-Type: application/json' 'http://127.0.0.1:8000/locks' -d \
+'{"project_id": "11111111-1111-4111-8111-111111111111", "env": "stage", "holder": "me"}'
+release: curl -X DELETE 'http://127.0.0.1:8000/locks?holder=me'"""
+
+
+def test_the_banner_is_short_where_nothing_is_set():
+    assert farm.server.banner(farm.settings.Settings()) == BANNER.replace("-d \\\n", "-d ")
+
+
 @needs_curl
-def test_the_banner_has_lines_that_work(service):
-    lines = farm.server.banner(farm.settings.Settings()).splitlines()[1:]
-    httpx.delete(f"{service.url}/locks?holder=me")  # of other tests
-    for line, expected in zip(lines, ('"login":"bot-1"', '"password":"secret"', '{"released":1}'), strict=True):
-        text = line.partition(": ")[2].strip().replace("http://127.0.0.1:8000", service.url)
-        text = text.replace("11111111-1111-4111-8111-111111111111", "33333333-3333-4333-8333-333333333333")
-        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=30)
-        assert expected in done.stdout
+@pytest.mark.parametrize("allowed", [{}, {"envs": ("qa", "prod"), "domains": ("green", "blue"), "max_ttl": 60}])
+def test_the_banner_has_lines_that_work(empty_database, allowed):
+    lines = farm.server.banner(farm.settings.Settings(**allowed)).splitlines()[1:]
+    with serving(configured(empty_database, **allowed)) as alone:
+        for line, expected in zip(lines, ('"login":"bot-1"', '"password":"secret"', '{"released":1}'), strict=True):
+            text = line.partition(": ")[2].strip().replace("http://127.0.0.1:8000", alone.url)
+            done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=30)
+            assert expected in done.stdout
 
 
 @pytest.mark.parametrize(
