@@ -147,6 +147,8 @@ class Gate:
     MOST = 10_000  # tokens whose claims are kept
     FAILURES, REQUESTS = 10, 120  # a minute, of one client from one address
     STRAY_FAILURES = 100  # a minute, from one address under whatever names
+    OWN = "requests or failures of this client at this address"
+    NEAR = "failures at this address, of any client"
     LONGEST = 2048  # characters of an Authorization header; our tokens have some 400
 
     def __init__(self, pool: Connections, keys: Secret) -> None:
@@ -233,14 +235,14 @@ class Gate:
         network = _network(address)
         asking = [hashlib.sha256(who.encode()).digest() for who in (f"{id or client_id}\n{address}", network)]
         own, near = await self._count(asking, requests=1)
-        self._limit(own, own["requests"] > self.REQUESTS or own["failures"] >= self.FAILURES)
-        self._limit(near, near["failures"] >= self.STRAY_FAILURES)
+        self._limit(self.OWN, own, own["requests"] > self.REQUESTS or own["failures"] >= self.FAILURES)
+        self._limit(self.NEAR, near, near["failures"] >= self.STRAY_FAILURES)
         row = await self._pool.fetchrow(SQL["get_client"], id)
         known = (row["secret_hash"], row["previous_hash"]) if row else (None, None)
         hashes = [stored or self._nobody for stored in known]  # as slow for an unknown client as for a known one
         valid = await self._secrets.in_thread(lambda: any(matches(each, secret) for each in hashes))
         own, near = await self._count(asking, failures=0 if valid else 1)
-        self._limit(own, own["failures"] - (not valid) >= self.FAILURES)
+        self._limit(self.OWN, own, own["failures"] - (not valid) >= self.FAILURES)
         if row is None or not valid:
             log.warning("A token was refused to %s at %s", f"the client {id}" if row else "an unknown client", address)
             raise TokenRefusal("invalid_client", "Unknown client or wrong secret.", 401)
@@ -251,10 +253,10 @@ class Gate:
         counted = {row["caller"]: row for row in rows}
         return [counted[who] for who in asking]
 
-    def _limit(self, counted: asyncpg.Record, exceeded: bool) -> None:
+    def _limit(self, what: str, counted: asyncpg.Record, exceeded: bool) -> None:
         if exceeded:
             wait = counted["retry_after"]
-            text = f"Too many requests or failures of this client at this address; try again in {wait} seconds."
+            text = f"Too many {what}; try again in {wait} seconds."
             raise TokenRefusal("temporarily_unavailable", text, 429, retry_after=wait)
 
     def issue(self, client_id: uuid.UUID, scope: str) -> str:
@@ -281,6 +283,7 @@ class Gate:
 
 FORM = "application/x-www-form-urlencoded"
 LONGEST_FORM = 16 * 1024
+MOST_PARAMETERS = 100
 
 
 def read_form(content_type: str, body: bytes) -> dict[str, str]:
@@ -291,9 +294,11 @@ def read_form(content_type: str, body: bytes) -> dict[str, str]:
     except UnsupportedMediaType as other:
         raise TokenRefusal("invalid_request", other.detail, other.status_code) from None
     try:
-        pairs = parse_qsl(body.decode("ascii"), errors="strict", max_num_fields=100)
-    except ValueError:
+        pairs = parse_qsl(body.decode("ascii"), errors="strict", max_num_fields=MOST_PARAMETERS)
+    except UnicodeError:
         raise TokenRefusal("invalid_request", f"The body is not {FORM} in UTF-8.") from None
+    except ValueError:
+        raise TokenRefusal("invalid_request", f"The form has over {MOST_PARAMETERS} parameters.") from None
     if len(dict(pairs)) < len(pairs):
         raise TokenRefusal("invalid_request", "A parameter is there twice.")
     return dict(pairs)

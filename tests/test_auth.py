@@ -49,6 +49,7 @@ import farm.database
 import farm.locks
 import farm.migrations
 import farm.passwords
+import farm.problems
 import farm.settings
 import farm.telemetry
 import farm.waiting
@@ -194,6 +195,21 @@ async def test_only_a_form_in_the_body_is_read(secured):
         assert slug(await api.get("/token")) == "method-not-allowed"
 
 
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        (b"scope=%ff", "The body is not application/x-www-form-urlencoded in UTF-8."),
+        ("scope=é".encode(), "The body is not application/x-www-form-urlencoded in UTF-8."),
+        (b"&".join([b"a=b"] * 101), "The form has over 100 parameters."),
+        (b"&".join([b"a=b"] * 100), "A parameter is there twice."),
+    ],
+)
+def test_a_form_that_is_not_read_is_told_why(form, why):
+    with pytest.raises(farm.problems.TokenRefusal) as refused:
+        farm.clients.read_form(farm.clients.FORM, form)
+    assert str(refused.value) == why
+
+
 async def test_an_unknown_client_and_a_wrong_secret_are_told_alike_and_take_as_long(secured, monkeypatch):
     compared = []
     monkeypatch.setattr(farm.clients, "matches", lambda stored, secret: compared.append(stored))
@@ -230,6 +246,7 @@ async def test_wrong_secrets_are_limited_to_ten_a_minute_over_two_services(secur
                 refused = await ask(api, who)
                 assert refused.status_code == 429
                 assert refused.json().keys() == {"error", "error_description"}
+                assert "of this client at this address" in refused.json()["error_description"]
                 assert 1 <= int(refused.headers["retry-after"]) <= 60
             spelled = SimpleNamespace(id=who.id.upper(), secret=who.secret)
             assert (await ask(one, spelled)).status_code == 429
@@ -244,7 +261,10 @@ async def test_failures_under_ever_new_names_are_limited_by_address(secured, mon
     await execute(secured.database, "delete from token_requests", "select")
     async with client(secured.url) as api:
         strangers = [SimpleNamespace(id=str(uuid.uuid4()), secret="guess") for _ in range(10)]
-        assert [(await ask(api, who)).status_code for who in strangers] == [401] * 6 + [429] * 4
+        answers = [await ask(api, who) for who in strangers]
+    assert [answer.status_code for answer in answers] == [401] * 6 + [429] * 4
+    told = answers[-1].json()["error_description"]
+    assert re.fullmatch(r"Too many failures at this address, of any client; try again in \d+ seconds\.", told)
     await execute(secured.database, "delete from token_requests", "select")
 
 
