@@ -817,8 +817,15 @@ def cors_of(settings: Settings) -> CORSConfig | None:
         return None
     return CORSConfig(
         allow_origins=list(settings.cors_origins),
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id", "traceparent"],
-        expose_headers=["Location", "Retry-After", "WWW-Authenticate", "X-Request-Id", "traceparent"],
+        allow_headers=[
+            "Authorization",
+            "Content-Type",
+            "Idempotency-Key",
+            "If-None-Match",
+            "X-Request-Id",
+            "traceparent",
+        ],
+        expose_headers=["ETag", "Location", "Retry-After", "WWW-Authenticate", "X-Request-Id", "traceparent"],
     )
 
 

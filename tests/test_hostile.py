@@ -408,6 +408,13 @@ async def test_pages_of_other_origins_may_call_only_where_that_is_set(api, empty
             preflight = await opened.options("/locks", headers=FOREIGN)
             assert preflight.headers["access-control-allow-origin"] == "https://grid.example"
             assert "access-control-allow-credentials" not in preflight.headers
+            asked = FOREIGN | {
+                "Access-Control-Request-Method": "GET",
+                "Access-Control-Request-Headers": "if-none-match",
+            }
+            assert (await opened.options("/overview", headers=asked)).status_code == 204
+            tagged = await opened.get("/overview", headers=FOREIGN)
+            assert {"ETag", "Location"} <= set(tagged.headers["access-control-expose-headers"].split(", "))
             for path in ("/livez", "/nowhere", "/users?x=1"):  # a page may read a refusal too
                 answer = await opened.get(path, headers=FOREIGN)
                 assert answer.headers["access-control-allow-origin"] == "https://grid.example"
