@@ -163,6 +163,14 @@ def test_every_command_is_run_by_a_test_or_by_ci():
         assert any(text in line for line in lines), place
 
 
+def test_no_secret_that_a_command_writes_is_one_git_add_away_from_a_commit():
+    """Keys, dumps. (docs/clients.md is for other folders.)"""
+    lines = "\n".join(block for name in PAGES.keys() - {"docs/clients.md"} for block in blocks(name).values())
+    written = set(re.findall(r" > ([\w.]+)\)?$", lines, re.M))
+    assert "signing.keys" in written
+    assert written <= set((ROOT / ".gitignore").read_text().splitlines())
+
+
 @every_page
 def test_no_command_hides_in_a_block_of_another_kind(name):
     """Blocks are commands, which are run, JSON and files, which are read, or SQL, which test_field_database.py runs."""
