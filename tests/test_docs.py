@@ -211,6 +211,8 @@ def test_the_curl_lines_work(empty_database, name):
     assert '"password":"correct horse"' in outputs[0]
     assert '{"released":1}' in outputs[0]
     assert all(outputs), "each block prints what it got"
+    assert all(json.loads(line) for line in "".join(outputs).splitlines() if line[:1] in "{["), "a reply a line"
+    assert all(output.endswith("\n") for output in outputs), "the prompt is on a line of its own"
     assert "urn:botfarm:" not in "".join(outputs), "nothing is refused"
 
 
