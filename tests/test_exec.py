@@ -537,3 +537,22 @@ def test_a_lock_is_acquired_renewed_looked_at_and_given_back_by_hand(service, pr
         assert (done.returncode, done.stdout) == (124, "")
         assert "has ended" in done.stderr
     assert botfarm(service.url, "status").returncode == 64
+
+
+NOWHERE = {"a full disk": ">/dev/full", "a reader that has gone": "| true", "none at all": ">&-"}
+
+
+@pytest.mark.parametrize("where", NOWHERE)
+def test_a_lock_that_nobody_is_told_of_is_given_back(service, project, where):
+    (user,) = create(service.url, project)
+    script = f"set -o pipefail; {shlex.join([*BOTFARM, 'acquire', '--project', project])} {NOWHERE[where]}"
+    done = subprocess.run(["bash", "-c", script], env=around(service.url), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (78, ""), done.stderr
+    assert re.fullmatch(r"botfarm: standard output can't be written: [A-Z][a-z ]+\n", done.stderr)
+    assert ends(service.url, user) == ["released"]
+
+
+def test_a_lock_is_printed_whatever_the_encoding_of_the_output(service, project):
+    create(service.url, project, login="zoë", password="pä$€")
+    told = botfarm(service.url, "acquire", "--project", project, PYTHONIOENCODING="ascii").stdout
+    assert (json.loads(told)["user"]["login"], json.loads(told)["user"]["password"]) == ("zoë", "pä$€")

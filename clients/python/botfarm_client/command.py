@@ -144,13 +144,27 @@ def by_hand(top: Parser, farm: Farm, asked: argparse.Namespace) -> int:
         farm.release(asked.lock, cooldown=asked.cooldown, quarantine=asked.quarantine, outcome=asked.outcome)
         return 0
     if asked.command == "acquire":
-        told = farm.acquire(**wish_of(top, asked), **terms_of(asked)).data
+        lock = farm.acquire(**wish_of(top, asked), **terms_of(asked))
+        try:
+            show(lock.data)
+        except Misconfigured:  # so nobody knows its id
+            give_back([lock])
+            raise
     elif asked.command == "renew":
-        told = farm.renew(asked.lock, asked.ttl, holder=asked.holder, note=asked.note)
+        show(farm.renew(asked.lock, asked.ttl, holder=asked.holder, note=asked.note))
     else:
-        told = farm.status(asked.lock)
-    print(json.dumps(told, ensure_ascii=False))
+        show(farm.status(asked.lock))
     return 0
+
+
+def show(value: Any) -> None:
+    """As JSON in UTF-8, which is what JSON is in, whatever the encoding of the output."""
+    rest = json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    try:
+        while rest:
+            rest = rest[os.write(1, rest) :]  # not by sys.stdout, which would try it again at the end
+    except OSError as fault:
+        raise Misconfigured(f"standard output can't be written: {fault.strerror}") from None
 
 
 def terms_of(asked: argparse.Namespace) -> dict[str, Any]:
