@@ -539,6 +539,16 @@ def test_a_lock_is_acquired_renewed_looked_at_and_given_back_by_hand(service, pr
     assert botfarm(service.url, "status").returncode == 64
 
 
+@pytest.mark.parametrize("words", [["--quarantine", "is broken"], ["--cooldown", "0"], ["--outcome", "failed"]])
+def test_what_is_told_of_one_lock_goes_with_no_holder(service, project, words):
+    create(service.url, project)
+    Farm(service.url, holder="job 7").acquire(project, heartbeat=False)
+    done = botfarm(service.url, "release", "--holder", "job 7", *words)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert "--cooldown, --quarantine and --outcome go with a lock, not with --holder" in done.stderr
+    assert held(service.url, project) == ["bot-0"]
+
+
 NOWHERE = {"a full disk": ">/dev/full", "a reader that has gone": "| true", "none at all": ">&-"}
 
 

@@ -78,7 +78,7 @@ def add_by_hand(commands: Any, service: Parser) -> None:
             added.add_argument("--note", help="why, or where")
         if name == "release":
             added.add_argument("--holder", help="instead of a lock: give back all that this holder has")
-            added.add_argument("--cooldown", type=seconds, default=0, help="how long the user rests")
+            added.add_argument("--cooldown", type=seconds, help="how long the user rests")
             added.add_argument("--quarantine", metavar="REASON", help="take the user out")
             added.add_argument("--outcome", choices=["passed", "failed", "bad-login"], help="how it went")
 
@@ -138,10 +138,14 @@ def by_hand(top: Parser, farm: Farm, asked: argparse.Namespace) -> int:
     if asked.command == "release":
         if bool(asked.lock) == bool(asked.holder):
             top.error("name one lock, or --holder and no lock")
-        if asked.holder:
+        told = {name: getattr(asked, name) for name in ("cooldown", "quarantine", "outcome")}
+        given = {name: value for name, value in told.items() if value is not None}
+        if asked.lock:
+            farm.release(asked.lock, **given)
+        elif given:
+            top.error("--cooldown, --quarantine and --outcome go with a lock, not with --holder")
+        else:
             say(f"{farm.release_holder(asked.holder)} given back")
-            return 0
-        farm.release(asked.lock, cooldown=asked.cooldown, quarantine=asked.quarantine, outcome=asked.outcome)
         return 0
     if asked.command == "acquire":
         lock = farm.acquire(**wish_of(top, asked), **terms_of(asked))
