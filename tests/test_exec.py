@@ -190,6 +190,7 @@ def test_the_exit_status_tells_what_happened(service, project, words, status, to
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+    assert "usage: botfarm [-h]" not in done.stderr  # but that of exec
     assert held(service.url, project) == []
 
 

@@ -16,6 +16,7 @@ from botfarm_client.errors import BotfarmError, LockLost, Misconfigured, NoneFre
 from botfarm_client.farm import TTL, WAIT, Farm, Lock
 
 TAKEN_OUT = re.compile(rb"BOTFARM_(CLIENT_SECRET|ID_TOKEN|TOKEN|(USER|LOCK|LABEL)_.*)")  # ours, and an outer exec's
+USAGE = "botfarm exec [filters] [options] -- COMMAND …"
 ENDS = "exit status: the command's, or 128+n; 64 usage, 65 no such user, 69 not reached, 75 none free in time, "
 ENDS += "77 not allowed, 78 configuration, 124 the lock was lost, 126 and 127 as in a shell"
 
@@ -101,8 +102,7 @@ def parser() -> Parser:
     filters.add_argument("--note", help="why, or where: shown with the lock, as the holder is")
     filters.add_argument("--prefer", choices=["any", "session"], help="session: one that is logged in comes first")
 
-    usage = "botfarm exec [filters] [options] -- COMMAND …"
-    run = commands.add_parser("exec", parents=[filters], usage=usage, help="run a command with a user", epilog=ENDS)
+    run = commands.add_parser("exec", parents=[filters], usage=USAGE, help="run a command with a user", epilog=ENDS)
     run.add_argument("--count", type=int, default=1, help="so many users under these filters, all or none")
     run.add_argument("--set", type=users, metavar="JSON", help="users under several filters, all or none")
     run.add_argument("--file", metavar="PATH", help="write the lock there (JSON, mode 0600), not the password into env")
@@ -117,6 +117,7 @@ def parser() -> Parser:
 
 def main() -> NoReturn:
     ours, command, top = sys.argv[1:], [], parser()
+    top.usage = USAGE if ours[:1] == ["exec"] else None  # also of what is found wrong later
     if ours[:1] == ["exec"] and "--" in ours:
         cut = ours.index("--")
         ours, command = ours[:cut], ours[cut + 1 :]
