@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import re
 import shutil
 import socket
 import ssl
@@ -490,3 +491,56 @@ def test_a_service_without_authentication_is_sent_no_secret(service, project, wa
             pass
     assert b"secret" not in b"".join(way.sent)
     assert b"/token" not in b"".join(way.sent)
+
+
+TRACED = """
+import json, os, signal, socket, time
+from botfarm_client import Farm
+
+URL, AWAY = os.environ["BOTFARM_URL"], "http://127.0.0.1:1"
+WHO, SHORT = json.loads(os.environ["WHO"]), {"ttl": 60, "wait": 0}
+
+def with_a_token(url):
+    farm = Farm(url, **WHO)
+    farm.wire._token = (WHO["id_token"], time.monotonic() + 60)
+    return farm
+
+def test_no_url():
+    os.environ.pop("BOTFARM_URL")
+    Farm(**WHO)
+
+def test_a_url_that_is_none():
+    Farm("botfarm", **WHO).acquire()
+
+def test_no_client():
+    Farm(URL, **{**WHO, "client_id": None}).acquire()
+
+def test_refused():
+    Farm(URL, **WHO).acquire("x")
+
+def test_away():
+    with_a_token(AWAY).acquire("x", **SHORT)
+
+def test_away_when_asked_for_a_token():
+    Farm(AWAY, **WHO).wire._fetch_token()
+
+def test_cut_short():
+    def stop(*_): raise AssertionError("too late")
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with_a_token(f"http://127.0.0.1:{silent.getsockname()[1]}").acquire("x")
+"""
+
+
+@pytest.mark.parametrize("style", ["auto", "short"])
+def test_no_secret_is_in_a_traceback_that_shows_variables(guarded, tmp_path, style):
+    url, who = guarded
+    (tmp_path / "test_it.py").write_text(TRACED)
+    secrets = {"client_secret": "the-secret", "id_token": "the-token"}
+    env = around(url, WHO=json.dumps({"client_id": who["client_id"], **secrets}), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    words = ["-l", f"--tb={style}", "-p", "no:cacheprovider", "test_it.py"]
+    pipes = {"stdout": subprocess.PIPE, "text": True, "timeout": 60}
+    done = subprocess.run([PYTHON, "-m", "pytest", *words], env=env, cwd=tmp_path, check=False, **pipes)
+    assert "7 failed" in done.stdout
+    assert re.findall(r".*the-secret.*|.*the-token.*", done.stdout) == []

@@ -17,6 +17,7 @@ from botfarm_client.errors import BotfarmError, LockLost, Misconfigured, Refused
 if TYPE_CHECKING:
     from botfarm_client.wire import Wire
 
+__tracebackhide__ = True  # by pytest: with -l it would show passwords and the client's secret
 TTL, WAIT = 60, 300  # seconds
 CALL = 10.0  # seconds for the reply to a call that does not wait
 CODE = 135.0  # seconds for a one-time code: the longest period, 5 s, and the reply

@@ -35,7 +35,15 @@ MEANING = {
     "unauthenticated": NotAllowed,
     "forbidden": NotAllowed,
 }
+__tracebackhide__ = True  # by pytest: with -l it would show what is secret here
 HOW_TO_BE_KNOWN = "set BOTFARM_CLIENT_ID and BOTFARM_CLIENT_SECRET, or BOTFARM_ID_TOKEN"
+
+
+class _Unseen(str):
+    """In the variables of the library below us, which pytest shows."""
+
+    def __repr__(self) -> str:
+        return "…"
 
 
 class _Patient:
@@ -116,7 +124,7 @@ class Wire:
         if key:
             headers["Idempotency-Key"] = key
         if self._token:
-            headers["Authorization"] = f"Bearer {self._token[0]}"
+            headers["Authorization"] = _Unseen(f"Bearer {self._token[0]}")
         data = None if body is None else json.dumps(body).encode()
         url = self._url + urllib.parse.quote(path, safe="/?&=%+")  # an id may be any text that somebody has typed
         status, told, text = self._open(urllib.request.Request(url, data, headers, method=method), timeout)
@@ -130,7 +138,7 @@ class Wire:
                 return reply.status, reply.headers, reply.read()
         except (OSError, http.client.HTTPException) as fault:
             reason = str(getattr(fault, "reason", None) or fault) or type(fault).__name__
-            raise Unreachable(f"BotFarm at {self._url} can't be reached: {reason}") from fault
+            raise Unreachable(f"BotFarm at {self._url} can't be reached: {reason}") from None  # it sent what is secret
 
     def _json(self, text: bytes) -> Any:
         try:
