@@ -33,14 +33,14 @@ def test_sleeps(bot):
 def suite(service, project, tmp_path):
     """Starts pytest in a folder of its own."""
 
-    def start(source, *words, url=service.url, ttl=2, **env):
+    def start(source, *words, url=service.url, ttl=2, by=(), **env):
         (tmp_path / "pytest.ini").write_text(f"[pytest]\nbotfarm_project = {project}\nbotfarm_wait = 5\n")
         (tmp_path / "test_it.py").write_text(source)
         inherited = {name: value for name, value in around(url, **env).items() if not name.startswith("PYTEST_")}
         env = inherited | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         options = ["-p", "botfarm_client.pytest_plugin", "-p", "no:cacheprovider", f"--botfarm-ttl={ttl}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        return subprocess.Popen([PYTHON, "-m", "pytest", *options, *words], env=env, cwd=tmp_path, **pipes)
+        return subprocess.Popen([*by, PYTHON, "-m", "pytest", *options, *words], env=env, cwd=tmp_path, **pipes)
 
     return start
 
@@ -311,6 +311,17 @@ def test_a_run_of_xdist_that_is_ended_frees_its_user(service, project, suite, tm
         assert seconds_until_free(service.url, project, 20) < 15
         run.wait(20)
     assert ends(service.url, user) == ["released"]
+
+
+def test_a_worker_that_no_sigint_reaches_stops_renewing_when_its_controller_is_gone(service, project, suite, tmp_path):
+    """As behind `&` in a script. The signal is what ends it otherwise."""
+    (user,) = create(service.url, project)
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    with asleep(suite, tmp_path, *XDIST, ttl=2, by=ignoring) as run:
+        os.kill(run.pid, signal.SIGKILL)
+        assert seconds_until_free(service.url, project, 10) < 2.2
+        until(lambda: not os.path.exists(f"/proc/{run.worker}"), 10)  # its test has failed, and nobody is told
+    assert ends(service.url, user) == ["expired"]
 
 
 @pytest.fixture(scope="session")

@@ -315,9 +315,9 @@ class Lock:
         """Once, by hand: the heartbeat does it anyway. Another holder: it is handed over."""
         persist(lambda: self._renew(ttl=ttl, holder=holder, note=note), CALL)
 
-    def keep(self, on_lost: Callable[[Lock], Any] | None = None) -> None:
-        """Renew it from now on, in a thread, every third of its ttl. `on_lost` is called there."""
-        self._on_lost = on_lost
+    def keep(self, on_lost: Callable[[Lock], Any] | None = None, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Renew it from now on, in a thread, every third of its ttl, if it is `wanted`. `on_lost` is called there."""
+        self._on_lost, self._wanted = on_lost, wanted
         threading.Thread(target=self._beat, name=f"botfarm {self.id}", daemon=True).start()
 
     def release(self, *, cooldown: int = 0, quarantine: str | None = None, outcome: str | None = None) -> bool:
@@ -346,6 +346,8 @@ class Lock:
             if clock() < due:
                 continue
             try:
+                if not self._wanted():
+                    raise BotfarmError("nobody wants it any more")
                 self._renew(timeout=max(1.0, min(self._deadline - clock(), CALL)))
                 due = self._deadline - self.ttl * 2 / 3
             except LockLost as lost:

@@ -55,7 +55,7 @@ class Borrowed:
         self._worker: dict[str, Any] | None = getattr(config, "workerinput", None)  # of xdist
         self._run: str = self._worker["testrunuid"] if self._worker else _name_run(config)
         self._farm: Farm | None = None
-        self._pid = os.getpid()
+        self._pid, self._parent = os.getpid(), os.getppid()
         self._borrows = False  # whether this run, with its workers, may have borrowed anything
         self._watched: pytest.Item | None = None  # a test that can be cut short now
         self._failed = False  # whether the test that runs has failed for a lost lock already
@@ -130,11 +130,15 @@ class Borrowed:
         return [self._keep(item, lock) for lock in locks]
 
     def _keep(self, item: pytest.Item | None, lock: Lock) -> Lock:
-        lock.keep(self._alarm)
+        lock.keep(self._alarm, self._goes_on)
         if item:
             self._mine.append(lock)
             item.user_properties.append((PROPERTY, lock.name))
         return lock
+
+    def _goes_on(self) -> bool:
+        """In the heartbeat. xdist ends a worker that is left alone by SIGINT, which behind `&` is ignored."""
+        return not self._worker or os.getppid() == self._parent
 
     @contextlib.contextmanager
     def plainly(self) -> Iterator[None]:
