@@ -72,7 +72,8 @@ export class Bot {
   readonly lock: Lock;
   readonly user: User;
   readonly login: string;
-  readonly password: string;
+  /** null where the deployment stores only hashes */
+  readonly password: string | null;
   readonly labels: Record<string, string>;
   /** Aborted when the user is lost; its `reason` is a `LockLost`. */
   readonly signal: AbortSignal;

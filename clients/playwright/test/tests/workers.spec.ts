@@ -14,4 +14,6 @@ for (const name of ['one', 'two', 'three', 'four']) {
 test.skip('types', ({ bot }) => {
   // @ts-expect-error: it is no `any`
   bot.nothing();
+  // @ts-expect-error: there is none where only hashes are stored
+  bot.password.length;
 });
