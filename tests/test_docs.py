@@ -218,15 +218,18 @@ def test_the_curl_lines_work(empty_database, name):
 
 @needs_curl
 def test_the_lines_about_clients_work(empty_database, tmp_path):
-    """From `pip install`, here without an index, to a green test; then the others."""
-    (tmp_path / "clients").symlink_to(ROOT / "clients")
+    """From `pip install`, here without an index, to a green test; then the others. A clone has options for pytest."""
+    (clone := tmp_path / "clone").mkdir()
+    (clone / "clients").symlink_to(ROOT / "clients")
+    (clone / "pytest.ini").write_text("[pytest]\naddopts = --of-the-clone\n")
     there = {"PIP_TARGET": str(tmp_path / "there"), "PYTHONPATH": str(tmp_path / "there"), "HOME": str(tmp_path)}
     there |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    there["TMPDIR"] = str(tmp_path)
     there["PATH"] = f"{tmp_path / 'there/bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     lines = "\n".join(blocks("docs/clients.md").values())
     with serving(configured(empty_database)) as alone:
         script = lines.replace("http://127.0.0.1:8000", alone.url)
-        told = shell(script, cwd=tmp_path, env=there, timeout=120)
+        told = shell(script, cwd=clone, env=there, timeout=120)
     assert "1 passed" in told
     assert "\ngrace is ours\n" in told
     assert "\ntests run as grace\n" in told
