@@ -261,6 +261,14 @@ def test_what_the_recipes_for_ci_let_a_shell_run_works(empty_database, project, 
         assert held(alone.url, project) == []
 
 
+def test_what_is_on_no_registry_is_not_installed_by_its_name():
+    """It could be a stranger's there."""
+    pages = [ROOT / "docs/clients.md", *ROOT.glob("clients/*/README.md")]
+    lines = [line for page in pages for line in re.findall(r"^.*\b(?:pip|npm) install .*$", page.read_text(), re.M)]
+    assert len(lines) >= 9
+    assert [line for line in lines if re.search(r" (botfarm-|robotframework-botfarm|@botfarm/)", line)] == []
+
+
 def test_the_tables_about_clients_have_all_that_there_is():
     """Options of `botfarm exec`, its exit statuses, the plugin's settings and fixtures."""
     page = PAGES["docs/clients.md"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import command, long_chapter, serving, settings
-from runners import Pool, npm, run
+from conftest import ROOT, command, long_chapter, serving, settings
+from runners import CLIENTS, Pool, npm, run
 
 from farm.settings import Secret
 
@@ -40,3 +41,13 @@ def test_the_javascript_client_has_a_token_where_one_is_asked_for(javascript: Pa
         secret = {"BOTFARM_CLIENT_ID": client["client_id"], "BOTFARM_CLIENT_SECRET": client["client_secret"]}
         assert "fail 0" in run(javascript, "node", "--test", "token.test.mjs", env=pool.env(**secret))
         assert pool.ends() == ["released"]
+
+
+@pytest.mark.parametrize("client", ["javascript", "cypress", "playwright"])
+def test_the_line_of_a_readme_installs_a_client_from_a_checkout(client: str, tmp_path: Path):
+    """With what it stands on. It is tried in a folder elsewhere, from which nothing leads back."""
+    package = json.loads((CLIENTS / client / "package.json").read_text())["name"]
+    (line,) = re.findall(r"^npm install .*$", (CLIENTS / client / "README.md").read_text(), re.M)
+    (tmp_path / "package.json").write_text("{}")
+    run(tmp_path, *line.replace("path/to/botfarm", str(ROOT)).split(), "--no-audit", "--no-fund", "--ignore-scripts")
+    run(tmp_path, "node", "-e", f"require('{package}')")
