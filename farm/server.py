@@ -136,27 +136,33 @@ class Protocol(HttpToolsProtocol):
         self._bodiless += len(data)
         self._unset_keepalive_if_required()
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as wish:
-            self._read_again(data[wish.args[0] :])
+            rest: bytes | memoryview = data
+            while rest and not self._drops:
+                rest = self._read(rest)
         except httptools.HttpParserError:
             self._refuse(MalformedBody("The request is not HTTP."))
         if self._bodiless > self.HEAD and not (self._drops or self.transport.is_closing()):
             self._refuse(HeadTooLarge())
 
-    def _read_again(self, rest: bytes) -> None:
-        """Read a request that wishes to go on in another protocol as if it did not: the parser takes no body of it.
+    def _read(self, data: bytes | memoryview) -> bytes | memoryview:
+        """Up to the head of a request that wishes to go on in another protocol; what comes behind it.
 
-        Java's own client wishes so with the first request of each connection.
+        The parser takes no body of it, so the head is read once more without that wish. Java's own client wishes so
+        with the first request of each connection.
         """
+        try:
+            self.parser.feed_data(data)
+            return b""
+        except httptools.HttpParserUpgrade as wish:
+            rest = memoryview(data)[wish.args[0] :]  # no copy: it may hold thousands of such requests
+        if (method := self.parser.get_method()) == b"CONNECT":
+            raise httptools.HttpParserError
         kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
-        if len(kept) == len(self.headers):  # it asks by CONNECT
-            self._refuse(MalformedBody("The request is not HTTP."))
-            return
-        line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        line = b"%b %b HTTP/%b\r\n" % (method, self.url, self.parser.get_http_version().encode())
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"".join([line, *kept, b"\r\n", rest]))
+        self.parser.feed_data(b"".join([line, *kept, b"\r\n"]))
+        return rest
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():

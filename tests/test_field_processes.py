@@ -736,9 +736,18 @@ async def test_who_wishes_for_another_protocol_is_answered_in_this_one(body, pau
     assert [status for status, _ in replies_in(answer)] == [422, 200, 200, 200]
 
 
-async def test_a_tunnel_is_refused(service):
+async def test_thousands_of_such_wishes_in_one_packet_are_answered(service):
+    """One by one: in calls within calls the 500th broke the connection, with a traceback of 300 KB in the log."""
+    page = b"GET /livez HTTP/1.1\r\nHost: x\r\n" + WISH + b"\r\n"
+    answer = await asyncio.to_thread(raw, service.url, page * 2000 + NEXT)
+    assert [status for status, _ in replies_in(answer)] == [200] * 2001
+
+
+@pytest.mark.parametrize("wish", [b"", WISH])
+async def test_a_tunnel_is_refused(service, wish):
     for place in (b"x:80", b"http://x/users"):
-        answer = await asyncio.to_thread(raw, service.url, b"CONNECT " + place + b" HTTP/1.1\r\nHost: x\r\n\r\n", NEXT)
+        head = b"CONNECT " + place + b" HTTP/1.1\r\nHost: x\r\n" + wish + b"\r\n"
+        answer = await asyncio.to_thread(raw, service.url, head, NEXT)
         assert [status for status, _ in replies_in(answer)] == [400]
 
 
