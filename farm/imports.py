@@ -146,6 +146,8 @@ def cells_of(record: str) -> list[str | None]:
 
 def meant(name: str) -> str | None:
     """The column that a name means which differs from it by case, blanks and the like."""
+    if len(name) > 100:  # the pattern of labels goes back and forth: over a line of 60 KB for two minutes
+        return None
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
     label = re.fullmatch(r"\W*label\s*\.\s*([^\s\ufeff]+)\W*", name, re.IGNORECASE)
     if label and re.match(WORD, label[1]):
