@@ -103,7 +103,8 @@ def read_address(url: str, name: str = "DATABASE_URL") -> Address:
         warn_once(f"In the database's URL {', '.join(passed)} passed over: BotFarm's driver has nothing like it.")
     kept = {key: value for key, value in asked.items() if key not in PASSED_OVER}
     host, port = asked.get("host") or os.environ.get("PGHOST") or "its local socket", asked.get("port")
-    place = f"{host}:{port}" if port else f"{host}, port {os.environ.get('PGPORT') or 5432}"
+    is_pair = port and not re.search("[/, ]", host)  # not several hosts, nor a socket
+    place = f"{host}:{port}" if is_pair else f"{host}, port {port or os.environ.get('PGPORT') or 5432}"
     return Address(f"postgresql://?{urlencode(kept, quote_via=quote)}", place, seconds)
 
 

@@ -647,6 +647,20 @@ def test_an_address_needs_no_home_folder(monkeypatch):
     assert read_address("postgresql://u@h:5432/d").place == "h:5432"
 
 
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("postgresql://[::1]:5433/d", "[::1]:5433"),
+        ("postgresql://h1:5433,h2/d", "h1,h2, port 5433,5432"),
+        ("postgresql://u@h:5433/d?host=/run/pg", "/run/pg, port 5433"),
+        ("postgresql:///d?port=5433", "its local socket, port 5433"),
+    ],
+)
+def test_messages_tell_the_place_so_that_hosts_and_ports_are_told_apart(url, place, monkeypatch):
+    monkeypatch.delenv("PGHOST", raising=False)
+    assert read_address(url).place == place
+
+
 @pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])
 def test_a_message_about_a_certificate_speaks_of_the_certificate(mode, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
