@@ -1,7 +1,7 @@
 -- Forget sessions whose time is up.
 --   $1  how many at the most  int
--- One that is stored anew meanwhile stays: its time is looked at once more. Those that ended before their time, by a new
--- password or a quarantine, nobody is told any more; they stay sealed until it has come.
+-- One that is stored anew meanwhile stays: its time is looked at once more. Those that ended before their time, by a
+-- new password or a quarantine, nobody is told any more; they stay sealed until it has come.
 with ended as materialized (
     select user_id
     from user_sessions

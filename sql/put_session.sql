@@ -5,7 +5,8 @@
 --   $4  key id              text
 --   $5  sealed              bytea
 -- The lock is compared in the update of its row, which nobody else can take until the session is stored: so a former
--- holder never overwrites what the next one keeps. No row comes back where the lock is not held; nothing is stored then.
+-- holder never overwrites what the next one keeps. No row comes back where the lock is not held; nothing is stored
+-- then.
 with held as (
     update locks
     set session_until = clock_timestamp() + $3::int * interval '1 second'

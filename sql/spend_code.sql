@@ -2,8 +2,8 @@
 --   $1  lock id         uuid
 --   $2  client          uuid: whose lock it has to be; null: authentication is off
 --   $3  seconds before the end of a step from which its code is not given any more  int
--- Calls for one user take turns at its row of user_codes, and only then look at the lock, whose row nobody changes until
--- the commit: so the row of the lock, which renewals and releases want, is held for a moment. The clock is the
+-- Calls for one user take turns at its row of user_codes, and only then look at the lock, whose row nobody changes
+-- until the commit: so the row of the lock, which renewals and releases want, is held for a moment. The clock is the
 -- database's, read when both are had. No row comes back where the lock is not held; a null period is a user without
 -- codes. `given` is whether the step that began at `began` was spent; else one may be had in `wait_seconds`.
 with code as materialized (

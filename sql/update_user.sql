@@ -2,8 +2,8 @@
 --   $1 id  $2 login  $3 secret  $4 domain  $5 labels  (null leaves a value as it is)
 --   $6  whether its one-time codes change  boolean
 --   $7 key id  $8 sealed  $9 period  of these (null: it has none any more)
--- A user of another domain belongs to another pool, so its lock row moves in the same statement. Two calls take turns at
--- the user, and the second sees all else as it was before the first: so no condition below asks what was there then.
+-- A user of another domain belongs to another pool, so its lock row moves in the same statement. Two calls take turns
+-- at the user, and the second sees all else as it was before the first: so no condition below asks what was there then.
 -- What has changed comes back; a password that is given counts, though it may be the same.
 with before as materialized (
     select *
