@@ -489,6 +489,14 @@ async def test_utf_8_by_any_of_its_names_is_taken(api, project, charset):
     assert (await send(api, text, {"Content-Type": f"text/csv;charset={charset}"})).json()["unchanged"] == 1
 
 
+async def test_a_content_type_of_60_000_semicolons_holds_up_nobody(api, project):
+    begin = time.monotonic()
+    answer = await api.post("/locks", content=b"{}", headers={"Content-Type": 'text/x; "' + ";" * 60_000})
+    assert slug(answer) == "unsupported-media-type"
+    assert len(answer.text) < 500
+    assert time.monotonic() - begin < 1
+
+
 def test_a_form_for_a_token_in_another_charset_is_refused_in_the_form_of_tokens(empty_database):
     keys = farm.settings.Secret("s1:" + "C" * 43 + "=")
     with serving(settings(empty_database, auth="on", signing_keys=keys)) as secured:
