@@ -706,7 +706,7 @@ async def docs_asset(name: FromPath[str]) -> File:
     """A file of Swagger UI. (Litestar's own router for files answers a name that no file can have with a 500.)"""
     if name not in ASSETS:
         raise problems.NotFound.at(f"/docs/assets/{name}")
-    return File(str(ASSETS[name]), content_disposition_type="inline")
+    return File(str(ASSETS[name]), filename=name, content_disposition_type="inline")  # by its name it has its type
 
 
 @get("/docs/openapi.json", include_in_schema=False)

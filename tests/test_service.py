@@ -321,11 +321,15 @@ async def test_the_openapi_document_declares_every_call(api):
 
 
 async def test_the_pages_work_without_internet(api):
+    """A browser takes no script and no style sheet of another type, for each reply says `nosniff`."""
+    kinds = {"js": ("text/javascript", "application/javascript"), "css": ("text/css",)}
     for path in ("/", "/docs"):
         page = (await api.get(path)).text
         assert "//" not in re.sub(r"<!.*?>", "", page)
         for asset in re.findall(r'(?:href|src)="(/[^"]+)"', page):
-            assert (await api.get(asset)).status_code == 200
+            answer = await api.get(asset)
+            assert answer.status_code == 200
+            assert answer.headers["content-type"].partition(";")[0] in kinds.get(asset.rpartition(".")[2], "text/html")
 
 
 @pytest.mark.parametrize(
