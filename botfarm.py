@@ -80,7 +80,7 @@ from litestar.types import BeforeRequestHookHandler, ExceptionHandlersMap
 from msgspec import UNSET
 
 from farm import problems, words
-from farm.addresses import RIGHTS, SchemaError, read_address, run_apart
+from farm.addresses import RIGHTS, SchemaError, explained, read_address, run_apart
 from farm.bodies import media_of
 from farm.calls import Call, Farm, echo, enter, fail, idempotency_key, refusal, refuse, reply
 from farm.clients import LONGEST_FORM, Gate, grant_token, read_form
@@ -739,9 +739,9 @@ def starting() -> Iterator[None]:
     heard = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except (SchemaError, EmbeddedError, KeyFault, SystemExit) as fault:
+    except (SchemaError, EmbeddedError, KeyFault, SystemExit, *DATABASE_FAULTS) as fault:
         if not isinstance(fault, SystemExit):
-            log.error("%s", fault)
+            log.error("%s", explained(fault, "DATABASE_URL") or fault)
         logging.getLogger("uvicorn.error").disabled = True
         raise
     finally:

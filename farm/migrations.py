@@ -7,7 +7,6 @@ something to do does it.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import re
 import time
 from collections.abc import Iterator
@@ -228,17 +227,14 @@ def prepared(settings: Settings) -> Iterator[str]:
 
 
 def _patiently(url: str) -> None:
-    """Migrate; a database that starts up gets 30 s.
-
-    From a worker it gets all the time: its start has seen it, and uvicorn would end the other workers with this one.
-    """
+    """Migrate; a database that starts up gets 30 s."""
     end, told = time.monotonic() + 30, ""
     while True:
         try:
             migrate(url, serves=True)
             return
         except Unreachable as fault:
-            if time.monotonic() > end and multiprocessing.parent_process() is None:
+            if time.monotonic() > end:
                 raise
             if str(fault) != told:
                 log.warning("Waiting for the database: %s", told := str(fault))

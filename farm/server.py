@@ -29,6 +29,7 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Process
 
 from farm.addresses import run_apart
 from farm.check import address
@@ -361,12 +362,25 @@ class _Workers(Multiprocess):
     """Several serving processes. `started`: one of them serves, or has served."""
 
     started = False
+    spare = 2  # starts that may fail before: the database was there when this process looked
 
     def keep_subprocess_alive(self) -> None:
+        if self.should_exit.is_set():
+            return
         super().keep_subprocess_alive()
         if not self.started and any(process.is_ready() for process in self.processes):
             self.started = True
             _greet()
+        for place, process in enumerate(self.processes):
+            if process.exitcode == STARTUP_FAILURE and (self.started or self.spare):
+                self._start_again(place)
+
+    def _start_again(self, place: int) -> None:
+        """One that comes back while the database is away can't start: for uvicorn a reason to end the others, too."""
+        self.spare -= not self.started
+        self.processes[place] = Process(self.config, self.sockets)
+        self.processes[place].start()
+        self.should_exit.clear()
 
     def terminate_all(self) -> None:
         """Else callers would still reach the port, and nobody there."""

@@ -30,6 +30,7 @@ from conftest import (
     command,
     connect,
     environment,
+    execute,
     free_port,
     long_chapter,
     make_users,
@@ -111,6 +112,28 @@ def test_a_kill_of_any_other_process_of_a_start_stops_no_service(folder):
                 os.kill(pid, signal.SIGKILL)
             wait_ready(url)
         assert running.poll() is None
+
+
+async def test_a_worker_that_cannot_start_again_ends_no_other(empty_database):
+    """As while the database is away. Here its keys seem to be others for a while."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    env = {"DATABASE_URL": empty_database, "BOTFARM_PORT": str(port), "BOTFARM_WORKERS": "2", "BOTFARM_KEYS": KEY}
+    with process(env=env) as running:
+        wait_ready(url)
+        first = workers_of(running)
+        ((proof,),) = await execute(empty_database, "select proof from sealing_keys")
+        await execute(empty_database, "update sealing_keys set proof = '$aes-256-gcm$k2$AAAA'")
+        os.kill(min(first), signal.SIGKILL)
+        later = set()
+        until(lambda: later.update(workers_of(running) - first) or len(later) > 1, 20)
+        assert httpx.get(f"{url}/livez").status_code == 200
+        await execute(empty_database, f"update sealing_keys set proof = '{proof}'")
+        assert running.poll() is None
+
+
+def workers_of(running):
+    return {pid for pid in below(running.pid) if "spawn_main" in " ".join(embedded._command(pid))}
 
 
 def test_workers_that_stop_leave_nobody_at_the_port(empty_database):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import itertools
 import select
 import shutil
 import socket
@@ -332,25 +331,6 @@ def test_a_database_that_starts_up_is_waited_for(bare_database, short_pauses, ca
     reasons = [record.getMessage() for record in caplog.records if "Waiting for the database" in record.getMessage()]
     assert "ConnectionRefused" in reasons[0]
     assert "the database system is starting up" in reasons[1]
-
-
-@pytest.mark.parametrize("is_worker", [True, False])
-def test_a_worker_that_comes_back_while_the_database_is_away_waits_for_it(monkeypatch, is_worker):
-    """Else uvicorn would end those that still serve, too."""
-    tries = iter([farm.migrations.Unreachable("away")] * 3)
-    clock = itertools.count(step=20)
-
-    def migrate(url, serves):
-        for fault in tries:
-            raise fault
-
-    monkeypatch.setattr(farm.migrations, "migrate", migrate)
-    monkeypatch.setattr("multiprocessing.parent_process", lambda: is_worker or None)
-    monkeypatch.setattr(farm.migrations, "time", SimpleNamespace(monotonic=clock.__next__, sleep=lambda _: None))
-    configured = farm.settings.Settings(database_url=farm.settings.Secret("postgresql://h/d"))
-    given_up = contextlib.nullcontext() if is_worker else pytest.raises(farm.migrations.Unreachable)
-    with given_up, farm.migrations.prepared(configured):
-        assert next(tries, None) is None
 
 
 def start_up(port, real, caplog):
