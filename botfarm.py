@@ -833,10 +833,7 @@ def create_app(settings: Settings) -> Litestar:
     """The service as an ASGI application."""
     pages = [index, dashboard_css, dashboard_js, docs, docs_start, docs_asset, docs_openapi]
     return Litestar(
-        route_handlers=[
-            *calls_of(settings),
-            *pages,
-        ],
+        route_handlers=[*calls_of(settings), *pages],
         lifespan=[running],
         state=State({"settings": settings, "openapi": partial(openapi_document, settings, tuple(calls_of(settings)))}),
         request_class=Call,

@@ -36,7 +36,7 @@ CHUNK = 500  # users that are staged at once
 
 TOLD = frozenset(ImportedUser.__struct_fields__)
 FIELDS = ("login", "password", "project_id", "env", "domain", "totp")
-NEEDED = frozenset({"login", "project_id", "env"})
+NEEDED = {"login", "project_id", "env"}
 NAMES = (*FIELDS, *TELLING, "has_session", "has_totp")
 Numbered = tuple[int, ImportedUser, Timed | None]  # the line that a user began on, the user, and its codes
 
@@ -207,7 +207,7 @@ class CsvFile(ImportFile):
 
     def _read_header(self, number: int, cells: list[str | None]) -> None:
         names = [cell or "" for cell in cells]
-        missing = set(NEEDED).difference(names)
+        missing = NEEDED.difference(names)
         is_header = len(NEEDED & set(map(meant, names[:100]))) > 1  # else a name may be a password
         before = set[str]()
         for column, name in enumerate(names, 1):

@@ -44,7 +44,7 @@ from farm.words import JSON
 # -- Connections -----------------------------------------------------------------------------------------
 
 HEADERS = [("X-Content-Type-Options", "nosniff")]  # of every reply
-GRACE = 7  # seconds for what runs when the service is told to stop; with its ends of the database it takes ten
+GRACE = 7  # seconds for what runs when the service is told to stop; with what is closed then, ten at the most
 
 
 class _Way:
@@ -398,7 +398,10 @@ def _open_many_files() -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    """BadSettings where nothing can listen there. (uvicorn would name neither the setting nor its value.)"""
+    """Whether this machine alone reaches what listens there.
+
+    BadSettings where nothing can. (uvicorn would name neither the setting nor its value.)
+    """
     try:
         found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as fault:
