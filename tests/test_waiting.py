@@ -785,6 +785,7 @@ async def test_a_user_that_is_changed_between_the_choice_and_the_grant_goes_to_n
     held = (await acquire(api, project)).json()
     waiter = waiting(api, project, labels={"role": "admin"}, domain="regular")
     await queued(service)
+    await asyncio.to_thread(until, lambda: not service.farm.locks.refusal._tasks, 5)  # such are there
     fetch, changes = service.farm.hot.fetch, []
 
     async def changed_meanwhile(sql, *args):
