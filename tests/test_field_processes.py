@@ -42,6 +42,7 @@ from conftest import (
     until,
     wait_ready,
 )
+from test_metrics import scraped
 
 import farm.check
 import farm.database
@@ -121,6 +122,8 @@ async def test_a_worker_that_cannot_start_again_ends_no_other(empty_database):
     env = {"DATABASE_URL": empty_database, "BOTFARM_PORT": str(port), "BOTFARM_WORKERS": "2", "BOTFARM_KEYS": KEY}
     with process(env=env) as running:
         wait_ready(url)
+        both = "botfarm_database_connections_limit{pool=other}"
+        until(lambda: scraped(url)[both] == 16, 20)  # the one that is killed may be the only one ready till now
         first = workers_of(running)
         ((proof,),) = await execute(empty_database, "select proof from sealing_keys")
         await execute(empty_database, "update sealing_keys set proof = '$aes-256-gcm$k2$AAAA'")
