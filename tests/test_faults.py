@@ -200,7 +200,7 @@ async def test_a_connection_for_news_that_is_dead_but_open_delays_a_waiter_by_a_
             assert (await ask(first, "DELETE", f"/locks/{held.body['id']}")).status == 204
             granted = await waiter
             assert granted.status == 201
-            assert time.monotonic() - released < 2
+            assert time.monotonic() - released < 10
             await ask(deaf, "DELETE", f"/locks/{granted.body['id']}")
 
 

