@@ -423,6 +423,7 @@ def _config(settings: Settings, app: str) -> uvicorn.Config:
         lifespan="on",
         backlog=4096,
         timeout_graceful_shutdown=GRACE,
+        timeout_worker_healthcheck=30,  # with 5 s workers were killed as they began, again and again, on a busy machine
         timeout_keep_alive=75,  # longer than clients keep idle connections, or one is closed as they use it again
         http=Protocol,
         ws="none",

@@ -329,7 +329,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_ready(url: str, seconds: float = 30) -> None:
+def wait_ready(url: str, seconds: float = 60) -> None:
     def ready() -> bool:
         try:
             return httpx.get(f"{url}/readyz", timeout=2).status_code == 200

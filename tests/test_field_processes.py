@@ -139,6 +139,22 @@ def workers_of(running):
     return {pid for pid in below(running.pid) if "spawn_main" in " ".join(embedded._command(pid))}
 
 
+def test_workers_that_have_no_turn_for_seconds_as_they_start_go_on(empty_database):
+    """As on a machine that is busy or was frozen: they were killed, and those that came after them, too."""
+    port = free_port()
+    with process(env={"DATABASE_URL": empty_database, "BOTFARM_PORT": str(port), "BOTFARM_WORKERS": "2"}) as running:
+        until(lambda: len(workers_of(running)) == 2, 20)
+        first = workers_of(running)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in first:
+                os.kill(pid, number)
+            time.sleep(
+                7 if number == signal.SIGSTOP else 0
+            )  # uvicorn waits 5 s for a sign of life, if not told otherwise
+        wait_ready(f"http://127.0.0.1:{port}")
+        assert workers_of(running) == first
+
+
 def test_workers_that_stop_leave_nobody_at_the_port(empty_database):
     """The process that started them held it open as long as one of them had a call: who came was accepted and reset."""
     port = free_port()
