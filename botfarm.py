@@ -18,7 +18,6 @@ each of which imports only those below it:
     farm/imports.py      NDJSON and CSV in, NDJSON out
     farm/locks.py        the statements of locks, shared by the calls that arrive together; refusals and why
     farm/overview.py     what pages show at a glance
-    farm/sessions.py     what a test needs to be logged in already
     farm/waiting.py      who gets whom when calls wait
     farm/clients.py      who may call: clients, tokens, scopes, projects
     farm/telemetry.py    what happened: the log, which is the audit trail, and the metrics
@@ -52,6 +51,7 @@ if __name__ == "__main__":  # first of all: a command imports only what it needs
 import asyncio
 import contextlib
 import gc
+import hashlib
 import importlib.resources
 import logging
 import signal
@@ -61,6 +61,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
+from email.utils import format_datetime
 from functools import partial
 from operator import itemgetter
 from typing import Annotated, Any, cast
@@ -94,7 +95,6 @@ from farm.openapi import openapi_document
 from farm.overview import takes_gzip
 from farm.passwords import KeyFault, Passwords, keyring_of, proven_keys
 from farm.server import end_with_parent, on_stop
-from farm.sessions import LONGEST
 from farm.settings import BadSettings, Secret, Settings, jittered, log
 from farm.telemetry import JOURNAL, Events, log_as_lines
 from farm.waiting import Ask, listen
@@ -450,13 +450,15 @@ async def release_lock(
 
 
 # ---- With a lock: sessions and one-time codes, for its holder alone ------------------------------------------
+# Each statement compares the lock: where that is not held nothing is done, and no row comes back.
 
+LONGEST_SESSION = 256 * 1024  # bytes
 SessionTtl = Annotated[int, QueryParameter(ge=1, le=2_592_000, description="seconds for which it is worth something")]
 KEPT: dict[str, Any] = LOCKING | {"opt": {"scope": "locks", "limit": "what a session may have", "json": True}}
 
 
 @put(
-    "/locks/{id:uuid}/session", status_code=204, request_max_body_size=LONGEST, **KEPT,
+    "/locks/{id:uuid}/session", status_code=204, request_max_body_size=LONGEST_SESSION, **KEPT,
     raises=[problems.LockNotHeld, problems.NotSealed],
 )  # fmt: skip
 async def put_session(request: Call, id: Id, ttl: SessionTtl = 86400) -> None:
@@ -465,28 +467,46 @@ async def put_session(request: Call, id: Id, ttl: SessionTtl = 86400) -> None:
     Any JSON of up to 256 KiB, for this user's next holders. It ends with its ttl, with a new password or login of the
     user, and when a quarantine begins.
     """
-    session, client = await request.any_json(), request.caller.client
-    if not await request.farm.sessions.put(id, client, session, ttl, request.cause):
-        raise await request.farm.locks.not_held(id, client)
+    session, farm, client = await request.any_json(), request.farm, request.caller.client
+    keyring = farm.passwords.sealing()
+    held = await farm.pool.fetchrow(SQL["get_lock"], id, client)
+    if held:
+        sealed = keyring.seal_as("session", held["user_id"], session)
+        held = await farm.pool.fetchrow(SQL["put_session"], id, client, ttl, keyring.first, sealed)
+    if held is None:
+        raise await farm.locks.not_held(id, client)
+    farm.events.log("session-stored", request.cause, held, ttl_seconds=ttl)
 
 
 @get("/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NoSession, problems.NotSealed])
 async def get_session(request: Call, id: Id) -> Response[Any]:
     """The session of the user, byte for byte as it was stored."""
-    client = request.caller.client
-    found = await request.farm.sessions.get(id, client, request.cause)
-    if found is None:
-        raise await request.farm.locks.not_held(id, client)
-    session, headers = found
-    return Response(session, media_type=words.JSON, headers=NO_STORE | headers)
+    farm, client = request.farm, request.caller.client
+    keyring = farm.passwords.sealing()
+    row = await farm.pool.fetchrow(SQL["get_session"], id, client)
+    if row is None:
+        raise await farm.locks.not_held(id, client)
+    if row["sealed"] is None:
+        raise problems.NoSession
+    session = keyring.open_as("session", row["user_id"], row["key_id"], row["sealed"])
+    farm.events.log("session-told", request.cause, row)
+    headers = NO_STORE | {
+        "ETag": f'"{hashlib.sha256(session).hexdigest()[:32]}"',
+        "Last-Modified": format_datetime(row["stored_at"], usegmt=True),
+        "Expires": format_datetime(row["session_until"], usegmt=True),
+    }
+    return Response(session, media_type=words.JSON, headers=headers)
 
 
 @delete("/locks/{id:uuid}/session", **LOCKING, raises=[problems.LockNotHeld, problems.NotSealed])
 async def delete_session(request: Call, id: Id) -> None:
     """Forget the session. Also when there is none."""
-    client = request.caller.client
-    if not await request.farm.sessions.delete(id, client, request.cause):
-        raise await request.farm.locks.not_held(id, client)
+    farm, client = request.farm, request.caller.client
+    farm.passwords.sealing()
+    held = await farm.pool.fetchrow(SQL["delete_session"], id, client)
+    if held is None:
+        raise await farm.locks.not_held(id, client)
+    farm.events.log("session-deleted", request.cause, held)
 
 
 @post(

@@ -38,7 +38,6 @@ from farm.locks import Locks
 from farm.overview import Glances
 from farm.passwords import KeyFault, Passwords
 from farm.problems import Problem
-from farm.sessions import Sessions
 from farm.settings import Settings, log
 from farm.telemetry import Cause, Events, Exporter, Snapshot
 from farm.words import JSON, Body, check_words
@@ -63,7 +62,6 @@ class Farm:
         self.glances = Glances(self.pool, self.desk)
         self.exporter = Exporter(self.events, self.pool, self.snapshot)
         self.codes = Codes(self.pool, self.passwords)
-        self.sessions = Sessions(self.pool, self.passwords, self.events)
         self.imports = Imports(self.hot, self.pool)
 
     def stop(self) -> None:

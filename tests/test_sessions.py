@@ -27,8 +27,8 @@ from conftest import (
     slug,
 )
 
+import botfarm
 import farm.passwords
-import farm.sessions
 import farm.settings
 from farm.database import SQL
 
@@ -104,7 +104,7 @@ async def test_it_can_be_forgotten(api, lock, database):
 
 @pytest.mark.parametrize(
     "content",
-    [b"null", b"[]", b'""', b"0", b'"' + b"x" * (farm.sessions.LONGEST - 2) + b'"', b"[" * 500 + b"]" * 500],
+    [b"null", b"[]", b'""', b"0", b'"' + b"x" * (botfarm.LONGEST_SESSION - 2) + b'"', b"[" * 500 + b"]" * 500],
     ids=lambda content: content[:5].decode(),
 )
 async def test_any_json_is_one(api, lock, content):
@@ -137,7 +137,7 @@ async def test_what_is_no_json_is_refused_and_not_shown(api, lock, content):
 
 
 async def test_one_that_is_too_large_is_refused(api, lock):
-    answer = await keep(api, lock, b'"' + b"x" * (farm.sessions.LONGEST - 1) + b'"')
+    answer = await keep(api, lock, b'"' + b"x" * (botfarm.LONGEST_SESSION - 1) + b'"')
     assert slug(answer) == "body-too-large"
     assert "262144 bytes" in answer.json()["detail"]
     assert slug(await kept(api, lock)) == "no-session"
