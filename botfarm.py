@@ -85,7 +85,7 @@ from farm.addresses import RIGHTS, SchemaError, explained, read_address, run_apa
 from farm.bodies import media_of
 from farm.calls import Call, Farm, echo, enter, fail, idempotency_key, refusal, refuse, reply
 from farm.clients import LONGEST_FORM, Gate, grant_token, read_form
-from farm.codes import sealed_codes
+from farm.codes import sealed_codes, spend_code
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
 from farm.embedded import EmbeddedError
 from farm.imports import PAGE, CsvFile, NdjsonFile, exported, labels_of, wants_csv
@@ -519,7 +519,7 @@ async def give_code(request: Call, id: Id) -> Response[words.Code]:
     Each is given out once. Where the present one was given, or is about to end, the call waits for the next.
     """
     farm, client = request.farm, request.caller.client
-    given = await farm.codes.give(id, client)
+    given = await spend_code(farm.pool, farm.passwords, farm.desk.stopping, id, client)
     if given is None:
         raise await farm.locks.not_held(id, client)
     row, code = given
@@ -795,7 +795,7 @@ async def running(app: Litestar) -> AsyncIterator[None]:
             stack.callback(gate.close)
         app.state.farm = farm = Farm(settings, hot, pool, passwords, events, gate)
         tasks = [asyncio.create_task(job) for job in jobs_of(farm, database)]
-        on_stop(farm.stop)
+        on_stop(farm.desk.close)
         collect_seldom()
         try:
             yield

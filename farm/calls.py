@@ -31,7 +31,6 @@ from farm import problems
 from farm.addresses import RIGHTS
 from farm.bodies import check_json, decode_body, media_of, told
 from farm.clients import CALLER, Caller, Gate, caller_of, cause_of
-from farm.codes import Codes
 from farm.database import DATABASE_FAULTS, SCHEMA_FAULTS, SQL, Connections
 from farm.imports import Imports
 from farm.locks import Locks
@@ -61,13 +60,7 @@ class Farm:
         self.desk = self.locks.desk
         self.glances = Glances(self.pool, self.desk)
         self.exporter = Exporter(self.events, self.pool, self.snapshot)
-        self.codes = Codes(self.pool, self.passwords)
         self.imports = Imports(self.hot, self.pool)
-
-    def stop(self) -> None:
-        """The service ends: those who wait are told."""
-        self.locks.stop()
-        self.codes.stop()
 
     def snapshot(self) -> Snapshot:
         """What this worker has at this moment, for the metrics."""
@@ -164,7 +157,7 @@ class Call(Request[Any, Any, State]):
         try:
             event = cast("dict[str, Any]", await self.receive())
         except asyncio.CancelledError:  # the server stops, and has waited for it as long as it may
-            if not self.farm.locks.stopping:
+            if not self.farm.desk.stopping.is_set():
                 raise
             raise problems.ShuttingDown(headers={"Connection": "close"}) from None
         if event["type"] == "http.disconnect":

@@ -123,38 +123,29 @@ def sealed_codes(passwords: Passwords, owner: uuid.UUID, totp: str | UnsetType |
 SPARE = 5  # seconds before its end from which a code is not given any more: it would come too late
 
 
-class Codes:
-    """Gives codes to holders, each once. Who comes when the present one is gone waits for the next."""
+async def spend_code(
+    pool: Connections, passwords: Passwords, stopping: asyncio.Event, lock_id: uuid.UUID, client: uuid.UUID | None
+) -> tuple[asyncpg.Record, str] | None:
+    """A row with the lock and the end of the code, and the code. None where the lock is not held, or not any more.
 
-    def __init__(self, pool: Connections, passwords: Passwords) -> None:
-        self._pool = pool
-        self._passwords = passwords
-        self._stopping = asyncio.Event()
+    Who comes when the present one is gone waits for the next: CodeSpent where others were quicker for a period and
+    SPARE seconds, ShuttingDown where the service ends.
+    """
+    passwords.sealing()
+    began = time.monotonic()
+    while row := await pool.fetchrow(SQL["spend_code"], lock_id, client, SPARE):
+        if row["period"] is None:
+            raise NoTotp
+        if row["given"]:
+            return row, opened(passwords, row).generator.code(row["began"], row["period"])
+        if row["wait_seconds"] > began + row["period"] + SPARE - time.monotonic():
+            raise CodeSpent(headers={"Retry-After": str(math.ceil(row["wait_seconds"]))})
+        await _pause(row["wait_seconds"], stopping)
+    return None
 
-    def stop(self) -> None:
-        """The service ends: those who wait are told."""
-        self._stopping.set()
 
-    async def give(self, lock_id: uuid.UUID, client: uuid.UUID | None) -> tuple[asyncpg.Record, str] | None:
-        """A row with the lock and the end of the code, and the code. None where the lock is not held, or not any more.
-
-        CodeSpent where others were quicker for a period and SPARE seconds.
-        """
-        self._passwords.sealing()
-        began = time.monotonic()
-        while row := await self._pool.fetchrow(SQL["spend_code"], lock_id, client, SPARE):
-            if row["period"] is None:
-                raise NoTotp
-            if row["given"]:
-                return row, opened(self._passwords, row).generator.code(row["began"], row["period"])
-            if row["wait_seconds"] > began + row["period"] + SPARE - time.monotonic():
-                raise CodeSpent(headers={"Retry-After": str(math.ceil(row["wait_seconds"]))})
-            await self._pause(row["wait_seconds"])
-        return None
-
-    async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(seconds, 0.01)):
-                await self._stopping.wait()
-        if self._stopping.is_set():
+async def _pause(seconds: float, stopping: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(seconds, 0.01)):
+            await stopping.wait()
             raise ShuttingDown

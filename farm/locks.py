@@ -112,7 +112,6 @@ class Locks:
         self.passwords = passwords
         self.events = events
         self.gate = gate
-        self.stopping = False
         self.bad_logins = settings.bad_logins
         self.claim = self._coalesced(settings, self._claim_or_wait, "acquire_locks")
         self.claim_with_session = Coalescer(self._claim_with_sessions, settings.batch)
@@ -137,16 +136,11 @@ class Locks:
     def _coalesced(self, settings: Settings, run: Any, statement: str) -> Coalescer[Any, Any]:
         return Coalescer(run, settings.batch, partial(self.events.batched, statement))
 
-    def stop(self) -> None:
-        """The service ends: nobody is granted anything any more, and those who wait are told."""
-        self.stopping = True
-        self.desk.close()
-
     # ---- Acquire -------------------------------------------------------------------------------------------
 
     async def acquire(self, request: Request, ask: Ask) -> list[Lock] | problems.Problem:
         """The locks of the users that it got, or why it got none."""
-        if self.stopping:
+        if self.desk.stopping.is_set():
             raise problems.ShuttingDown
         try:
             return await self._acquire(request, ask)

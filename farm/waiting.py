@@ -284,7 +284,7 @@ class Desk:
         self._news: asyncio.Queue[str] = asyncio.Queue(1)
         self._others_wait_until = 0.0
         self._polls_at = self._exchanges_at = 0.0
-        self._closed = False
+        self.stopping = asyncio.Event()
 
     # ---- For calls -----------------------------------------------------------------------------------------
 
@@ -317,9 +317,9 @@ class Desk:
     def join(self, ask: Ask) -> None:
         """Take a place in the queue; `ask.answer` will be its rows, none for one that has no time to wait."""
         ask.answer = asyncio.get_running_loop().create_future()
-        if self._closed or len(self.queue) >= CROWD:
+        if self.stopping.is_set() or len(self.queue) >= CROWD:
             crowd = f"{CROWD} calls wait for users here already; try again in a moment."
-            ask.answer.set_exception(ShuttingDown() if self._closed else Overloaded(crowd))
+            ask.answer.set_exception(ShuttingDown() if self.stopping.is_set() else Overloaded(crowd))
             return
         if ask.wait and not self._pools:
             self._tell("waiting")
@@ -368,8 +368,8 @@ class Desk:
             ask.answer.set_exception(reason)
 
     def close(self) -> None:
-        """Answer everybody: the service stops. Grants that are on their way are still told."""
-        self._closed = True
+        """Answer everybody: the service stops. Grants that are on their way are still told, and there are no more."""
+        self.stopping.set()
         for ask in [ask for ask in self.queue if ask not in self._taking]:
             self._refuse(ask, ShuttingDown())
 
@@ -510,7 +510,7 @@ class Desk:
     def _dismiss(self, chosen: Iterable[Ask]) -> None:
         """Those who wanted to go, or have to, and had to wait for the outcome."""
         for ask in chosen:
-            if self._closed:
+            if self.stopping.is_set():
                 self._refuse(ask, ShuttingDown())
             elif ask.leaving:
                 self._answer(ask, [])

@@ -64,10 +64,10 @@ def schemathesis(folder: Path, url: str, examples: int, *options: str) -> int:
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits half a minute for the next one-time code."""
 
-    async def pause(_codes: farm.codes.Codes, seconds: float) -> None:
+    async def pause(seconds: float, stopping: asyncio.Event) -> None:
         raise farm.problems.CodeSpent(headers={"Retry-After": str(math.ceil(seconds))})
 
-    monkeypatch.setattr(farm.codes.Codes, "_pause", pause)
+    monkeypatch.setattr(farm.codes, "_pause", pause)
 
 
 @pytest.mark.usefixtures("hurried")

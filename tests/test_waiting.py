@@ -674,7 +674,7 @@ async def test_a_replica_that_has_stopped_keeps_no_place_for_who_waited_there(ap
             await queued(leaving)
             await told(database, leaving, 1)
             (ask,) = leaving.farm.desk.queue
-            ask.answer.get_loop().call_soon_threadsafe(leaving.farm.locks.stop)
+            ask.answer.get_loop().call_soon_threadsafe(leaving.farm.desk.close)
             assert slug(await waiter) == "shutting-down"
     await told(database, leaving, 0)
     await api.delete(f"/locks/{held['id']}")
