@@ -19,7 +19,7 @@ from operator import attrgetter
 from typing import Any, cast
 
 import asyncpg
-from cachetools import LRUCache, TLRUCache
+from cachetools import LRUCache, TLRUCache, TTLCache
 from litestar import Request
 from msgspec import Struct
 
@@ -29,7 +29,7 @@ from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections, column, 
 from farm.passwords import KeyFault, Passwords
 from farm.settings import Settings
 from farm.telemetry import NOWHERE, Cause, Events
-from farm.waiting import Ask, Desk, Rarity, Unanswered, find_keyed, match
+from farm.waiting import Ask, Desk, Unanswered, find_keyed, match
 from farm.words import Lock, Wish, Wishes
 
 # In the state of a request. By farm/server.py: its caller has closed the connection; or, where it sends nothing any
@@ -37,6 +37,7 @@ from farm.words import Lock, Wish, Wishes
 GONE, ANSWERS, WAITS = "botfarm-gone", "botfarm-answers", "botfarm-waits"
 STRAGGLERS = timedelta(milliseconds=20)  # a release may commit that much later than a claim has passed its place
 COSTLY = 10_000  # users from which counts are worth keeping for a moment
+FEW = 1000  # users up to which a look for labels begins with those who have them
 KEPT = 10_000  # wishes of which something is remembered
 # In one order everywhere, so that two statements can't wait for each other. (By `int`, because that is compared in C.)
 BY_LOCK = attrgetter("lock_id.int")
@@ -120,8 +121,8 @@ class Locks:
         self.keyed = self._coalesced(settings, partial(find_keyed, hot), "get_keyed_locks")
         self.refusal = self._coalesced(settings, self._refusals, "count_matching")
         self.unanswered = Unanswered()
-        self.rarity = Rarity(self._count_matching)
-        self.desk = Desk(hot, events, self.unanswered, self.rarity)
+        self.rare: TTLCache[Wish, bool] = TTLCache(KEPT, 600)
+        self.desk = Desk(hot, events, self.unanswered, self.rare, self.refusal)
         # What was refused last: who asks for it again is refused by a count alone (refusals to cycles: 0.18 -> 1.2).
         self._exhausted: LRUCache[Wishes, None] = LRUCache(KEPT)
         # Counts of many users, and how long they took: kept for four times as long, or a hammered pool of a
@@ -437,19 +438,18 @@ class Locks:
                 wish = singles[row["filter"] - 1]
                 refusals[(wish,)] = Refusal(row["matching"], row["free"], self._why_not(wish, row))
                 self._remember((wish,), refusals[(wish,)], time.monotonic() - began)
+                if wish in self.rare:
+                    self.rare[wish] = row["matching"] <= FEW
         for wishes in dict.fromkeys(asked):
             if wishes not in refusals:
                 refusals[wishes] = await self._set_refusal(wishes)
         return [refusals[wishes] for wishes in asked]
 
-    async def _count_matching(self, wish: Wish) -> int:
-        return (await self.refusal((wish,))).matching
-
     async def _set_refusal(self, wishes: Wishes) -> Refusal:
         began = time.monotonic()
         distinct = list(dict.fromkeys(wishes))
         fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in distinct}
-        rare = self.rarity.of(distinct)
+        rare = [self.rare.get(wish, False) for wish in distinct]
         for row in await self.pool.fetch(SQL["find_matching"], *columns(distinct, Wish), rare, len(wishes)):
             fitting[distinct[row["filter"] - 1]].append(row["id"])
         counts = cast("asyncpg.Record", await self.pool.fetchrow(SQL["count_set"], *columns(distinct, Wish)))

@@ -16,12 +16,11 @@ import contextlib
 import time
 import uuid
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import asyncpg
 import msgspec
-from cachetools import LRUCache, TTLCache
 from msgspec import Struct
 
 from farm.addresses import SchemaError, connect
@@ -39,6 +38,7 @@ PATIENCE = 3.0  # seconds after which a waiting set goes before those who came l
 LOOK = 500  # distinct wishes that one look serves
 GROUPS = 200  # calls that one statement serves: it compares each with each
 CROWD = 20_000  # calls that may wait; each holds 24 KB and a connection
+SLOW = 0.005  # seconds from which a look is worth knowing how many users have the labels that are wished for
 BREADTH = 200  # free users that one look lists for a wish; at least as many as a set may have
 
 
@@ -204,39 +204,6 @@ class Unanswered:
         return bool(self._ends)
 
 
-class Rarity:
-    """Which labels few users have: those users are found by their labels, and not among all that are free.
-
-    A call that waited for a label of one in 100,000 users made all others of its project take 170 ms.
-    """
-
-    SLOW = 0.005  # seconds from which a look is worth knowing how many have the labels
-    FEW = 1000  # users up to which a look begins with those who have the labels
-
-    def __init__(self, count: Callable[[Wish], Awaitable[int]]) -> None:
-        self._count = count
-        self._rare: LRUCache[Wish, bool] = LRUCache(10_000)
-        self._counted: TTLCache[Wish, None] = TTLCache(10_000, 60)  # a count costs more than a look
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def of(self, wishes: Iterable[Wish]) -> list[bool]:
-        """Whether few users have the labels of each, as far as that is known."""
-        return [self._rare.get(wish, False) for wish in wishes]
-
-    def learn(self, wishes: Iterable[Wish], seconds: float) -> None:
-        """Count the users with the labels of wishes that it took so long to look after."""
-        for wish in wishes:
-            if wish.labels and seconds > self.SLOW and wish not in self._counted:
-                self._counted[wish] = None
-                task = asyncio.create_task(self._learn(wish))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-
-    async def _learn(self, wish: Wish) -> None:
-        with contextlib.suppress(*DATABASE_FAULTS):
-            self._rare[wish] = await self._count(wish) <= self.FEW
-
-
 # ---- The desk ----------------------------------------------------------------------------------------------
 
 
@@ -265,11 +232,15 @@ def _groups(chosen: dict[Ask, list[uuid.UUID]]) -> list[list[Any]]:
 class Desk:
     """Those who wait at this replica, and what it knows of those who wait at others."""
 
-    def __init__(self, hot: Connections, events: Events, unanswered: Unanswered, rarity: Rarity) -> None:
+    def __init__(
+        self, hot: Connections, events: Events, unanswered: Unanswered, rare: MutableMapping[Wish, bool],
+        count: Callable[[Wishes], asyncio.Future[Any]],
+    ) -> None:  # fmt: skip
         self.hot = hot
         self.events = events
         self.unanswered = unanswered
-        self.rarity = rarity
+        self.rare = rare  # whether few users have the labels of a wish: then a look begins with these
+        self.count = count  # those who match a wish: what it finds it writes into `rare`
         self.replica = uuid.uuid4()
         self.queue: dict[Ask, None] = {}  # those who came first stand first
         self.foreign: list[Ask] = []
@@ -473,12 +444,20 @@ class Desk:
         fitting: defaultdict[Wish, list[uuid.UUID]] = defaultdict(list)
         for first in range(0, len(wishes), LOOK):
             page = wishes[first : first + LOOK]
-            began = time.monotonic()
-            rows = await self.hot.fetch(SQL["find_free"], *columns(page, Wish), self.rarity.of(page), most)
-            self.rarity.learn(page, time.monotonic() - began)
+            began, rare = time.monotonic(), [self.rare.get(wish, False) for wish in page]
+            rows = await self.hot.fetch(SQL["find_free"], *columns(page, Wish), rare, most)
+            if time.monotonic() - began > SLOW:
+                self._mark(wish for wish in page if wish.labels and wish not in self.rare)
             for row in rows:
                 fitting[page[row["filter"] - 1]].append(row["id"])
         return fitting
+
+    def _mark(self, wishes: Iterable[Wish]) -> None:
+        """Find out which of them are rare: one in 100,000 users made each look of its project take 170 ms."""
+        for wish in wishes:
+            self.rare[wish] = False  # until it is counted, and not again with each look, which costs less
+            with contextlib.suppress(Busy):
+                self.count((wish,)).add_done_callback(asyncio.Future.exception)
 
     async def _take(self, chosen: dict[Ask, list[uuid.UUID]]) -> None:
         if not chosen:

@@ -806,14 +806,14 @@ async def test_a_user_that_is_changed_between_the_choice_and_the_grant_goes_to_n
 
 async def test_who_waits_for_a_label_that_few_have_is_found_by_it(api, service, project, monkeypatch):
     """Who and whether is learned after a slow look; here every look counts as one."""
-    monkeypatch.setattr(farm.waiting.Rarity, "SLOW", -1)
+    monkeypatch.setattr(farm.waiting, "SLOW", -1)
     (admin,) = await make_users(api, project, labels={"role": "admin"})
     (other,) = await make_users(api, project, login="plain")
     held = (await acquire(api, project, labels={"role": "admin"})).json()
     waiters = [waiting(api, project, labels={"role": "admin"})]
     await queued(service)
     wish = farm.words.Wish(None, uuid.UUID(project), None, None, '{"role":"admin"}')
-    await asyncio.to_thread(until, lambda: service.farm.locks.rarity.of([wish]) == [True], 5)
+    await asyncio.to_thread(until, lambda: service.farm.locks.rare.get(wish), 5)
     waiters.append(waiting(api, project, labels={"role": "admin"}))
     await queued(service, 2)
     await api.delete(f"/locks/{held['id']}")
@@ -825,14 +825,17 @@ async def test_who_waits_for_a_label_that_few_have_is_found_by_it(api, service, 
     assert slug(await set_of(api, *parts[:1] * 3)) == "no-matching-user"
 
 
-async def test_a_label_that_many_have_is_not_looked_up(api, service, project, monkeypatch):
-    monkeypatch.setattr(farm.waiting.Rarity, "SLOW", -1)
-    monkeypatch.setattr(farm.waiting.Rarity, "FEW", 2)
-    await make_users(api, project, 3, labels={"role": "buyer"})
+@pytest.mark.parametrize("few", [3, 4])
+async def test_a_slow_look_for_a_label_counts_those_who_have_it(api, service, project, monkeypatch, few):
+    """Here every look is one. A label that many have is not looked up."""
+    monkeypatch.setattr(farm.waiting, "SLOW", -1)
+    monkeypatch.setattr(farm.locks, "FEW", few)
+    await make_users(api, project, 4, labels={"role": "buyer"})
     assert (await set_of(api, {"project_id": project, "labels": {"role": "buyer"}, "count": 2})).status_code == 201
     wish = farm.words.Wish(None, uuid.UUID(project), None, None, '{"role":"buyer"}')
-    await asyncio.to_thread(until, lambda: wish in service.farm.locks.rarity._rare, 5)
-    assert service.farm.locks.rarity.of([wish]) == [False]
+    assert wish in service.farm.locks.rare
+    await asyncio.to_thread(until, lambda: not service.farm.locks.refusal._tasks, 5)
+    assert service.farm.locks.rare[wish] == (few == 4)
 
 
 async def test_both_ways_to_look_for_labels_find_the_same(api, database, project):
