@@ -105,7 +105,7 @@ from farm.words import CSV, NDJSON, Lock, User
 NO_STORE = {"Cache-Control": "no-store"}
 
 
-def get(path: str, **options: Any) -> Any:
+def get(path: str | list[str], **options: Any) -> Any:
     """GET, and with it HEAD: the same without the body."""
     return route(path, http_method=[HttpMethod.GET, HttpMethod.HEAD], status_code=200, **options)
 
@@ -671,17 +671,23 @@ async def repeat(farm: Farm, task: Callable[[], Awaitable[None]], name: str, sec
 
 # ---- Pages -------------------------------------------------------------------------------------------------
 
-# The dashboard: plain HTML, CSS and JavaScript, as a browser reads them.
-FACE = importlib.resources.files("farm")
-HTML, CSS, JS = ((FACE / f"dashboard.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
-
 DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>BotFarm API</title>
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css"><div id="ui"></div>
 <script src="/docs/assets/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script></html>"""
 
-ASSETS = {file.name: file for file in (importlib.resources.files("swagger_ui") / "static").iterdir()}
-
 START = 'SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl: null})'
+
+# The dashboard as a browser reads it, and Swagger UI from our own origin. (Litestar's page for that has its script
+# inside, which the policy forbids.)
+DASHBOARD = [importlib.resources.files("farm") / f"dashboard.{kind}" for kind in ("html", "css", "js")]
+HTML, CSS, JS = (file.read_text(encoding="utf-8") for file in DASHBOARD)
+PAGES = {
+    "/dashboard.css": ("text/css", CSS),
+    "/dashboard.js": ("text/javascript", JS),
+    "/docs": ("text/html", DOCS),
+    "/docs/start.js": ("text/javascript", START),
+}
+ASSETS = {file.name: file for file in (importlib.resources.files("swagger_ui") / "static").iterdir()}
 
 # What the pages may load and where they may stand: their own files, and in no frame.
 POLICY = (
@@ -700,25 +706,11 @@ async def index() -> str:
     return HTML
 
 
-@get("/dashboard.css", media_type="text/css", response_headers=PAGE_HEADERS, include_in_schema=False)
-async def dashboard_css() -> str:
-    return CSS
-
-
-@get("/dashboard.js", media_type="text/javascript", response_headers=PAGE_HEADERS, include_in_schema=False)
-async def dashboard_js() -> str:
-    return JS
-
-
-@get("/docs", media_type="text/html", response_headers=DOCS_HEADERS, include_in_schema=False)
-async def docs() -> str:
-    """Swagger UI, from our own origin. (Litestar's page for it has its script inside, which the policy forbids.)"""
-    return DOCS
-
-
-@get("/docs/start.js", media_type="text/javascript", include_in_schema=False)
-async def docs_start() -> str:
-    return START
+@get([*PAGES], include_in_schema=False)
+async def page(request: Call) -> Response[str]:
+    path = request.scope["path_template"]
+    media, text = PAGES[path]
+    return Response(text, media_type=media, headers=DOCS_HEADERS if path == "/docs" else PAGE_HEADERS)
 
 
 @get("/docs/assets/{name:str}", include_in_schema=False)
@@ -851,7 +843,7 @@ def cors_of(settings: Settings) -> CORSConfig | None:
 
 def create_app(settings: Settings) -> Litestar:
     """The service as an ASGI application."""
-    pages = [index, dashboard_css, dashboard_js, docs, docs_start, docs_asset, docs_openapi]
+    pages = [index, page, docs_asset, docs_openapi]
     return Litestar(
         route_handlers=[*calls_of(settings), *pages],
         lifespan=[running],
