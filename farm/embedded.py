@@ -326,29 +326,19 @@ def _outlive(data: Path) -> None:
 
 
 def _unblock(data: Path, user: pwd.struct_passwd) -> None:
-    """Make a postmaster.pid harmless whose process is not ours, or that names none.
+    """Make a postmaster.pid harmless whose process is not ours: it may be anybody's, who is left alone.
 
     Only the pid changes: the other lines lead PostgreSQL to the memory of what may still run. A zombie has its pid
     still, and in a new container we ourselves may have it.
     """
-    path, named = data / "postmaster.pid", _status(data)[0]
-    if path.exists() and not named:
-        log.warning("%s is damaged and names no process: it is removed", path)
-        path.unlink()
-    elif named and _alive(named):
-        log.warning("%s is stale: process %d is not, or no longer, our PostgreSQL and is left alone", path, named)
+    path = data / "postmaster.pid"
+    if path.exists():
+        log.info("%s is stale: it names no process, or one that is not, or no longer, our PostgreSQL", path)
         with open(_open(path, os.O_RDWR, user), "r+b") as file:
             rest = file.read().partition(b"\n")[2]
             file.seek(0)
-            file.write(b"%d\n" % NOBODYS_PID + rest)  # in one write, and never shorter than before
-
-
-def _alive(pid: int) -> bool:
-    """As PostgreSQL sees it: a process of another user doesn't count."""
-    with suppress(OSError, OverflowError):
-        os.kill(pid, 0)
-        return True
-    return False
+            file.write(b"%d\n" % NOBODYS_PID + rest)  # in one write
+            file.truncate()
 
 
 # ---- The server --------------------------------------------------------------------------------------------

@@ -529,6 +529,7 @@ def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(old_home: Path, caplo
         left = (old_home / "data" / "postmaster.pid").read_text().partition("\n")[2]
     owner = (old_home / "data").stat()
     how: dict[str, Any] = {"user": owner.st_uid, "group": owner.st_gid} if os.geteuid() == 0 else {}
+    caplog.set_level(logging.INFO, "botfarm")
     words = ["postgres", "/nowhere"] if "called" in who else ["editor", str(old_home / "data")]
     command = [words[0], "-c", "read line", *words]
     with subprocess.Popen(command, executable="/bin/sh", stdin=subprocess.PIPE, **how) as stranger:
@@ -542,15 +543,16 @@ def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(old_home: Path, caplo
         finally:
             stranger.kill()
     (message,) = [record.message for record in caplog.records]
-    assert message.startswith(f"{old_home / 'data' / 'postmaster.pid'} is stale: process {stranger.pid} is not, or")
+    assert message.startswith(f"{old_home / 'data' / 'postmaster.pid'} is stale: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "warnings"),
-    [("{dead}\n{left}", 0), ("4194304999999999999\n", 0), ("", 1), ("what?\n", 1)],
+    "text",
+    ["{dead}\n{left}", "4194304999999999999\n", "", "what?\n"],
     ids=["dead", "impossible", "empty", "garbage"],
 )
-def test_a_stale_pid_file_is_no_obstacle(old_home: Path, caplog: Any, text: str, warnings: int) -> None:
+def test_a_stale_pid_file_is_no_obstacle(old_home: Path, caplog: Any, text: str) -> None:
+    caplog.set_level(logging.INFO, "botfarm")
     with started(old_home):
         left = (old_home / "data" / "postmaster.pid").read_text().partition("\n")[2]
     with subprocess.Popen(["true"]) as ended:
@@ -558,7 +560,7 @@ def test_a_stale_pid_file_is_no_obstacle(old_home: Path, caplog: Any, text: str,
     write(old_home / "data" / "postmaster.pid", text.format(dead=ended.pid, left=left))
     with started(old_home) as server:
         assert answers(server.dsn)
-    assert [record.levelno for record in caplog.records] == warnings * [logging.WARNING]
+    assert [" is stale: " in record.message for record in caplog.records] == [True]
 
 
 def test_a_server_that_does_not_start_says_why(old_home: Path) -> None:
