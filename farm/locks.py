@@ -197,7 +197,8 @@ class Locks:
         left = max(ask.wait - ask.seconds(), 0) if ask.wait else None
         try:
             await asyncio.wait((ask.answer, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            rows = await self.desk.leave(ask)
+            self.desk.turn_away(ask)
+            rows = await ask.answer
             for _ in range(2):  # let a closing that has arrived be noticed before the reply goes out
                 await asyncio.sleep(0)
             if ask.wait and not rows:

@@ -309,40 +309,31 @@ class Desk:
                 del counter[item]
 
     def turn_away(self, ask: Ask) -> None:
-        """Answer it with no rows, as one that can't be served or whose handler has failed."""
+        """Answer it with no rows. A grant that is on its way counts, where somebody still reads the answer."""
         ask.leaving = True
         if ask not in self._taking:
             self._answer(ask, [])
 
-    async def leave(self, ask: Ask) -> list[asyncpg.Record]:
-        """Give up the place. A grant that is on its way counts."""
-        self.turn_away(ask)
-        return await ask.answer
-
-    def _forget(self, ask: Ask) -> None:
+    def _answer(self, ask: Ask, rows: list[asyncpg.Record], refusal: Exception | None = None) -> None:
+        """By rows, or by why there are none. The first answer counts."""
         if ask in self.queue:
             del self.queue[ask]
             self._count(ask, -1)
             if ask.told:  # they need not keep a place for it any more
                 self._exchanges_at = 0
                 self._woken.set()
-
-    def _answer(self, ask: Ask, rows: list[asyncpg.Record]) -> None:
-        """The first answer counts."""
-        self._forget(ask)
-        if not ask.answer.done():
+        if ask.answer.done():
+            return
+        if refusal:
+            ask.answer.set_exception(refusal)
+        else:
             ask.answer.set_result(rows)
-
-    def _refuse(self, ask: Ask, reason: Exception) -> None:
-        self._forget(ask)
-        if not ask.answer.done():
-            ask.answer.set_exception(reason)
 
     def close(self) -> None:
         """Answer everybody: the service stops. Grants that are on their way are still told, and there are no more."""
         self.stopping.set()
         for ask in [ask for ask in self.queue if ask not in self._taking]:
-            self._refuse(ask, ShuttingDown())
+            self._answer(ask, [], ShuttingDown())
 
     # ---- News of users that may have come free -------------------------------------------------------------
 
@@ -386,7 +377,7 @@ class Desk:
                 if not isinstance(fault, DATABASE_FAULTS):
                     log.exception("The desk failed; it goes on")
                 for ask in [ask for ask in self.queue if not ask.wait]:
-                    self._refuse(ask, fault)
+                    self._answer(ask, [], fault)
                 await asyncio.sleep(POLL)
 
     async def _rest(self) -> None:
@@ -490,7 +481,7 @@ class Desk:
         """Those who wanted to go, or have to, and had to wait for the outcome."""
         for ask in chosen:
             if self.stopping.is_set():
-                self._refuse(ask, ShuttingDown())
+                self._answer(ask, [], ShuttingDown())
             elif ask.leaving:
                 self._answer(ask, [])
 
