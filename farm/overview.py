@@ -77,32 +77,37 @@ class Look:
         return self._views[project_id]
 
 
-class Total(Struct):
-    """The users of a pool, as they were counted."""
+COUNTED = 100_000  # users that one look counts; a million takes ten of them, each of 15 ms for it
+KEPT = 60  # seconds after which it is forgotten what was looked at: totals, and that projects were
 
-    project_id: uuid.UUID
-    users: int
+
+def still_known(totals: dict[int, int]) -> list[int]:
+    """The pools that are not counted this time: all but those whose turn it is."""
+    counted = 0
+    for place, users in enumerate(totals.values()):
+        counted += users
+        if place and counted > COUNTED:
+            return list(totals)[place:]
+    return []
 
 
 class Glances:
     """Answers GET /overview."""
 
-    COUNTED = 100_000  # users that one look counts; a million takes ten of them, each of 15 ms for it
     MANY = 1000  # locks
-    KEPT = 60  # seconds after which it is forgotten what was looked at: totals, and that projects were
 
     def __init__(self, pool: Connections, desk: Desk) -> None:
         self._pool = pool
         self._desk = desk
-        self._totals: dict[int, Total] = {}  # those that were counted longest ago first
-        self._looked_at = 0.0
+        # The users of each pool, those that were counted longest ago first.
+        self._totals: TTLCache[Projects, dict[int, int]] = TTLCache(1000, KEPT)
         self._locked = 0  # users, in the last look
         self._since = datetime.now(UTC) - timedelta(seconds=time.monotonic())  # what the desk's clock began at
         # Where a look takes long it counts for four times as long, so that no page keeps the database busy.
         self._looks: TLRUCache[Projects, Look] = TLRUCache(
             1000, ttu=lambda _, look, now: now + max(1, 4 * look.seconds), timer=time.monotonic
         )
-        self._split: TTLCache[Projects, bool] = TTLCache(1000, self.KEPT)  # of whom views of projects are asked for
+        self._split: TTLCache[Projects, bool] = TTLCache(1000, KEPT)  # of whom views of projects are asked for
         self._look = Coalescer(self._take, 10_000)
 
     async def view(self, projects: tuple[uuid.UUID, ...] | None, project_id: uuid.UUID | None) -> View:
@@ -122,38 +127,26 @@ class Glances:
         return [looks[projects] for projects in asked]
 
     async def _read(self, projects: Projects) -> Look:
-        now = time.monotonic()
-        if now > self._looked_at + self.KEPT:
-            self._totals.clear()
-        self._looked_at = now
+        now, totals = time.monotonic(), self._totals.get(projects, {})
         is_split = self._locked <= self.MANY or projects in self._split
-        row = await self._pool.fetchrow(SQL["get_overview"], projects, self._still_known(projects), is_split)
+        row = await self._pool.fetchrow(SQL["get_overview"], projects, still_known(totals), is_split)
         assert row
         for pool in row["pools"]:
-            pool_id, project_id, _, _, total, *_ = pool
+            pool_id, _, _, _, total, *_ = pool
             if total is not None:
-                self._totals.pop(pool_id, None)
-                self._totals[pool_id] = Total(project_id, total)
+                totals.pop(pool_id, None)
+                totals[pool_id] = total
+        self._totals[projects] = totals
         waits = self._desk.longest_waits()
-        pools = {pool[0]: self._glanced(pool, waits) for pool in row["pools"]}
+        pools = {pool[0]: self._glanced(pool, totals, waits) for pool in row["pools"]}
         self._locked = sum(pool.locked for pool in pools.values())
         look = self._looks[projects] = Look(pools, row, is_split, time.monotonic() - now)
         return look
 
-    def _still_known(self, projects: Projects) -> list[int]:
-        """The pools that are not counted this time: all but those whose turn it is."""
-        known = [id for id, total in self._totals.items() if projects is None or total.project_id in projects]
-        counted = 0
-        for place, id in enumerate(known):
-            counted += self._totals[id].users
-            if place and counted > self.COUNTED:
-                return known[place:]
-        return []
-
-    def _glanced(self, found: Any, waits: dict[frozenset[Wish], float]) -> GlancedPool:
+    def _glanced(self, found: Any, totals: dict[int, int], waits: dict[frozenset[Wish], float]) -> GlancedPool:
         """A pool with what else is known of it. Who is neither locked nor resting nor quarantined is free."""
         id, project_id, env, domain, _, locked, resting, quarantined, failing, next_free_at = found
-        total = max(self._totals[id].users, locked + resting + quarantined)
+        total = max(totals[id], locked + resting + quarantined)
         free = total - locked - resting - quarantined
         wish = Wish(None, project_id, env, domain)
         arrived = [since for pools, since in waits.items() if any(wish.meets(other) for other in pools)]

@@ -241,7 +241,7 @@ async def test_a_look_that_fails_fails_for_all_who_wait_for_it_and_is_taken_anew
 
 async def test_many_users_are_counted_over_several_looks(empty_database, monkeypatch):
     """States are those of the moment always, and totals come after."""
-    monkeypatch.setattr(farm.overview.Glances, "COUNTED", 4)
+    monkeypatch.setattr(farm.overview, "COUNTED", 4)
     with serving(settings(empty_database)) as running:
         async with client(running.url) as api:
             project = str(uuid.uuid4())
@@ -261,7 +261,7 @@ async def test_many_users_are_counted_over_several_looks(empty_database, monkeyp
             assert [pool["total"] for pool in (await overview(running, api))["pools"]] == [1, 3, 3, 3, 3]
             for env, domain in pools:
                 await api.post("/users", json=user_of(project, env, domain, "d"))
-            running.farm.glances._looked_at -= 61
+            running.farm.glances._totals.expire(time.monotonic() + 61)
             assert [pool["total"] for pool in (await overview(running, api))["pools"]] == [1, 4, 4, 4, 4]
 
 
