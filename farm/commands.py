@@ -78,12 +78,13 @@ def serve_command(app: str) -> int:
 
 
 def _database(settings: Settings) -> AbstractContextManager[str]:
-    """The URL of the database, of the embedded one for as long as it is needed. What happens is logged."""
-    from farm.migrations import database
+    """The URL of the database; an embedded one that does not run is started for that. What happens is logged."""
+    from farm import embedded
     from farm.telemetry import log_as_lines
 
     log_as_lines()
-    return database(settings)
+    given = settings.database_url
+    return contextlib.nullcontext(given.reveal()) if given else embedded.database(settings.home)
 
 
 async def _rows(settings: Settings, url: str, statement: str, *values: Any) -> Sequence[Any]:

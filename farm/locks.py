@@ -225,7 +225,8 @@ class Locks:
         if self.gate and not self.gate.still(ask.client):  # it was removed while it waited
             await self._give_back(rows, ask.cause)
             raise problems.Unauthenticated("The client of the token is gone")
-        if ask.key is None and await self._is_gone(request):
+        state = request.scope["state"]
+        if ask.key is None and ((ANSWERS in state and not await state[ANSWERS]()) or GONE in state):
             await self._give_back(rows, ask.cause)
             return problems.LockEnded("The caller went away before the reply.")
         try:
@@ -234,13 +235,6 @@ class Locks:
             if ask.key is None:
                 await self._give_back(rows, ask.cause)
             raise
-
-    async def _is_gone(self, request: Request) -> bool:
-        """Whether the caller can't have a reply any more."""
-        state = request.scope["state"]
-        if ANSWERS in state and not await state[ANSWERS]():
-            return True
-        return GONE in state
 
     def _with_passwords(self, rows: list[asyncpg.Record]) -> list[Lock]:
         """The locks as only the reply that grants them tells them. KeyFault where a password does not open."""

@@ -239,9 +239,3 @@ def _patiently(url: str) -> None:
             if str(fault) != told:
                 log.warning("Waiting for the database: %s", told := str(fault))
             time.sleep(1)
-
-
-def database(settings: Settings) -> contextlib.AbstractContextManager[str]:
-    """The database for a command: the given one, else the embedded one, started if it does not run."""
-    given = settings.database_url
-    return contextlib.nullcontext(given.reveal()) if given else embedded.database(settings.home)
