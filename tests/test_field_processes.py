@@ -49,6 +49,7 @@ import farm.database
 import farm.imports
 import farm.locks
 import farm.passwords
+import farm.server
 import farm.settings
 import farm.telemetry
 import farm.waiting
@@ -97,7 +98,7 @@ def test_nothing_of_a_start_outlives_a_kill_of_its_parent_and_the_next_one_works
         )
         running.kill()
         running.wait(5)
-        until(lambda: not commands_of(started), 5)
+        until(lambda: not commands_of(started), 20)
     with process(env=env):
         wait_ready(url)
 
@@ -165,7 +166,7 @@ def test_workers_that_stop_leave_nobody_at_the_port(empty_database):
             held.sendall(b"POST /users HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
             time.sleep(0.2)
             running.terminate()
-            until(lambda: is_refused(port), 3)
+            until(lambda: is_refused(port), farm.server.GRACE - 1)
             assert running.poll() is None
 
 
@@ -184,7 +185,7 @@ def test_nothing_of_a_command_outlives_its_kill(folder):
         started = below(running.pid)
         running.kill()
         running.wait(5)
-        until(lambda: not commands_of(started), 5)
+        until(lambda: not commands_of(started), 20)
     assert command("client", "list", env=env).returncode == 0
 
 
@@ -196,7 +197,7 @@ def test_a_worker_ends_with_its_parent_even_where_it_does_nothing_else(bare_data
         started = below(running.pid)
         running.kill()
         running.wait(5)
-        until(lambda: not commands_of(started), 5)
+        until(lambda: not commands_of(started), 20)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -410,7 +411,7 @@ async def test_a_grant_that_nobody_is_told_of_at_the_stop_is_given_back(what, wa
         "this very user": (farm.words.Wish(uuid.UUID(users[0]["id"])),),
         "a set": (wish,) * 2,
     }
-    sent, over = asyncio.Event(), asyncio.Event()
+    sent, over, answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
     async with farm.database.open_pool(database, 4, "force_generic_plan", 10) as pool:
         own = farm.locks.Locks(settings(database), pool, pool, cast("Any", None), farm.telemetry.Events(None))
         fetch = pool.fetch
@@ -419,6 +420,9 @@ async def test_a_grant_that_nobody_is_told_of_at_the_stop_is_given_back(what, wa
             if sql in (farm.database.SQL["acquire_locks"], farm.database.SQL["acquire_users"]):
                 sent.set()
                 await over.wait()
+                rows = await fetch(sql, *args, **options)
+                answered.set()
+                return rows
             return await fetch(sql, *args, **options)
 
         pool.fetch = slow
@@ -432,7 +436,7 @@ async def test_a_grant_that_nobody_is_told_of_at_the_stop_is_given_back(what, wa
         await asyncio.wait([call])
         asyncio.get_running_loop().call_later(0.1, over.set)
         await own.settle()
-        await asyncio.sleep(0.2)  # for those with a key, which nobody waits for
+        await answered.wait()  # of those with a key, which nobody waits for
         desk.cancel()
     states = [(await api.get(f"/users/{user['id']}")).json()["state"] for user in users]
     ended = [(await api.get(f"/users/{user['id']}/history")).json()["items"] for user in users]

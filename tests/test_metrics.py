@@ -321,7 +321,7 @@ async def test_a_scrape_of_any_worker_tells_of_all_also_after_one_was_killed(emp
         cycles(20)
         assert counts() == {done + 20}
         # Gauges are those of the two that live.
-        until(lambda: scraped(url)["botfarm_database_connections_limit{pool=other}"] == 16, 10)
+        until(lambda: scraped(url)["botfarm_database_connections_limit{pool=other}"] == 16, 30)
     assert list(tmp_path.glob("botfarm-*")) == []
 
 
