@@ -250,6 +250,8 @@ async def enter(request: Call) -> Response[None] | None:
     scope, handler = request.scope, request.route_handler
     if "id" in scope["path_params"] and not UUID_IN_PATH.search(scope["path"]):
         raise problems.NotFound.at(scope["path"])
+    if scope["method"] == "OPTIONS":  # its query is that of another method, whose parameters are not known here
+        return methods_of(request)
     if (gate := request.farm.gate) and (needed := handler.opt.get("scope")):
         scope["state"][CALLER] = caller = await gate.admit(request.header(b"authorization"), needed)
         if caller.projects is not None:
@@ -260,7 +262,7 @@ async def enter(request: Call) -> Response[None] | None:
     if (scope["method"] == "DELETE" or handler.opt.get("bodiless")) and request.has_body():
         request.check_media()
         request.decode(await request.body() or b"{}", NoBody)
-    return methods_of(request) if scope["method"] == "OPTIONS" else None
+    return None
 
 
 async def keep_inside(farm: Farm, caller: Caller, scope: Any) -> None:

@@ -117,6 +117,7 @@ async def test_head_is_get_without_the_body(api, path):
     [
         ("/users", "GET, HEAD, OPTIONS, POST"),
         ("/users/", "GET, HEAD, OPTIONS, POST"),
+        ("/users?limit=1&label=a:b", "GET, HEAD, OPTIONS, POST"),
         (f"/users/{EXAMPLE}", "DELETE, GET, HEAD, OPTIONS, PATCH"),
         (f"/users/{EXAMPLE}/lock", "DELETE, OPTIONS, PUT"),
         ("/", "GET, HEAD, OPTIONS"),
