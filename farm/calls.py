@@ -357,9 +357,20 @@ def query_faults(request: Request, error: ValidationException) -> list[problems.
     fields = {field.name: (name, field.annotation) for name, field in query_of(request.scope["route_handler"]).items()}
     faults = [(*fields.get(fault.get("key", ""), (None, None)), fault["message"]) for fault in extra]
     return [
-        problems.FieldError(name, told(text, name or "", request.query_params.get(name or ""), kind))
+        problems.FieldError(name, told(text, name or "", refused_value(request, name or "", kind), kind))
         for name, kind, text in faults
     ]
+
+
+def refused_value(request: Request, name: str, kind: Any) -> str | None:
+    """The value of a parameter that was refused: of several, as of labels, the first that breaks the rule."""
+    *others, last = request.query_params.getall(name, [None])
+    for value in others:
+        try:
+            msgspec.convert([value], kind)
+        except msgspec.ValidationError:
+            return value
+    return last
 
 
 def fail(request: Call, error: Exception) -> Response[Any]:

@@ -189,6 +189,13 @@ async def test_a_parameter_that_is_given_twice_is_told_once(api):
     assert "100 parameters" in many.json()["detail"]
 
 
+@pytest.mark.parametrize("query", ["label=bad&label=a:b", "label=a:b&label=bad&label=c:d", "label=a:b&label=bad"])
+async def test_of_several_labels_the_one_that_is_none_is_named(api, query):
+    (error,) = (await api.get(f"/users?{query}")).json()["errors"]
+    assert error["field"] == "label"
+    assert error["message"].startswith('"bad" is not allowed: write key:value')
+
+
 async def test_an_id_in_a_path_is_a_uuid_as_it_is_everywhere_else(api, project):
     (user,) = await make_users(api, project)
     id = user["id"]
