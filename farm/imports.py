@@ -21,7 +21,7 @@ import msgspec
 from litestar.exceptions import ClientException
 from msgspec import UNSET
 
-from farm.bodies import UNREADABLE, UNTYPED, field_errors
+from farm.bodies import UNKNOWN, UNREADABLE, UNTYPED, field_errors
 from farm.codes import NO_CODES, Columns, Timed, opened, read_totp, sealed
 from farm.database import DATABASE_FAULTS, SQL, Connections, new_id
 from farm.passwords import Passwords
@@ -84,7 +84,7 @@ class ImportFile:
         self.errors.append(LineError(line, field, message))
 
     def check(self, number: int, values: Any) -> Numbered | None:
-        """Of several faults in a line the first is told, so that the first 100 tell of as many lines.
+        """Of several faults in a line its unknown fields are told, else the first, so that 100 tell of many lines.
 
         NotSealed where it has codes and hashes alone are stored.
         """
@@ -93,8 +93,10 @@ class ImportFile:
         try:
             user = msgspec.convert(values, ImportedUser)
         except msgspec.ValidationError as error:
-            fault = field_errors(error, values, ImportedUser, self.settings)[0]
-            return self.fail(number, fault.field, fault.message)
+            faults = field_errors(error, values, ImportedUser, self.settings)
+            for fault in [fault for fault in faults if fault.message == UNKNOWN] or faults[:1]:
+                self.fail(number, fault.field, fault.message)
+            return None
         if self.projects is not None and user.project_id not in self.projects:
             raise Forbidden.project(user.project_id, f"Line {number}: ")
         # To ask `forbidden` of each line that is right would take 2 % of an import's time.

@@ -86,6 +86,7 @@ async def test_a_csv_record_of_several_lines_counts_as_its_first(api, project):
         (['{"login": "a"}'], [(1, "project_id")]),
         (["[]"], [(1, None)]),
         (["", '{"x": 1}'], [(2, "x")]),
+        (['{"x": 1, "login": 5, "y": 2}', '{"login": 5, "env": 5}'], [(1, "x"), (1, "y"), (2, "login")]),
         ([b"\xff\xfe"], [(1, None)]),
         ([b"\x00"], [(1, None)]),
         (["[" * 10_000], [(1, None)]),
