@@ -65,6 +65,7 @@ Env = Annotated[str, Meta(description="one of BOTFARM_ENVS", examples=["stage"])
 Domain = Annotated[str, Meta(description="one of BOTFARM_DOMAINS", examples=["regular"])]
 UserState = Literal["free", "locked", "resting", "quarantined"]
 Outcome = Literal["passed", "failed", "bad-login"]
+Moment = Annotated[datetime, Meta(tz=True)]  # which its schema tells by "date-time"
 T = TypeVar("T")
 
 
@@ -228,13 +229,13 @@ class UserLock(Struct):
     holder: str
     note: str
     fence: int
-    acquired_at: datetime
-    expires_at: datetime
+    acquired_at: Moment
+    expires_at: Moment
 
 
 class User(Struct):
     id: uuid.UUID
-    created_at: datetime
+    created_at: Moment
     login: str
     project_id: uuid.UUID
     env: str
@@ -243,10 +244,10 @@ class User(Struct):
     has_session: bool
     has_totp: bool
     state: UserState
-    locktime: datetime | None
+    locktime: Moment | None
     lock: UserLock | None
     quarantine: str | None
-    available_at: datetime | UnsetType = UNSET  # the end of its rest, of one that rests
+    available_at: Moment | UnsetType = UNSET  # the end of its rest, of one that rests
 
     @classmethod
     def of(cls, row: asyncpg.Record) -> User:
@@ -280,8 +281,8 @@ class Ended(Struct):
     fence: int
     holder: str
     note: str
-    acquired_at: datetime
-    ended_at: datetime | None
+    acquired_at: Moment
+    ended_at: Moment | None
     ended_by: Literal["released", "expired", "forced"] | None
     outcome: Outcome | None
 
@@ -311,8 +312,8 @@ class PoolList(Struct):
 class GlancedPool(Pool):
     """`next_free_at` is null where some are free, and where none will come by itself."""
 
-    longest_wait_since: datetime | None
-    next_free_at: datetime | None
+    longest_wait_since: Moment | None
+    next_free_at: Moment | None
 
 
 class GlancedLock(Struct):
@@ -323,8 +324,8 @@ class GlancedLock(Struct):
     domain: str
     holder: str
     note: str
-    acquired_at: datetime
-    expires_at: datetime
+    acquired_at: Moment
+    expires_at: Moment
 
     @classmethod
     def of(cls, pool: Pool, user_id: uuid.UUID, login: str, *rest: Any) -> GlancedLock:
@@ -344,8 +345,8 @@ class GlancedEnd(Struct):
     user_id: uuid.UUID
     login: str | None
     holder: str
-    acquired_at: datetime
-    ended_at: datetime
+    acquired_at: Moment
+    ended_at: Moment
     ended_by: Literal["released", "expired", "forced"]
     outcome: Outcome | None
 
@@ -374,8 +375,8 @@ class Lock(Struct):
     holder: str
     note: str
     ttl: int
-    acquired_at: datetime
-    expires_at: datetime
+    acquired_at: Moment
+    expires_at: Moment
     user: LockedUser
 
     @classmethod
@@ -414,7 +415,7 @@ class Health(Struct):
 
 class Code(Struct):
     code: str
-    valid_until: datetime
+    valid_until: Moment
 
 
 class Valid(Struct):

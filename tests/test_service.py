@@ -317,6 +317,7 @@ async def test_the_openapi_document_declares_every_call(api):
         "503",
     }
     assert schemas["AcquireLock"]["properties"]["ttl"]["maximum"] == 86400
+    assert schemas["Lock"]["properties"]["expires_at"] == {"type": "string", "format": "date-time"}
     assert json.loads(command("openapi").stdout) == document
 
 
