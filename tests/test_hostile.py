@@ -472,6 +472,16 @@ async def test_odd_numbers_and_double_keys_are_answered(api, project, ttl, statu
         assert answer.json()["ttl"] == 61
 
 
+@pytest.mark.parametrize("part", ["{}", f'{{"project_id": "{EXAMPLE}"}}'])
+async def test_a_set_of_150_times_as_many_parts_as_it_may_have_holds_up_nobody(api, part):
+    """1 MiB of parts that are none would have taken minutes, in which nobody was answered."""
+    begin = time.monotonic()
+    answer = await api.post("/locks/sets", content=f'{{"users": [{", ".join([part] * 15_000)}]}}')
+    assert slug(answer) == "invalid"
+    assert len(answer.json()["errors"]) <= 100
+    assert time.monotonic() - begin < 1
+
+
 def test_the_limits_of_the_security_table_are_those_of_the_program():
     text = " ".join((ROOT / "docs/security.md").read_text().split())
     late, pause, pace = farm.server.Protocol.LATE, farm.calls.Call.PAUSE, farm.calls.Call.SLOWEST // 1024
