@@ -149,6 +149,14 @@ def test_a_lock_is_renewed_before_its_end_for_as_long_as_it_is_used(service, pro
         assert users(service.url, project)["bot-0"]["lock"]["fence"] == first["fence"]
 
 
+def test_a_lock_that_was_renewed_by_hand_for_a_shorter_time_is_renewed_sooner(service, project, borrow):
+    create(service.url, project)
+    with borrow.user(project, ttl=60) as bot:
+        bot.renew(3)
+        first = borrow.status(bot.id)["expires_at"]
+        until(lambda: borrow.status(bot.id)["expires_at"] > first, 5)
+
+
 def test_a_lock_that_was_waited_for_longer_than_it_lasts_has_its_time_before_it(service, project, borrow):
     """Its time runs from the grant, and the client can't know when that was."""
     create(service.url, project)
@@ -189,6 +197,18 @@ def test_a_machine_that_slept_past_the_end_of_a_lock_knows_it_at_once(service, p
         lock.check()
     monkeypatch.undo()
     assert borrow.release_holder("test", project) == 1
+
+
+def test_who_slept_past_the_end_of_a_lock_is_told_before_any_call(service, project, monkeypatch):
+    """As the network may not be there yet."""
+    create(service.url, project)
+    with gate(service.url) as way:
+        lock, told = Farm(way.url).acquire(project, ttl=60, heartbeat=False), []
+        later, asked = botfarm_client.farm.clock() + 61, len(way.sent)
+        monkeypatch.setattr(botfarm_client.farm, "clock", lambda: later)
+        lock.keep(told.append)
+        until(lambda: told, 5)
+        assert len(way.sent) == asked
 
 
 FORKED = """
@@ -307,6 +327,27 @@ def test_a_service_that_is_away_for_longer_than_a_ttl_costs_the_lock(service, pr
     assert told[0] - started < 5
     with pytest.raises(LockLost, match=r"not renewed within its 1 s: BotFarm at .* can't be reached"):
         lock.check()
+
+
+def test_a_renewal_that_is_answered_as_by_another_service_costs_the_lock_and_is_told(service, project, way):
+    create(service.url, project)
+    lock, told = Farm(way.url).acquire(project, ttl=1, heartbeat=False), []
+    lock.keep(told.append)
+    way.says = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    until(lambda: told, 5)
+    with pytest.raises(LockLost, match=r"not renewed within its 1 s: KeyError"):
+        lock.check()
+
+
+def test_a_token_that_has_ended_makes_no_loss_known_later(service, project, way):
+    """The service is silent, also to who asks for a token."""
+    create(service.url, project)
+    there, told = Farm(way.url, client_id="ci", client_secret="secret"), []
+    lock = there.acquire(project, ttl=1, heartbeat=False)
+    there.wire._token = ("has ended", time.monotonic())
+    way.silent = True
+    lock.keep(told.append)
+    until(lambda: told, 5)
 
 
 def test_a_reply_that_is_lost_costs_no_user(service, project, way):

@@ -340,24 +340,33 @@ class Lock:
         self._deadline = sent + self.ttl
 
     def _beat(self) -> None:
-        """Look at the clock each second: a wait stands still while the machine sleeps, and the lock's time does not."""
-        due = self._deadline - self.ttl * 2 / 3
-        while not self._over.wait(max(0.0, min(due - clock(), 1.0))):
-            if clock() < due:
+        """Look at the clock each second: a wait stands still while the machine sleeps, and the lock's time does not.
+
+        Whatever goes wrong, that it is lost is told once its time is over: nothing is asked any more then.
+        """
+        again, why = 0.0, ""  # when what failed is tried once more
+        while not self._over.wait(max(0.0, min(self._due(again) - clock(), 1.0))):
+            if clock() < self._due(again):
                 continue
+            left = self._deadline - clock()
             try:
+                if left <= 0:
+                    raise LockLost(f"it was not renewed within its {self.ttl} s{why}")
                 if not self._wanted():
                     raise BotfarmError("nobody wants it any more")
-                self._renew(timeout=max(1.0, min(self._deadline - clock(), CALL)))
-                due = self._deadline - self.ttl * 2 / 3
+                self._renew(timeout=max(1.0, min(left, CALL)))
+                why = ""
             except LockLost as lost:
                 return self._end(lost)
-            except BotfarmError as fault:
-                left = self._deadline - clock()
-                if left <= 0:
-                    return self._end(LockLost(f"it was not renewed within its {self.ttl} s: {fault}"))
-                due = clock() + max(0.1, min(fault.retry_after or 1.0, left / 2))
+            except Exception as fault:  # also a reply that is none
+                wanted = getattr(fault, "retry_after", None) or 1.0
+                again = clock() + max(0.1, min(wanted, (self._deadline - clock()) / 2))
+                why = f": {fault if isinstance(fault, BotfarmError) else repr(fault)}"
         return None
+
+    def _due(self, again: float) -> float:
+        """When it is to be renewed: anew each time, as that may be done by hand, too."""
+        return max(again, self._deadline - self.ttl * 2 / 3)
 
     def _end(self, why: LockLost) -> None:
         """In the heartbeat. While the lock is being given back it may learn of that first."""

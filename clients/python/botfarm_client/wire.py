@@ -108,13 +108,13 @@ class Wire:
     def call(self, method: str, path: str, body: Any = None, key: str | None = None, timeout: float = CONNECT) -> Any:
         """The JSON of the reply. No secret is sent to a service that does not ask for a token."""
         if self._token and time.monotonic() >= self._token[1]:
-            self._fetch_token()
+            self._fetch_token(timeout)
         try:
             return self._send(method, path, body, key, timeout)
         except NotAllowed as refused:
             if not refused.unknown or not self._form:
                 raise
-        self._fetch_token()
+        self._fetch_token(timeout)
         return self._send(method, path, body, key, timeout)
 
     def _send(self, method: str, path: str, body: Any, key: str | None, timeout: float) -> Any:
@@ -172,10 +172,11 @@ class Wire:
         error.retry_after = float(after) if after.isdigit() else None
         return error
 
-    def _fetch_token(self) -> None:
+    def _fetch_token(self, timeout: float = CONNECT) -> None:
         """Get a new token. It is renewed before its end, by a tenth of its time."""
         data, sent = urllib.parse.urlencode(self._form).encode(), time.monotonic()
-        status, headers, text = self._open(urllib.request.Request(f"{self._url}/token", data), CONNECT)
+        request = urllib.request.Request(f"{self._url}/token", data)
+        status, headers, text = self._open(request, min(timeout, CONNECT))
         if status >= 500 or status == 429:
             raise self._away(f"{self._url}/token answered {status}", headers)
         answer = self._json(text)
