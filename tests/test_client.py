@@ -250,6 +250,8 @@ def test_a_session_is_kept_for_the_next_holder_who_is_preferred_for_it(service, 
         with pytest.raises(Refused, match="262144 bytes") as caught:
             bot.session.put("x" * 300_000)
         assert caught.value.slug == "body-too-large"
+        with pytest.raises(Refused, match="ttl"):
+            bot.session.put("worth nothing", ttl=0)
 
 
 def test_a_one_time_code_is_asked_for(service, project, borrow):

@@ -228,7 +228,7 @@ class Session:
 
     def put(self, session: Any, ttl: int | None = None) -> None:
         """Worth something for `ttl` seconds; a day if left out."""
-        self._call("PUT", f"?ttl={ttl}" if ttl else "", session)
+        self._call("PUT", "" if ttl is None else f"?ttl={ttl}", session)
 
     def delete(self) -> None:
         self._call("DELETE")
