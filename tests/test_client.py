@@ -418,6 +418,12 @@ def test_a_url_may_have_a_path_and_end_in_slashes_or_a_line(service, project, wa
     assert way.sent[0].startswith(b"GET /farm/locks/%C3%BC/%20?x HTTP/1.1")
 
 
+@pytest.mark.parametrize("url", ["http://bot..farm", "http://ферма.example", "http://botfarm/ü"])
+def test_a_url_that_can_not_be_called_is_told_of_at_once(url):
+    with pytest.raises(Misconfigured, match=f"{url}, or the proxy before it, is no address"):
+        Farm(url).status("x")
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_a_service_is_known_by_its_certificate(project, tmp_path):
     """One of an unknown maker is not spoken to; SSL_CERT_FILE makes it known. Also at an address of IPv6."""
@@ -448,6 +454,14 @@ def test_a_proxy_of_the_environment_is_used(service, way):
     script = "from botfarm_client import Farm; print(Farm('http://botfarm.example').status('x'))"
     assert python(script, http_proxy=way.url) == "{}\n"
     assert way.sent[0].startswith(b"GET http://botfarm.example/locks/x HTTP/1.1\r\n")
+
+
+def test_a_proxy_that_is_none_is_told_of_without_its_password(service):
+    script = "from botfarm_client import Farm; Farm().status('x')"
+    env = around("http://botfarm.example", http_proxy="http:/me:secret@proxy")
+    done = subprocess.run([PYTHON, "-c", script], env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert "Misconfigured: http://botfarm.example, or the proxy before it, is no address" in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_a_service_that_sends_callers_on_is_told_of_and_not_followed(way):

@@ -182,6 +182,7 @@ def test_a_command_that_is_run_has_its_own_group_and_our_session_and_files(servi
         (["--user", "{project}", "--", "true"], 65, "user"),
         (["--project", "{project}", "--url", "botfarm", "--", "true"], 78, "is no URL of BotFarm"),
         (["--project", "{project}", "--url", "http://me:pw@botfarm", "--", "true"], 78, "'http://…@botfarm' is no URL"),
+        (["--project", "{project}", "--url", "me:pw@botfarm", "--", "true"], 78, "'…@botfarm' is no URL"),
     ],
 )
 def test_the_exit_status_tells_what_happened(service, project, words, status, told):

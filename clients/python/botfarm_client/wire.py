@@ -94,7 +94,7 @@ class Wire:
         except ValueError:
             usable = False
         if not usable:
-            told = re.sub("//.*@", "//…@", url)  # no password
+            told = re.sub("^(https?://)?.*@", r"\1…@", url)  # no password
             raise Misconfigured(f"{told!r} is no URL of BotFarm: it has to be http://HOST:PORT or https://HOST")
         self._url = url
         self._form = _form_of(credentials)
@@ -139,6 +139,9 @@ class Wire:
         except (OSError, http.client.HTTPException) as fault:
             reason = str(getattr(fault, "reason", None) or fault) or type(fault).__name__
             raise Unreachable(f"BotFarm at {self._url} can't be reached: {reason}") from None  # it sent what is secret
+        except ValueError as fault:  # told by its name alone, as a proxy's password may be in it
+            text = f"{self._url}, or the proxy before it, is no address that can be called: {type(fault).__name__}"
+            raise Misconfigured(text) from None
 
     def _json(self, text: bytes) -> Any:
         try:
