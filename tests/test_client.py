@@ -71,7 +71,7 @@ def test_its_wheel_installs_offline_brings_nothing_and_is_found(tmp_path, servic
     with zipfile.ZipFile(wheel) as packed:
         held_by_it = {name for name in packed.namelist() if ".dist-info/" not in name}
         (metadata,) = (packed.read(name).decode() for name in packed.namelist() if name.endswith("/METADATA"))
-    assert held_by_it == {f"botfarm_client/{path.name}" for path in SOURCES}
+    assert held_by_it == {f"botfarm_client/{name}" for name in ["py.typed", *(path.name for path in SOURCES)]}
     assert "Requires-Dist" not in metadata
     assert "Requires-Python: >=3.8" in metadata
     subprocess.run([*pip, "install", "--no-index", "--target", str(tmp_path / "there"), str(wheel)], check=True)
