@@ -82,7 +82,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def bot_filter():
-    return {"env": "stage", "labels": {"shop": "1"}}
+    return {"env": "stage", "labels": {"shop": "1"}, "note": "run 7"}
 
 @pytest.mark.bot(labels={"role": "admin"})
 def test_a_marker_says_what_the_user_has_to_be(bot):
@@ -93,6 +93,10 @@ def test_a_set_comes_together(bots):
     assert seller.login == "admin"
     assert {buyer.labels["role"] for buyer in buyers} == {"buyer"}
     assert len({lock.user_id for lock in (seller, *buyers)}) == 3
+    assert {lock.data["note"] for lock in (seller, *buyers)} == {"run 7"}
+
+def test_of_a_set_no_part_is_this_very_user(bots):
+    bots.set({"user_id": "x"})
 
 def test_more_are_made_as_wanted(bot, bots):
     assert bots(labels={"role": "buyer"}).user_id != bot.user_id
@@ -107,6 +111,10 @@ def test_nobody(bot):
 @pytest.mark.bot(colour="red")
 def test_unknown(bot):
     pass
+
+@pytest.mark.bot({"role": "admin"})
+def test_nameless(bot):
+    pass
 """
 
 
@@ -118,10 +126,12 @@ def test_the_fixtures_give_users_and_the_reports_name_them(service, project, run
     create(service.url, project, login="other", labels={"shop": "2", "role": "buyer"})
     status, told = run(SHOP, "--junitxml=report.xml", *way, *(["--dist", "loadfile"] if way else []))
     assert status == 1, told
-    assert "1 failed, 3 passed, 2 errors" in told
+    assert "2 failed, 3 passed, 3 errors" in told
     assert re.search(r"^_+ test_fails as (admin|b\d) _+$", told, re.M)
     assert "botfarm: No user at all matches" in told
     assert "botfarm: a bot has no colour: it can be asked for by project_id, env," in told
+    assert "botfarm: a bot has no {'role': 'admin'}: it can be asked for by project_id, env," in told
+    assert "botfarm: a bot has no user_id: it can be asked for by project_id, env, domain, labels, count" in told
     assert "botfarm_client/" not in told  # no traceback shows our own lines
     report = ElementTree.parse(tmp_path / "report.xml").getroot()
     logins = {case.get("name"): [tag.get("value") for tag in case.iter("property")] for case in report.iter("testcase")}
@@ -470,4 +480,29 @@ def test_a_process_that_a_test_forks_ends_by_sigterm_as_ever(service, project, r
     (user,) = create(service.url, project)
     status, told = run(FORKS)
     assert status == 0, told
+    assert ends(service.url, user) == ["released"]
+
+
+# As pytest-forked does it: each test in a process of its own, which tells how it went.
+FORKED = """
+import os
+from _pytest.runner import runtestprotocol
+
+def pytest_runtest_protocol(item, nextitem):
+    pid = os.fork()
+    if not pid:
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        open("told", "w").write(" ".join(report.outcome for report in reports))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return True
+"""
+
+
+@each_way
+def test_a_test_that_is_forked_keeps_its_user(service, project, run, tmp_path, way):
+    (user,) = create(service.url, project)
+    (tmp_path / "conftest.py").write_text(FORKED)
+    run("import time\ndef test_it(bot): time.sleep(3)\n", *way, "-W", "ignore::DeprecationWarning")
+    assert (tmp_path / "told").read_text() == "passed passed passed"
     assert ends(service.url, user) == ["released"]

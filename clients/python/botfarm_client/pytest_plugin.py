@@ -86,9 +86,7 @@ class Borrowed:
         whole: dict[str, Any] = {"project_id": self.setting("project"), "env": self.setting("env")}
         whole.update(ttl=self._number("ttl", TTL), wait=self._number("wait", WAIT))
         for wish in wishes:
-            unknown = sorted(set(wish) - set(FILTERS))
-            if unknown:
-                raise Misconfigured(f"a bot has no {', '.join(unknown)}: it can be asked for by {', '.join(FILTERS)}")
+            _check(wish, FILTERS)
             labels = {**(whole.get("labels") or {}), **(wish.get("labels") or {})}
             whole.update(wish, labels=labels or None)
         if whole.get("user_id"):
@@ -122,11 +120,13 @@ class Borrowed:
         with self.plainly():
             users = []
             for wish in wishes:
+                _check(wish, (*FILTERS[:4], "count"))
                 count = wish.get("count", 1)
                 whole = self.wish(base, {name: value for name, value in wish.items() if name != "count"})
                 users.append({**{name: whole[name] for name in FILTERS[:4] if whole.get(name)}, "count": count})
             whole = self.wish(base)
-            locks = self.farm.acquire_set(users, ttl=whole["ttl"], wait=whole["wait"], heartbeat=False)
+            terms: dict[str, Any] = {name: whole.get(name) for name in ("ttl", "wait", "note")}
+            locks = self.farm.acquire_set(users, **terms, heartbeat=False)
         return [self._keep(item, lock) for lock in locks]
 
     def _keep(self, item: pytest.Item | None, lock: Lock) -> Lock:
@@ -137,8 +137,11 @@ class Borrowed:
         return lock
 
     def _goes_on(self) -> bool:
-        """In the heartbeat. xdist ends a worker that is left alone by SIGINT, which behind `&` is ignored."""
-        return not self._worker or os.getppid() == self._parent
+        """In the heartbeat. xdist ends a worker that is left alone by SIGINT, which behind `&` is ignored.
+
+        A process that a worker forks for a test (pytest-forked) has the worker for its parent.
+        """
+        return not self._worker or os.getppid() in (self._parent, self._pid)
 
     @contextlib.contextmanager
     def plainly(self) -> Iterator[None]:
@@ -279,6 +282,13 @@ class Borrowed:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _check(wish: dict[str, Any], known: Sequence[str]) -> None:
+    """One that is misspelt must not widen what is asked for."""
+    unknown = sorted(set(wish) - set(known))
+    if unknown:
+        raise Misconfigured(f"a bot has no {', '.join(unknown)}: it can be asked for by {', '.join(known)}")
+
+
 def _name_run(config: pytest.Config) -> str:
     """xdist is given the name before it makes one, so that the controller knows it, too."""
     run = getattr(config.option, "testrunuid", None) or uuid.uuid4().hex
@@ -327,6 +337,7 @@ def bot(request: pytest.FixtureRequest, bots: Bots) -> Lock:
     """A user for this test alone, as the marker `bot` wants it: its login, password, labels."""
     wish: dict[str, Any] = {"prefer": "session"} if "bot_session" in request.fixturenames else {}
     for mark in reversed(list(request.node.iter_markers("bot"))):
+        wish.update(dict.fromkeys(map(str, mark.args)))  # which has no names, and is refused
         wish.update(mark.kwargs, labels={**wish.get("labels", {}), **mark.kwargs.get("labels", {})})
     return bots(**wish)
 
