@@ -13,6 +13,7 @@ export interface Lock {
   id: string;
   fence: number;
   holder: string;
+  note: string;
   ttl: number;
   acquired_at: string;
   expires_at: string;

@@ -14,7 +14,7 @@ const REPLY = 10; // seconds in which a call that does not wait is answered
 const THERE = 20; // seconds after which a wait that is cut off had reached the service: a proxy before it allows no more
 const CODE = 135; // seconds for a one-time code: the longest period, 5 s, and the reply
 const WAIT = 290; // seconds that one call may wait: Node.js gives up on a reply after 300
-const AWAY = [502, 503, 504]; // of a service that restarts, or of a proxy before it
+const AWAY = [429, 502, 503, 504]; // of one that restarts or is asked too often, or of a proxy before it
 
 /** The service says no. `status`, `slug` and `problem` tell why. */
 class Refused extends Error {
@@ -49,7 +49,9 @@ class Farm {
 
   constructor({ env = process.env, url = env.BOTFARM_URL, holder = env.BOTFARM_HOLDER, ...client } = {}) {
     if (!url) throw new Error('BOTFARM_URL is not set: it is the address of the BotFarm, as http://botfarm:8000');
-    this.#url = url.replace(/\/+$/, '');
+    this.#url = url.trim().replace(/\/+$/, '');
+    // No password in it, as the URL is told when something fails.
+    if (!/^https?:\/\/[^@?#\s]+$/i.test(this.#url)) throw new Error('BOTFARM_URL is no address as http://botfarm:8000');
     this.#client = {
       id: client.clientId ?? env.BOTFARM_CLIENT_ID,
       secret: client.clientSecret ?? env.BOTFARM_CLIENT_SECRET,
@@ -149,18 +151,22 @@ class Farm {
 }
 
 async function exchange(url, request, seconds) {
-  const answer = await fetch(url, { ...request, signal: AbortSignal.timeout(Math.max(Math.round(seconds * 1000), 1)) });
+  const signal = AbortSignal.timeout(Math.max(Math.round(seconds * 1000), 1));
+  const answer = await fetch(url, { ...request, signal, redirect: 'manual' }); // a secret goes nowhere else
   const text = await answer.text();
   const json = /json/.test(answer.headers.get('Content-Type') ?? '');
+  if (answer.ok && text && !json) throw new Error('what answers there is not BotFarm');
   const after = Number(answer.headers.get('Retry-After')) || undefined;
-  return { status: answer.status, body: json && text ? JSON.parse(text) : {}, after };
+  const to = answer.status >= 300 && answer.status < 400 ? answer.headers.get('Location') : null;
+  const detail = to === null ? undefined : `callers are sent on to ${to}: use that address`;
+  return { status: answer.status, body: json && text ? JSON.parse(text) : { detail }, after };
 }
 
 /** What is wrong with an answer, or with there being none; nothing where it is a good one. */
 function faultOf(what, answer) {
   if (answer instanceof Refused || answer instanceof Unreached) return answer; // the token was refused
   if (answer instanceof Error) return new Unreached(`${what} is not reached: ${answer.cause?.code ?? answer.message}`);
-  if (answer.status < 400) return undefined;
+  if (answer.status < 300) return undefined;
   const refused = new Refused(what, answer.status, answer.body);
   return AWAY.includes(answer.status) ? new Unreached(refused.message) : refused;
 }

@@ -39,6 +39,9 @@ const hang = () => {};
 const cut = (reply) => reply.destroy();
 const cutWait = (reply) => cut(reply, (skipped += 30));
 const loseReply = (reply, forward) => forward((answer) => cut(reply, answer.resume()));
+const busy = (reply) => reply.writeHead(429, { 'Retry-After': '1' }).end();
+const strange = (reply) => reply.writeHead(200, { 'Content-Type': 'text/html' }).end('<html>');
+const elsewhere = (reply) => reply.writeHead(307, { Location: `${URL}/locks` }).end();
 const away = (reply) => reply.writeHead(503, { 'Retry-After': '1' }).end();
 const held = async () => (await (await fetch(`${URL}/users?project_id=${project_id}&state=locked`)).json()).items.length;
 const force = ({ user }) => fetch(`${URL}/users/${user.id}/lock`, { method: 'DELETE' });
@@ -99,6 +102,17 @@ test('a service that is away for less than the ttl loses no lock', async () => {
   assert.equal(bot.signal.aborted, false);
   assert.equal(await held(), 1);
   await bot.release();
+});
+
+test('who is asked too often, or is not the service, is asked again', async () => {
+  const farm = await behind([busy, strange]);
+  const bot = await farm.acquire({ project_id });
+  await bot.release();
+});
+
+test('who sends callers on is not followed, and told', async () => {
+  const farm = await behind([elsewhere]);
+  await assert.rejects(farm.acquire({ project_id }), { status: 307, message: /sent on to http.*\/locks: use that/ });
 });
 
 test('a lock that somebody ended is told of, with the user and who ended it', async () => {
@@ -173,6 +187,9 @@ test('a refusal tells why', async () => {
 
 test('without an address, or with none there, it says so', async () => {
   assert.throws(() => new Farm({ env: {} }), /BOTFARM_URL is not set/);
+  for (const url of ['botfarm:8000', 'http://me:secret@botfarm']) {
+    assert.throws(() => new Farm({ url }), (error) => /is no address/.test(error) && !/secret/.test(error));
+  }
   const nobody = new Farm({ url: 'http://127.0.0.1:1' });
   await assert.rejects(nobody.call('GET', '/locks', { deadline: os.uptime() + 1 }), (error) => error instanceof Unreached);
 });

@@ -14,6 +14,7 @@ for (const name of ['one', 'two', 'three', 'four']) {
 test.skip('types', ({ bot }) => {
   // @ts-expect-error: it is no `any`
   bot.nothing();
+  bot.lock.note.trim();
   // @ts-expect-error: there is none where only hashes are stored
   bot.password.length;
 });
