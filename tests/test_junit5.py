@@ -45,6 +45,26 @@ def test_junit_lends_parameters_a_user(junit5: Path, pool: Pool):
     assert Counter(lock["outcome"] for lock in locks) == {"passed": 6, "failed": 1, "bad-login": 1, None: 2}
 
 
+def test_an_account_of_a_constructor_is_its_tests_and_what_ci_sets_to_nothing_is_not_set(junit5: Path, pool: Pool):
+    pool.add(1)
+    env = pool.env(BOTFARM_HOLDER="", BOTFARM_CLIENT_SECRET="")
+    assert "Tests run: 2, Failures: 0, Errors: 0" in run(junit5, *of_junit(pool, "ConstructorTest"), env=env)
+    locks = pool.history()
+    assert [(lock["ended_by"], lock["outcome"]) for lock in locks] == [("released", "passed")] * 2
+    assert all(lock["holder"].startswith("junit5/") for lock in locks)
+
+
+def test_a_reply_whose_json_is_none_ends_no_heartbeat_of_junit(junit5: Path, pool: Pool, tmp_path: Path):
+    pool.add(1)
+    with gate(pool.url) as way:
+        env = pool.env(BOTFARM_URL=way.url)
+        with running(junit5, tmp_path / "output", *of_junit(pool, "HoldTest"), env=env):
+            until(lambda: "holds bot-0" in (tmp_path / "output").read_text(), 60)
+            asked = len(way.sent)
+            way.says = b"HTTP/1.1 503 Away\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n"
+            until(lambda: len(way.sent) >= asked + 2, 5)
+
+
 def test_a_lost_lock_fails_the_test_of_junit_at_once(junit5: Path, pool: Pool):
     pool.add(1)
     begun = time.monotonic()

@@ -7,7 +7,7 @@ import java.lang.annotation.Target;
 import org.junit.jupiter.api.extension.ExtendWith;
 
 /**
- * A test account for this parameter, an {@link Account}: of a test for as long as that lasts, of a constructor, of
+ * A test account for this parameter, an {@link Account}: of a test or its constructor for as long as that lasts, of
  * {@code @BeforeAll} and the like for as long as the class does.
  *
  * <p>What is left out is the configuration parameter of JUnit {@code botfarm.project}, {@code botfarm.env}, and so on.

@@ -45,6 +45,12 @@ public final class BotExtension implements ParameterResolver, InvocationIntercep
         }
     }
 
+    /** So that an account of a constructor is its test's, where each test has an instance of its own. */
+    @Override
+    public ExtensionContextScope getTestInstantiationExtensionContextScope(ExtensionContext root) {
+        return ExtensionContextScope.TEST_METHOD;
+    }
+
     @Override
     public boolean supportsParameter(ParameterContext parameter, ExtensionContext context) {
         return parameter.isAnnotated(Bot.class) && parameter.getParameter().getType() == Account.class;

@@ -26,7 +26,7 @@ final class Farm {
     private static final double PATIENCE = 60; // seconds for which a service that is away is asked again
     static final double REPLY = 10; // seconds in which a call that does not wait is answered
     private static final double THERE = 20; // seconds after which a wait that is cut off, by a proxy, had got through
-    private static final Set<Integer> AWAY = Set.of(0, 502, 503, 504); // it, or what a proxy says of it
+    private static final Set<Integer> AWAY = Set.of(0, 429, 502, 503, 504); // it, or what a proxy says of it
     private static final long NANOS = System.nanoTime();
     private static final long MILLIS = System.currentTimeMillis();
 
@@ -38,12 +38,13 @@ final class Farm {
     private volatile String token;
 
     Farm(Map<String, String> settings) {
-        this.settings = settings;
-        this.url = settings.getOrDefault("BOTFARM_URL", "").replaceAll("/+$", "");
-        if (url.isEmpty()) {
-            throw new IllegalStateException("BOTFARM_URL is not set: the address of BotFarm, as http://botfarm:8000");
+        this.settings = new HashMap<>(settings);
+        this.settings.values().removeIf(String::isEmpty); // CI sets to nothing what it does not have
+        this.url = settings.getOrDefault("BOTFARM_URL", "").strip().replaceAll("/+$", "");
+        if (!url.matches("(?i)https?://[^@?#\\s]+")) { // no password in it, as it is told when something fails
+            throw new IllegalStateException("BOTFARM_URL is not set to the address of BotFarm, as http://botfarm:8000");
         }
-        this.holder = settings.getOrDefault("BOTFARM_HOLDER", "junit5/" + UUID.randomUUID());
+        this.holder = this.settings.getOrDefault("BOTFARM_HOLDER", "junit5/" + UUID.randomUUID());
         Runtime.getRuntime().addShutdownHook(new Thread(() -> held.forEach(Account::close)));
     }
 
@@ -155,7 +156,7 @@ final class Farm {
             Map<?, ?> read = json && Json.read(answer.body()) instanceof Map<?, ?> map ? map : Map.of();
             String after = answer.headers().firstValue("Retry-After").orElse("0");
             return new Reply(answer.statusCode(), read, after.matches("\\d+") ? Integer.parseInt(after) : 0, sent);
-        } catch (IOException fault) {
+        } catch (IOException | IllegalArgumentException fault) { // the latter where its JSON is none
             return new Reply(0, Map.of("detail", "not reached: " + fault), 0, sent);
         }
     }
