@@ -541,7 +541,7 @@ const releaseAll = trying(async (holder) => {
 });
 
 $("add").addEventListener("click", () => {
-  const {project_id, env} = found.pools[0] ?? {};
+  const {project_id, env} = found?.pools[0] ?? {};
   const inputs = [
     {name: "login", label: "Login", maxlength: 254, autocomplete: "off", spellcheck: "false"},
     {name: "password", label: "Password", type: "password", autocomplete: "new-password"},
@@ -564,6 +564,7 @@ async function upload(file, bar) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open("POST", "/users/import");
+    request.responseType = "json";  // null where it is none: a proxy may answer, too
     const type = /\.csv$/i.test(file.name) ? "text/csv" : "application/x-ndjson";
     const headers = Object.entries({"Content-Type": type, ...authorization()});
     for (const [name, value] of headers) request.setRequestHeader(name, value);
@@ -571,9 +572,8 @@ async function upload(file, bar) {
     request.upload.onload = () => bar.removeAttribute("value");  // all is sent, and the service is at it
     request.onerror = () => reject(new Error("No answer: whether the file was imported is not known."));
     request.onload = () => {
-      const body = JSON.parse(request.responseText || "{}");
-      if (request.status === 200) resolve(body);
-      else reject(problem(request.status, body));
+      if (request.status === 200) resolve(request.response);
+      else reject(problem(request.status, request.response ?? {}));
     };
     request.send(file);
   });
@@ -656,6 +656,7 @@ async function update(turn) {
   write($("filter-fault"), "");
   if (isNew) draw(overview, users), opened?.update().catch(() => {});
   live();
+  if (given.get("user")) open(given.get("user")), given.delete("user");  // once: maybe not before a sign-in
 }
 
 async function refresh(anew = false) {
@@ -685,4 +686,3 @@ write($("first"), `${line("/users", ada)}\n${line("/locks", lock)}`);
 const given = new URLSearchParams(location.search);
 setFields(Object.fromEntries(FILTERS.filter((name) => given.get(name)).map((name) => [name, given.get(name)])));
 await refresh();
-if (given.get("user") && found) open(given.get("user"));

@@ -312,6 +312,8 @@ async def test_the_filter_stands_in_the_address_and_survives_a_reload(browser, o
         await expect(page).to_have_url(own.url + "/")
         await page.goto(f"{own.url}/?project_id=nonsense")
         await expect(page.locator("#filter-fault")).to_contain_text("nonsense")
+        await button(page, "Add a user").click()
+        await expect(dialog(page).get_by_label("Login")).to_be_visible()
 
 
 # ---- Refreshing --------------------------------------------------------------------------------------------
@@ -457,6 +459,18 @@ async def test_a_file_is_imported_and_a_bad_one_tells_its_faults_by_line(page, h
     await button(dialog(page), "Import").click()
     await expect(page.locator("#said")).to_have_text("20,000 users added, 0 changed, 0 as they were.")
     assert await page.evaluate("window.bar.getAttribute('value') === null && window.bar.max === 1")
+
+
+async def test_an_import_that_a_proxy_refuses_is_told_and_can_be_tried_again(page, tmp_path):
+    """As nginx does with a body over 1 MB, in HTML."""
+    (file := tmp_path / "users.csv").write_text("login\n")
+    html = {"status": 413, "content_type": "text/html", "body": "<html>Request Entity Too Large</html>"}
+    await page.route("**/users/import", lambda route: route.fulfill(**html))
+    await button(page, "Import").click()
+    await dialog(page).get_by_label("File").set_input_files(file)
+    await button(dialog(page), "Import").click()
+    await expect(dialog(page)).to_contain_text("The service answered with 413.")
+    await expect(button(dialog(page), "Import")).to_be_enabled()
 
 
 async def test_users_are_exported(page, project):
@@ -632,6 +646,18 @@ async def test_a_reload_forgets_who_signed_in(browser, guarded):
         await expect(page.locator("#empty")).to_be_visible()
         await page.reload()
         await expect(page.locator("#entry")).to_be_visible()
+
+
+async def test_who_signs_in_at_an_address_that_names_a_user_gets_its_drawer(browser, guarded, project):
+    boss = await add_client(guarded.database, "admin")
+    async with client(guarded.url) as http:
+        form = {"grant_type": "client_credentials", "client_id": boss.id, "client_secret": boss.secret}
+        token = (await http.post("/token", data=form)).json()["access_token"]
+        http.headers["Authorization"] = f"Bearer {token}"
+        (user,) = await make_users(http, project, 1)
+    async with looking(browser, guarded.url, f"/?user={user['id']}") as page:
+        await sign_in(page, boss)
+        await expect(page.locator("#drawer .title")).to_have_text(user["login"])
 
 
 async def test_a_page_offers_what_its_client_may_do_alone(browser, guarded, project):
