@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -34,6 +35,13 @@ def of_playwright(*arguments: str) -> list[str]:
 
 def test_the_types_of_playwright_hold(playwright: Path):
     run(playwright, "npx", "tsc")
+
+
+def test_the_configuration_of_the_readme_is_one_in_a_project_of_modules_too(playwright: Path, tmp_path: Path):
+    project = shutil.copytree(playwright, tmp_path / "project", ignore=shutil.ignore_patterns("node_modules"))
+    (project / "node_modules").symlink_to(playwright / "node_modules")
+    (project / "package.json").write_text('{"type": "module"}')
+    assert "a bot is greeted" in run(project, "npx", "playwright", "test", "--list", "greeting")
 
 
 def test_playwright_lends_each_worker_a_user(playwright: Path, pool: Pool):
