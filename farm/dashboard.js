@@ -83,7 +83,7 @@ async function call(method, path, {json, headers = {}, query = {}, patience = 20
   const sent = {...headers, ...authorization(), ...(json ? {"Content-Type": "application/json"} : {})};
   const options = {method, headers: sent, cache: "no-store", signal: AbortSignal.timeout(patience)};
   const answer = await fetch(address(path, query), {...options, body: json && JSON.stringify(json)});
-  if (answer.status === 401) leave(session ? "The token does not count any more: sign in again." : "");
+  if (answer.status === 401) leave(session && "The token does not count any more: sign in again.");
   if (!answer.ok && answer.status !== 304) throw await problemOf(answer);
   setClock(answer);
   return answer;
@@ -125,7 +125,7 @@ function leave(why) {
   session = found = etag = null;
   for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
   for (const each of ["pools", "users", "lately"]) list($(each), [], String);
-  write($("entry-fault"), why);
+  if (why) write($("entry-fault"), why);
   face("entry");
 }
 $("leave").addEventListener("click", () => location.reload());

@@ -660,6 +660,19 @@ async def test_who_signs_in_at_an_address_that_names_a_user_gets_its_drawer(brow
         await expect(page.locator("#drawer .title")).to_have_text(user["login"])
 
 
+async def test_who_is_signed_out_in_the_midst_of_an_action_still_reads_why_after_the_next_look(browser, guarded):
+    boss = await add_client(guarded.database, "admin")
+    async with looking(browser, guarded.url) as page:
+        await sign_in(page, boss)
+        await expect(page.locator("#empty")).to_be_visible()
+        await page.route("**/users", lambda route: route.fulfill(status=401, json={}))
+        await button(page, "Add a user").click()
+        async with page.expect_response(lambda answer: "/overview" in answer.url and answer.status == 401):
+            await button(dialog(page), "Add").click()
+        await page.wait_for_timeout(100)
+        await expect(page.locator("#entry-fault")).to_have_text("The token does not count any more: sign in again.")
+
+
 async def test_a_page_offers_what_its_client_may_do_alone(browser, guarded, project):
     boss = await add_client(guarded.database, "admin")
     reader, locker = await add_client(guarded.database, "users:read"), await add_client(guarded.database, "locks")
