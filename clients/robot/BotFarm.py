@@ -43,8 +43,8 @@ class BotFarm:
 
         | ${admin}=    Acquire Bot    role=admin
         """
-        chosen: dict[str, Any] = {"user_id": user_id} if user_id else {**self._filter, "labels": labels}
-        return self._keep([self.farm.acquire(**chosen, **self._times)])[0]
+        chosen: dict[str, Any] = {"user_id": user_id} if user_id else self._filter
+        return self._keep([self.farm.acquire(**chosen, labels=labels, **self._times)])[0]
 
     @keyword
     def acquire_bots(self, count: int, **labels: str) -> list[Lock]:

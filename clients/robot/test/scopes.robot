@@ -18,6 +18,7 @@ A Test That Fails Gives Its User Back
     Should Be Equal    ${MINE.login}    nobody
 
 A Test Has What The One Before It Had
+    Run Keyword And Expect Error    *user_id names one user*    Acquire Bot    user_id=${OF SUITE.user_id}    role=buyer
     ${MINE}=    Acquire Bot    role=buyer
     VAR    ${MINE}    ${MINE}    scope=TEST
     Should Not Be Equal    ${MINE.login}    ${OF SUITE.login}
