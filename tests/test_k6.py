@@ -54,6 +54,15 @@ def test_a_run_of_k6_without_enough_users_says_so_and_holds_none(k6: str, folder
     assert pool.ends() == ["released"] * 100
 
 
+def test_a_service_that_sends_k6_on_is_told_of_and_not_followed(k6: str, folder: Path, pool: Pool):
+    pool.add(10)
+    with gate(pool.url) as way:
+        way.says = f"HTTP/1.1 307 Moved\r\nLocation: {pool.url}/locks/sets\r\nContent-Length: 0\r\n\r\n".encode()
+        told = run(folder, k6, "run", "--quiet", "load.js", status=107, env=pool.env(BOTFARM_URL=way.url))
+    assert ": status 307" in told
+    assert pool.ends() == []
+
+
 def test_a_virtual_user_of_k6_beyond_those_that_were_acquired_ends_the_run(k6: str, folder: Path, pool: Pool):
     pool.add(2)
     told = run(folder, k6, "run", "--quiet", "hold.js", status=108, env=pool.env() | {"TEST_COUNT": "1"})

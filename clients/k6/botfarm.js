@@ -7,7 +7,7 @@ const SET = 100; // users that one call of the service lends at most
 const PATIENCE = 40; // seconds for which a service that is away is asked again; k6 gives setup() 60
 const THERE = 20; // seconds after which a wait that is cut off, as by a proxy, had reached the service
 const TIMEOUT = 1050; // k6's own error code: nobody had answered
-const AWAY = [0, 502, 503, 504];
+const AWAY = [0, 429, 502, 503, 504];
 const FORM = 'application/x-www-form-urlencoded';
 
 let token = '';
@@ -65,8 +65,9 @@ function ask(method, path, body, key, wait) {
 }
 
 function send(method, path, body, params) {
-  // Not among the requests of the run that may fail.
-  const apart = { responseCallback: null, tags: { name: 'botfarm' } };
+  if (!__ENV.BOTFARM_URL) throw new Error('BOTFARM_URL is not set: it is the address of the BotFarm, as http://botfarm:8000');
+  // Not among the requests of the run that may fail; and a secret is sent nowhere else.
+  const apart = { responseCallback: null, redirects: 0, tags: { name: 'botfarm' } };
   return http.request(method, __ENV.BOTFARM_URL.replace(/\/+$/, '') + path, body, { ...params, ...apart });
 }
 
