@@ -7,6 +7,7 @@ something to do does it.
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
 import time
 from collections.abc import Iterator
@@ -199,7 +200,7 @@ def _run_migrations(backend: Any, rollback: bool) -> list[str]:
     from yoyo import read_migrations
 
     _check_known([row[0] for row in backend.execute("select migration_id from _yoyo_migration").fetchall()])
-    known = read_migrations(str(FOLDER))
+    known = read_migrations(glob.escape(str(FOLDER)))  # it takes a pattern
     if not rollback:
         chosen = backend.to_apply(known)
         backend.apply_migrations(chosen)

@@ -239,6 +239,14 @@ def test_no_applied_migration_was_edited():
     assert found == PINNED
 
 
+def test_the_folder_of_a_checkout_may_have_any_name(bare_database, tmp_path, monkeypatch):
+    """yoyo takes it for a pattern: none was found, and a service without tables was started."""
+    folder = tmp_path / "job [7] *"
+    shutil.copytree(ROOT / "migrations", folder)
+    monkeypatch.setattr(farm.migrations, "FOLDER", folder)
+    assert farm.migrations.migrate(bare_database) == NAMES
+
+
 def test_every_migration_can_be_taken_back():
     assert all((ROOT / "migrations" / f"{name}.rollback.sql").exists() for name in NAMES)
 
