@@ -75,10 +75,10 @@ class _Busy(EmbeddedError):
 
 @contextmanager
 def _explained(home: Path) -> Iterator[None]:
-    """A full disk, a folder that can't be written and the like become an EmbeddedError."""
+    """A full disk, a folder that can't be written or named and the like become an EmbeddedError."""
     try:
         yield
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, UnicodeError, subprocess.SubprocessError) as error:
         raise EmbeddedError(f"The embedded PostgreSQL can't run in {home}: {error}. {OTHER_HOME}") from error
 
 
@@ -119,7 +119,7 @@ def _place(home: Path) -> Path:
     moved = SHARED / f"{home.name.lstrip('.')}-{hashlib.sha256(os.fsencode(home)).hexdigest()[:8]}"
     if moved.exists():
         return moved
-    user, parent = _user(home), next(folder for folder in home.parents if folder.exists())
+    user, parent = _user(home), next(folder for folder in (*home.parents, home) if folder.exists())
     if _run(user, "test", "-x", str(parent)).returncode == 0:
         return home
     if (home / "data").exists():

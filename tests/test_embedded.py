@@ -256,6 +256,20 @@ def test_any_path_will_do(folder: Path, old_home: Path, name: str, is_new: bool)
     assert sockets == home or not sockets.exists()
 
 
+def test_a_path_that_is_no_text_is_told_as_just_that(folder: Path, old_home: Path) -> None:
+    """As that of a folder in which somebody starts it; BOTFARM_HOME is looked at with the other settings."""
+    home = copy(old_home, folder / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(embedded.EmbeddedError, match=r"can't encode character .* Set BOTFARM_HOME to another folder"):
+        embedded.start(home)
+
+
+@root_only
+def test_the_root_folder_is_no_home() -> None:
+    assert embedded.running(Path("/")) is None
+    with pytest.raises(embedded.EmbeddedError, match=r"^/ belongs to uid 0"):
+        embedded.start(Path("/"))
+
+
 def test_a_database_keeps_its_version(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(embedded, "FOLDERS", {"16": "pginstall"})
