@@ -109,7 +109,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_wait: Annotated[int, Meta(ge=0, le=86400), "longest wait for a user, in seconds"] = 300
     max_body: Annotated[int, Meta(ge=1024), "largest body of a request, in bytes"] = 1 << 20
     max_import: Annotated[int, Meta(ge=1024), "largest body of an import, in bytes"] = 1 << 30
-    bad_logins: Annotated[int, Meta(ge=0), "locks in bad-login after which a user is quarantined; 0: never"] = 3
+    bad_logins: Annotated[
+        int, Meta(ge=0, le=1_000_000), "locks in bad-login after which a user is quarantined; 0: never"
+    ] = 3
     history_days: Annotated[int, Meta(ge=1, le=36500), "days for which ended locks are remembered"] = 30
     pool_size: Annotated[int, Meta(ge=1, le=1000), "database connections for all but locks, per worker"] = 8
     batch: Annotated[int, Meta(ge=1, le=1000), "most acquires or releases that share one statement"] = 100

@@ -180,6 +180,14 @@ def test_all_bad_settings_are_told_in_one_message():
     assert "Traceback" not in refused.stderr
 
 
+def test_no_number_is_too_large_for_the_database():
+    """A release with one was a 500."""
+    names = [f"BOTFARM_{name}" for name in ("MAX_TTL", "MAX_WAIT", "BAD_LOGINS", "HISTORY_DAYS", "BATCH")]
+    with pytest.raises(farm.settings.BadSettings) as told:
+        farm.settings.Settings.load(dict.fromkeys(names, str(1 << 31)))
+    assert [line.partition(":")[0] for line in str(told.value).splitlines()[1:]] == names
+
+
 def test_flags_override_variables_and_secrets_come_from_files(tmp_path):
     assert "--port" in command("serve", "--help").stdout
     assert command("openapi", env={"BOTFARM_ENVS": "alpha"}).stdout.count("alpha") > 1
