@@ -399,7 +399,11 @@ def main(argv: Sequence[str] | None = None, app: str = "botfarm:app") -> int:
     if not words or (words[0].startswith("-") and words[0] not in HELP):
         words.insert(0, "serve")
     try:
-        return commands.main(words, obj=app, standalone_mode=False) or 0
+        status = commands.main(words, obj=app, standalone_mode=False) or 0
+        if words[0] != "serve" and sys.stdout:
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.flush()  # a full disk has not got what may be told this once
+        return status
     except click.ClickException as error:
         return say(error.show, status=error.exit_code)
     except click.Abort:  # SIGINT

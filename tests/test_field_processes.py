@@ -564,6 +564,15 @@ def test_the_exit_status_does_not_depend_on_who_reads_the_output(words, status, 
     assert done.returncode == status
 
 
+@pytest.mark.parametrize("words", [["keygen"], ["client", "add", "ci", "--scope", "locks"]])
+def test_what_is_told_this_once_and_finds_no_room_is_not_done(words, empty_database):
+    env = environment({"DATABASE_URL": empty_database, "PYTHONUNBUFFERED": ""})
+    line = [sys.executable, "botfarm.py", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, env=env, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "[Errno 28] No space left on device\n")
+
+
 # ---- Connections ---------------------------------------------------------------------------------------------
 
 JSON = b"Host: x\r\nContent-Type: application/json\r\n"
