@@ -116,6 +116,7 @@ class Journal:
     def __init__(self, file: int = 2) -> None:
         self.lost = 0
         self._file = file
+        self._is_torn = False  # as a full disk leaves a line
         self._told = 0  # of those that were lost
         self._lines: deque[bytes] = deque()
         self._shown = readable if os.isatty(file) else msgspec.json.Encoder().encode
@@ -166,9 +167,12 @@ class Journal:
             self.lost += len(lines)
 
     def _put(self, data: bytes) -> None:
+        data = b"\n" + data if self._is_torn else data
         while data:
             try:
-                data = data[os.write(self._file, data) :]
+                written = os.write(self._file, data)
+                self._is_torn = data[written - 1] != ord("\n")
+                data = data[written:]
             except BlockingIOError:  # somebody made standard error non-blocking
                 time.sleep(0.01)
 

@@ -503,6 +503,25 @@ def test_lines_go_out_whole_in_pieces_that_a_pipe_takes_at_once():
     assert len(pieces) < 100, "short ones go together"
 
 
+def test_a_line_that_a_full_disk_tears_spoils_no_other(tmp_path):
+    """The disk is full where files may not grow: half of the first line finds room."""
+    lines = (
+        "import resource",
+        "from datetime import UTC, datetime",
+        "from farm.telemetry import Entry, JOURNAL",
+        "for size in (100, -1):",
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))",
+        "    JOURNAL.write(Entry(datetime.now(UTC), 'info', 'message', message=str(size) * 50))",
+        "    JOURNAL.flush()",
+    )
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, stderr=log, timeout=20, check=True)
+    torn, *whole = (tmp_path / "log").read_text().splitlines()
+    lost, second = map(json.loads, whole)
+    assert len(torn) == 100
+    assert (lost["event"], lost["count"], second["message"]) == ("log-lost", 1, "-1" * 50)
+
+
 def test_standard_error_that_was_made_non_blocking_loses_no_line():
     reading, writing = os.pipe()
     os.set_blocking(writing, False)  # as a program that shares standard error may leave it
