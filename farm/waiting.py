@@ -547,6 +547,6 @@ async def listen(desk: Desk, url: str) -> None:
                     await asyncio.sleep(jittered(BEAT))
             finally:
                 connection.terminate()
-        except (SchemaError, *NO_CONNECTION) as fault:
+        except (SchemaError, UnicodeError, *NO_CONNECTION) as fault:  # the second: a host that is none
             desk.events.database_failed("No news of other replicas, polls go on", fault)
         await asyncio.sleep(jittered(BEAT))

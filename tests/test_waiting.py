@@ -623,6 +623,16 @@ async def test_the_waiters_wake_when_nobody_tells_them(database, project):
             assert (await asyncio.wait_for(waiter, 5)).status_code == 201
 
 
+async def test_a_host_for_news_that_is_none_is_told(service, caplog):
+    hearing = asyncio.create_task(farm.waiting.listen(service.farm.desk, "postgresql://u:hidden@a..b/d"))
+    while not caplog.records and not hearing.done():
+        await asyncio.sleep(0.01)
+    hearing.cancel()
+    (told,) = caplog.messages
+    assert told.startswith("No news of other replicas, polls go on: Unicode")
+    assert "hidden" not in told
+
+
 async def test_waiting_goes_on_while_the_database_restarts(api, service, database, project):
     await make_users(api, project)
     lock = (await acquire(api, project)).json()
