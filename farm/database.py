@@ -177,7 +177,7 @@ async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str
     60 -> 41 us a request); lists and filters want a plan that knows which filters are set.
     """
     address = read_address(url)
-    tuning = {"plan_cache_mode": plans, "jit": "off"}
+    tuning = {"plan_cache_mode": plans, "jit": "off", "default_transaction_isolation": "read committed"}
     if "application_name=" not in address.url:
         tuning["application_name"] = "botfarm"
     if plans == "force_generic_plan":  # a plan made while a table was small must not scan it when it has grown

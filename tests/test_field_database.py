@@ -762,6 +762,15 @@ async def test_a_database_that_may_lose_commits_is_warned_of_once(empty_database
     assert "may lose locks" in lines[0]
 
 
+@pytest.mark.parametrize("plans", ["force_generic_plan", "force_custom_plan"])
+async def test_a_database_that_isolates_more_by_default_refuses_no_call_for_it(empty_database, plans):
+    """Two that release at once were a 503 for one of them."""
+    name = urlsplit(empty_database).path[1:]
+    await execute(empty_database, f"alter database {name} set default_transaction_isolation = 'serializable'")
+    async with farm.database.open_pool(empty_database, 1, plans, 5) as pool:
+        assert await pool.fetchval("show transaction_isolation") == "read committed"
+
+
 # Outages, bugs and what is not there.
 
 
