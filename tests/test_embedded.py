@@ -243,6 +243,18 @@ def test_a_command_waits_for_a_service_that_is_starting(home: Path) -> None:
         assert answers(dsn)
 
 
+def test_a_command_stops_no_server_that_another_one_uses(old_home: Path) -> None:
+    first, second = embedded.database(old_home), embedded.database(old_home)
+    first.__enter__()
+    with second as dsn:
+        leaving = threading.Thread(target=first.__exit__, args=(None, None, None))
+        leaving.start()
+        leaving.join(0.5)
+        assert answers(dsn)
+    leaving.join(20)
+    assert embedded.running(old_home) is None
+
+
 @pytest.mark.parametrize(("name", "is_new"), [("long" * 30, False), ("a,b", False), ("a b&c%41'\"é", True)])
 def test_any_path_will_do(folder: Path, old_home: Path, name: str, is_new: bool) -> None:
     home = folder / name
