@@ -359,9 +359,9 @@ class _Server(uvicorn.Server):
 
 
 class _Workers(Multiprocess):
-    """Several serving processes. `started`: one of them serves, or has served."""
+    """Several serving processes. `started`: one of them serves, or has served; `failed`: so none goes on."""
 
-    started = False
+    started = failed = False
     spare = 2  # starts that may fail before: the database was there when this process looked
 
     def keep_subprocess_alive(self) -> None:
@@ -374,6 +374,7 @@ class _Workers(Multiprocess):
         for place, process in enumerate(self.processes):
             if process.exitcode == STARTUP_FAILURE and (self.started or self.spare):
                 self._start_again(place)
+        self.failed = self.should_exit.is_set()
 
     def _start_again(self, place: int) -> None:
         """One that comes back while the database is away can't start: for uvicorn a reason to end the others, too."""
@@ -439,7 +440,7 @@ def _run(config: uvicorn.Config) -> int:
     with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
         os.environ[SHARED] = folder
         workers.run()
-    return STARTUP_FAILURE if any(process.exitcode == STARTUP_FAILURE for process in workers.processes) else 0
+    return STARTUP_FAILURE if workers.failed else 0
 
 
 def serve(settings: Settings, app: str) -> int:

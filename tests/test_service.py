@@ -30,6 +30,7 @@ from conftest import (
     process,
     serving,
     slug,
+    until,
     wait_ready,
 )
 from conftest import settings as configured
@@ -397,6 +398,23 @@ def test_new_ids_are_of_version_7_and_in_order():
     assert len(set(ids)) == 100
     assert ids[0].int >> 80 <= ids[-1].int >> 80
     assert msgspec.json.encode(ids[0])
+
+
+def test_workers_that_are_told_to_stop_as_they_start_are_no_failure(empty_database, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import os, signal, sys, time
+if "multiprocessing.spawn" in str(sys.orig_argv):
+    import uvicorn
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(3))  # as a start ends that is told to
+    uvicorn.Server.run = lambda *_: (open("{tmp_path}/" + str(os.getpid()), "w"), time.sleep(60))
+"""
+    )
+    env = {"DATABASE_URL": empty_database, "PYTHONPATH": str(tmp_path)}
+    with process("--port", str(free_port()), "--workers", "2", env=env) as running:
+        until(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2, 30)
+        running.terminate()
+        assert running.wait(20) == 0
 
 
 def test_workers_that_do_not_start_end_the_service_with_status_3(doomed):
