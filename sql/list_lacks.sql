@@ -12,7 +12,7 @@ with needed (name, columns, rights) as (
         ('user_sessions', '{user_id,key_id,sealed,stored_at,ends_at}', '{select,insert,update,delete}'),
         ('user_codes', '{user_id,key_id,sealed,period,spent_until}', '{select,insert,update,delete}'),
         ('idempotency_keys', '{key,lock_ids,bound_at}', '{select,insert,delete}'),
-        ('sealing_keys', '{id,proof}', '{select,insert}'),
+        ('sealing_keys', '{id,proof}', '{select,insert,update}'),
         ('waiting', '{replica,told_at,queue}', '{select,insert,update,delete}'),
         ('clients', '{id,name,created_at,secret_hash,previous_hash,previous_until,scopes,projects}', '{select}'),
         ('token_requests', '{caller,since,requests,failures}', '{select,insert,update,delete}'),

@@ -448,6 +448,7 @@ async def serves_all(url: str, folder: Path) -> None:
     ("taken", "lack"),
     [
         ("update on locks", "the right to update in locks"),
+        ("update on sealing_keys", "the right to update in sealing_keys"),
         ("select on users", "the right to select in users"),
         ("select on _yoyo_migration", "_yoyo_migration"),
     ],
