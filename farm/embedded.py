@@ -277,9 +277,14 @@ def _create(data: Path, programs: Path, user: pwd.struct_passwd) -> None:
     done = _run(user, str(programs / "initdb"), "-D", str(fresh), *options)
     if done.returncode != 0:
         raise EmbeddedError(f"initdb can't create {data}: {' '.join(done.stderr.split())} {OTHER_HOME}")
-    fresh.rename(data)
-    folder = os.open(data.parent, os.O_RDONLY)
-    os.fsync(folder)  # or a power failure could undo the rename and with it all commits since
+    rename_for_good(fresh, data)
+
+
+def rename_for_good(path: Path, target: Path) -> None:
+    """Else a power failure could undo it: of the database with all commits since, of the key with all passwords."""
+    path.rename(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    os.fsync(folder)
     os.close(folder)
 
 

@@ -220,7 +220,7 @@ def load_keys(settings: Settings) -> Secret | None:
             new.write(generate_key() + "\n")
             new.flush()
             os.fsync(new.fileno())
-        file.with_suffix(".new").rename(file)
+        embedded.rename_for_good(file.with_suffix(".new"), file)
     try:
         text = read_text(file)
         parse_keys(text)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import os
 import re
+import sys
 import threading
 import uuid
 
@@ -14,6 +16,7 @@ import asyncpg
 import pytest
 from conftest import KEY, acquire, client, command, execute, make_users, serving, settings, slug
 
+import farm.embedded
 import farm.passwords
 import farm.settings
 
@@ -206,3 +209,15 @@ async def test_a_password_that_does_not_open_locks_nobody(api, project, service,
         assert slug(await api.post(f"/users/{user['id']}/verify", json={"password": "x"})) == "database-unavailable"
     assert (await api.get(f"/users/{user['id']}")).json()["state"] == "free"
     await api.delete(f"/users/{user['id']}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what is written by /proc")
+def test_a_key_that_was_made_survives_a_power_failure(tmp_path, monkeypatch):
+    """The file is on the disk, and then its name in the folder."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(farm.embedded, "settle_home", lambda home: home)
+    keys = farm.passwords.load_keys(farm.settings.Settings(home=tmp_path))
+    assert keys
+    assert keys.reveal() == (tmp_path / "keys").read_text().strip()
+    assert synced == [f"{tmp_path}/keys.new", f"{tmp_path}"]
