@@ -147,12 +147,12 @@ def open_backend(address: dict[str, Any]) -> Any:
 
         @contextmanager
         def exclusive(self) -> Iterator[None]:
-            """One transaction that no other run shares."""
+            """One transaction that no other run shares. What waits for a table holds up all who come after it."""
             with contextlib.suppress(*made_just_now), self.transaction():
                 self.execute("set local lock_timeout = '2s'")
                 self.execute("create table if not exists botfarm_migrating (only_one boolean primary key)")
             with self.transaction():
-                self.execute("set local lock_timeout = '2s'")  # what waits for a table holds up all who come after it
+                self.execute("set local lock_timeout = '2s'; set local statement_timeout = 0")  # no limit of calls
                 self.execute("lock table botfarm_migrating in exclusive mode")
                 internalmigrations.upgrade(self)
                 yield

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import asyncpg
 import psycopg
@@ -104,6 +104,15 @@ async def test_a_migration_that_fails_changes_nothing(bare_database, tmp_path, m
     with pytest.raises(psycopg.errors.DivisionByZero):
         await asyncio.to_thread(farm.migrations.migrate, bare_database)
     assert await catalogue(bare_database) == []
+
+
+async def test_a_migration_may_take_longer_than_a_call(bare_database, tmp_path, monkeypatch):
+    """As that of large tables, where the database's owner has set a limit for statements."""
+    name = urlsplit(bare_database).path[1:]
+    await execute(bare_database, f"alter database {name} set statement_timeout = '1s'")
+    (tmp_path / "0001.slow.sql").write_text("select pg_sleep(1.2);\n")
+    monkeypatch.setattr(farm.migrations, "FOLDER", tmp_path)
+    assert await asyncio.to_thread(farm.migrations.migrate, bare_database) == ["0001.slow"]
 
 
 async def test_a_table_of_somebody_else_is_told_at_once(bare_database):
