@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import ipaddress
 import os
+import re
 import sys
 from urllib.parse import unquote, urlsplit
 
@@ -30,13 +31,18 @@ def service(url: str) -> str:
     return f"{scheme}://{rest.rstrip('/')}"
 
 
+def shown(url: str) -> str:
+    """For messages: without a password."""
+    return re.sub("//[^/]*@", "//", url)
+
+
 def check(url: str) -> int:
     """Exit status 0 when the service is ready, else 1."""
     url = service(url)
     try:
         status, text = _get(f"{url}/readyz")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        print(f"{url} does not answer: {error}", file=sys.stderr)
+        print(f"{shown(url)} does not answer: {error}", file=sys.stderr)
         return 1
     print(text)
     return 0 if status == 200 else 1

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO, TypeVar, get_a
 import click
 import msgspec
 
-from farm.check import address, check, service
+from farm.check import address, check, service, shown
 from farm.settings import SECRET_SETTINGS, SETTING_TYPES, BadSettings, Settings
 
 if TYPE_CHECKING:
@@ -338,7 +338,7 @@ def _token_headers(url: str) -> dict[str, str]:
     with _http() as http:
         answer = http.post(f"{url}/token", data={"grant_type": "client_credentials"}, auth=client)
     if answer.status_code != 200:
-        raise BadSettings(f"BOTFARM_CLIENT_ID: no token of {url}: {answer.status_code} {answer.text[:300]}")
+        raise BadSettings(f"BOTFARM_CLIENT_ID: no token of {shown(url)}: {answer.status_code} {answer.text[:300]}")
     return {"Authorization": f"Bearer {answer.json()['access_token']}"}
 
 

@@ -320,6 +320,15 @@ def test_a_service_that_does_not_answer_is_named_and_no_password(capsys):
     assert main(["export", "--url", "http://u:hidden@127.0.0.1:1"]) == 1
     told = "http://127.0.0.1:1 does not answer: [Errno 111] Connection refused."
     assert capsys.readouterr().err == f"{told} Is the service there? --url names another one.\n"
+    assert main(["check", "--url", "http://u:hidden@127.0.0.1:1"]) == 1
+    assert capsys.readouterr().err == f"{told.rstrip('.')}\n"
+
+
+def test_a_service_that_gives_no_token_is_named_and_no_password(monkeypatch, capsys, service):
+    monkeypatch.setenv("BOTFARM_CLIENT_ID", str(uuid.uuid4()))
+    monkeypatch.setenv("BOTFARM_CLIENT_SECRET", "x")
+    assert main(["export", "--url", service.url.replace("//", "//u:hidden@")]) == 2
+    assert capsys.readouterr().err.startswith(f"BOTFARM_CLIENT_ID: no token of {service.url}: 404 ")
 
 
 @pytest.mark.parametrize("body", ['{"message": "no route"}', "[]", "null", "<html>"])
