@@ -5,7 +5,7 @@
 --   $4  holders   text[]  (null leaves it)
 --   $5  notes     text[]  (null leaves it)
 -- Only a lock that is still held is extended. ready_at, which is indexed, moves only when the lock now
--- ends before it, so a renewal is a HOT update.
+-- ends before it, so a renewal is a HOT update. A clock that went back lets no lock end before it began.
 -- The ids are compared with the whole array too, see release_locks.sql.
 with asked as (
     select lock_id, ttl, client_id, holder, note
@@ -17,7 +17,8 @@ extended as (
     set ttl = coalesce(asked.ttl, locks.ttl),
         holder = coalesce(asked.holder, locks.holder),
         note = coalesce(asked.note, locks.note),
-        expires_at = clock_timestamp() + coalesce(asked.ttl, locks.ttl) * interval '1 second',
+        expires_at = greatest(clock_timestamp(), locks.acquired_at)
+            + coalesce(asked.ttl, locks.ttl) * interval '1 second',
         ready_at = least(
             locks.ready_at,
             clock_timestamp() + coalesce(asked.ttl, locks.ttl) * interval '1 second'

@@ -380,3 +380,16 @@ async def test_a_lock_ends_also_when_the_clock_of_the_database_went_back(way, ap
     assert ended.status_code in (200, 204)
     (row,) = await execute(database, f"select acquired_at, ended_at from history where lock_id = '{lock['id']}'")
     assert row["acquired_at"] == row["ended_at"]
+
+
+async def test_a_renewed_lock_expires_also_when_the_clock_of_the_database_went_back(api, database, project):
+    """Before, it seemed to end before it began, which the history refuses: nobody got the user any more."""
+    (user,) = await make_users(api, project)
+    lock = (await acquire(api, project)).json()
+    ahead = "acquired_at = acquired_at + interval '1 minute', expires_at = expires_at + interval '1 minute'"
+    await execute(database, f"update locks set {ahead} where lock_id = '{lock['id']}'", "select")
+    assert (await api.patch(f"/locks/{lock['id']}", json={"ttl": 1})).status_code == 200
+    await pass_time(database, user["id"])
+    assert (await acquire(api, project)).status_code == 201
+    (row,) = await execute(database, f"select ended_by from history where lock_id = '{lock['id']}'")
+    assert row["ended_by"] == "expired"
