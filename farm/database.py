@@ -177,6 +177,7 @@ async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str
     60 -> 41 us a request); lists and filters want a plan that knows which filters are set.
     """
     address = read_address(url)
+    # Statements here read rows anew that others have changed meanwhile; at other levels they would fail.
     tuning = {"plan_cache_mode": plans, "jit": "off", "default_transaction_isolation": "read committed"}
     if "application_name=" not in address.url:
         tuning["application_name"] = "botfarm"

@@ -32,6 +32,8 @@ import ready
 from conftest import (
     KEY,
     ROOT,
+    acquire,
+    blocked,
     client,
     command,
     environment,
@@ -370,6 +372,28 @@ async def takes_no_writes(api) -> bool:
 
 async def works(api) -> bool:
     return (await api.get("/readyz")).status_code == 200
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+async def test_a_database_whose_transactions_are_isolated_more_by_default_refuses_no_call(
+    empty_database, project, level
+):
+    """There, what waits for a row that another call changes fails when it gets it."""
+    name = urlsplit(empty_database).path[1:]
+    await execute(empty_database, f"alter database {name} set default_transaction_isolation = '{level}'")
+    with serving(settings(empty_database)) as running:
+        async with client(running.url) as api:
+            await make_users(api, project)
+            lock = (await acquire(api, project)).json()
+            other = await asyncpg.connect(empty_database)
+            try:
+                await other.execute("begin; update locks set note = 'changed'")
+                release = asyncio.create_task(api.delete(f"/locks/{lock['id']}"))
+                await blocked(empty_database)
+                await other.execute("commit")
+                assert (await release).status_code == 204
+            finally:
+                await other.close()
 
 
 # Two roles.
@@ -761,15 +785,6 @@ async def test_a_database_that_may_lose_commits_is_warned_of_once(empty_database
         lines = [line for line in ready.read(running.stdout).splitlines() if "synchronous_commit off" in line]
     assert len(lines) == 1
     assert "may lose locks" in lines[0]
-
-
-@pytest.mark.parametrize("plans", ["force_generic_plan", "force_custom_plan"])
-async def test_a_database_that_isolates_more_by_default_refuses_no_call_for_it(empty_database, plans):
-    """Two that release at once were a 503 for one of them."""
-    name = urlsplit(empty_database).path[1:]
-    await execute(empty_database, f"alter database {name} set default_transaction_isolation = 'serializable'")
-    async with farm.database.open_pool(empty_database, 1, plans, 5) as pool:
-        assert await pool.fetchval("show transaction_isolation") == "read committed"
 
 
 # Outages, bugs and what is not there.
