@@ -4,7 +4,7 @@ with needed (name, columns, rights) as (
     values
         ('_yoyo_migration', '{migration_id}', '{select}'),
         ('users', '{id,created_at,project_id,env,domain,login,labels,secret}', '{select,insert,update,delete}'),
-        ('pools', '{id,project_id,env,domain}', '{select,insert}'),
+        ('pools', '{id,project_id,env,domain}', '{select,insert,update}'),
         ('locks', '{user_id,pool_id,fence,lock_id,ready_at,acquired_at,expires_at,ttl,holder,note,quarantine,
             client_id,session_until,last_outcome,bad_logins}', '{select,insert,update,delete}'),
         ('history', '{lock_id,user_id,fence,holder,note,acquired_at,ended_at,ended_by,outcome,client_id}',

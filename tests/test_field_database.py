@@ -426,6 +426,13 @@ async def test_the_lines_of_the_manual_make_two_roles_of_which_one_serves_and_cr
             await execute(server, f"drop role bf{mark}_{name}")
 
 
+async def test_the_rights_that_a_start_looks_for_are_enough(role, empty_database, tmp_path):
+    listed = re.findall(r"\('(\w+)','\{.*?\}','\{(.*?)\}'\)", re.sub(r"\s", "", farm.database.SQL["list_lacks"]))
+    grants = [f"grant {rights} on {name} to {role}" for name, rights in [*listed, ("clients", "all")]]  # (the commands)
+    await execute(empty_database, "revoke create on schema public from public", *grants)
+    await serves_all(as_role(empty_database, role), tmp_path)
+
+
 async def serves_all(url: str, folder: Path) -> None:
     """Each kind of call and of command that changes something, and the jobs beside them."""
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
