@@ -32,6 +32,7 @@ from farm.words import Wish, Wishes
 
 POLL = 0.2  # seconds between two looks while somebody waits
 EXCHANGE = 0.5  # seconds between two exchanges with the other replicas
+GOSSIP = 2  # seconds that such an exchange may take: calls that have no time wait for it, and then for their own look
 BEAT = 5  # seconds between two heartbeats of the connection that hears of other replicas
 HEAD_START = 0.5  # seconds by which one who waits here may overtake one who waits at another replica
 PATIENCE = 3.0  # seconds after which a waiting set goes before those who came later
@@ -391,8 +392,9 @@ class Desk:
         began = time.monotonic()
         if began >= self._exchanges_at:
             with contextlib.suppress(*DATABASE_FAULTS):  # what the others told last still counts
-                await self._exchange()
-                await self._find_deleted()
+                async with asyncio.timeout(GOSSIP):
+                    await self._exchange()
+                    await self._find_deleted()
         if not self.queue:
             return
         hasty = [ask for ask in self.queue if not ask.wait]
