@@ -460,6 +460,10 @@ class Desk:
             for ask, granted in (await self.hand_out(chosen)).items():
                 self._answer(ask, granted)
             await self._find_repeats([ask for ask in chosen if ask in self.queue])
+        except DATABASE_FAULTS as fault:
+            for ask in [ask for ask in chosen if ask.leaving]:  # it has waited long enough to ask for nothing more
+                self._refuse(ask, fault)
+            raise
         finally:
             self._taking = set()
             self._dismiss(chosen)

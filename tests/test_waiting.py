@@ -690,6 +690,36 @@ async def test_what_replicas_tell_each_other_holds_up_no_call_for_long(api, data
         await other.close()
 
 
+async def test_a_wait_that_runs_out_while_the_database_is_silent_asks_it_nothing_more(
+    api, service, project, monkeypatch
+):
+    """It has met it already, in the statement that was to serve it; why there is no user would take as long again."""
+    await make_users(api, project)
+    held = (await acquire(api, project)).json()
+    waiter = waiting(api, project, wait=1)
+    await queued(service)
+    await asyncio.to_thread(until, lambda: not service.farm.locks.refusal._tasks, 5)
+    fetch, asked = service.farm.hot.fetch, []
+
+    async def silent(sql, *args, **options):
+        if sql != farm.database.SQL["acquire_users"]:
+            return await fetch(sql, *args, **options)
+        (ask,) = service.farm.desk._taking
+        while not ask.leaving:
+            await asyncio.sleep(0.01)
+        raise TimeoutError
+
+    async def count(wishes):
+        asked.append(wishes)
+        raise TimeoutError
+
+    monkeypatch.setattr(service.farm.hot, "fetch", silent)
+    monkeypatch.setattr(service.farm.locks.refusal, "_run", count)
+    await api.delete(f"/locks/{held['id']}")
+    assert slug(await waiter) == "database-unavailable"
+    assert asked == []
+
+
 async def test_a_replica_that_has_stopped_keeps_no_place_for_who_waited_there(api, database, project):
     await make_users(api, project)
     held = (await acquire(api, project)).json()
