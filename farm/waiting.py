@@ -165,18 +165,18 @@ def match(asks: Iterable[Ask], fitting: Fitting, now: float) -> dict[Ask, list[u
 class Unanswered:
     """Locks that nobody was told of, and that somebody has to give back.
 
-    They may have been granted by a statement whose reply was lost, and which may still be running: so each is looked
-    for until SEARCH seconds have passed.
+    They may have been granted by a statement whose reply was lost, and which may still be running, or be on its way: so
+    each is looked for LOOKS times. There is none while the database does not answer, however long that lasts.
     """
 
-    SEARCH = 30
+    LOOKS = 30  # about one a second
     PAGE = 500  # locks that are looked for at once
 
     def __init__(self) -> None:
-        self._ends: dict[uuid.UUID, float] = {}
+        self._looks: dict[uuid.UUID, int] = {}  # how many are left for each
 
     def add(self, lock_ids: Iterable[uuid.UUID]) -> None:
-        self._ends |= dict.fromkeys(lock_ids, time.monotonic() + self.SEARCH)
+        self._looks |= dict.fromkeys(lock_ids, self.LOOKS)
 
     @contextlib.contextmanager
     def unless_answered(self, asks: Iterable[Ask]) -> Iterator[None]:
@@ -196,13 +196,14 @@ class Unanswered:
 
         Two may run at once.
         """
-        ids, now = list(self._ends), time.monotonic()
+        ids = list(self._looks)
         for first in range(0, len(ids), self.PAGE):
             page = ids[first : first + self.PAGE]
             for id, found in zip(page, await asyncio.gather(*map(release, page)), strict=True):
-                if found or self._ends.get(id, now) <= now:
-                    self._ends.pop(id, None)
-        return bool(self._ends)
+                left = self._looks.pop(id, 0) - 1
+                if left > 0 and not found:
+                    self._looks[id] = left
+        return bool(self._looks)
 
 
 # ---- The desk ----------------------------------------------------------------------------------------------

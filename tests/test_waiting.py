@@ -816,6 +816,34 @@ async def test_a_lock_that_nobody_was_told_of_is_looked_for_by_two_at_once():
     assert asked == [first, first, second]
 
 
+async def test_a_lock_that_nobody_was_told_of_is_looked_for_after_an_outage_of_any_length(monkeypatch):
+    """What was sent before it may arrive behind the first look after it. That look was the only one."""
+    unanswered, granted, lock_id = farm.waiting.Unanswered(), [], uuid.uuid4()
+
+    async def release(id):
+        return id in granted
+
+    unanswered.add([lock_id])
+    outage = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: outage)
+    assert await unanswered.give_back(release)
+    granted.append(lock_id)
+    assert not await unanswered.give_back(release)
+
+
+async def test_a_lock_that_was_never_granted_is_looked_for_no_longer_than_it_may_come():
+    unanswered, asked = farm.waiting.Unanswered(), []
+
+    async def release(id):
+        asked.append(id)
+        return False
+
+    unanswered.add([uuid.uuid4()])
+    while await unanswered.give_back(release):
+        pass
+    assert len(asked) == farm.waiting.Unanswered.LOOKS
+
+
 async def test_a_call_that_met_a_deadlock_is_repeated_with_the_body_it_had(api, service, project, monkeypatch):
     await make_users(api, project)
     held = (await acquire(api, project)).json()
