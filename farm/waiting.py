@@ -463,7 +463,7 @@ class Desk:
             await self._find_repeats([ask for ask in chosen if ask in self.queue])
         except DATABASE_FAULTS as fault:
             for ask in [ask for ask in chosen if ask.leaving]:  # it has waited long enough to ask for nothing more
-                self._refuse(ask, fault)
+                self._answer(ask, [], fault)
             raise
         finally:
             self._taking = set()

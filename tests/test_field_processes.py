@@ -431,7 +431,7 @@ async def test_a_grant_that_nobody_is_told_of_at_the_stop_is_given_back(what, wa
         key = uuid.uuid4() if keyed else None
         call = asyncio.create_task(own.acquire(request, Ask(wishes=wishes[what], ttl=60, wait=wait, key=key)))
         await sent.wait()
-        own.stop()
+        own.desk.close()
         call.cancel()
         await asyncio.wait([call])
         asyncio.get_running_loop().call_later(0.1, over.set)
@@ -465,7 +465,7 @@ async def test_who_is_given_up_while_a_session_is_looked_for_gets_nobody(api, da
         ask = Ask(wishes=(farm.words.Wish(None, uuid.UUID(project)),), ttl=60, prefers_session=True)
         call = asyncio.create_task(own.acquire(cast("Any", None), ask))
         await sent.wait()
-        own.stop()
+        own.desk.close()
         call.cancel()
         await asyncio.wait([call])
         over.set()
