@@ -367,6 +367,8 @@ class _Workers(Multiprocess):
     def keep_subprocess_alive(self) -> None:
         if self.should_exit.is_set():
             return
+        for process in self.processes:
+            process.child_conn.close()  # our copy: with it open one that ends is waited for like one that is silent
         super().keep_subprocess_alive()
         if not self.started and any(process.is_ready() for process in self.processes):
             self.started = True

@@ -156,6 +156,17 @@ def test_workers_that_have_no_turn_for_seconds_as_they_start_go_on(empty_databas
         assert workers_of(running) == first
 
 
+def test_a_worker_that_ends_while_it_is_asked_for_a_sign_of_life_is_followed_by_another_at_once(empty_database):
+    port = free_port()
+    with process(env={"DATABASE_URL": empty_database, "BOTFARM_PORT": str(port), "BOTFARM_WORKERS": "2"}) as running:
+        wait_ready(f"http://127.0.0.1:{port}")
+        first = workers_of(running)
+        os.kill(min(first), signal.SIGSTOP)
+        time.sleep(1.5)  # each is asked twice a second
+        os.kill(min(first), signal.SIGKILL)
+        until(lambda: workers_of(running) - first, 20)  # and not after 30 s
+
+
 def test_workers_that_stop_leave_nobody_at_the_port(empty_database):
     """The process that started them held it open as long as one of them had a call: who came was accepted and reset."""
     port = free_port()
