@@ -395,7 +395,8 @@ async def hot_settings(url: str) -> str:
     async with farm.database.open_pool(url, 1, "force_generic_plan", 10) as pool:
         rows = await pool.fetch("select name, setting from pg_settings where source = 'client'")
     skipped = ("application_name", "client_encoding")
-    return " ".join(f"-c {row['name']}={row['setting']}" for row in rows if row["name"] not in skipped)
+    settings = {row["name"]: row["setting"].replace(" ", "\\ ") for row in rows if row["name"] not in skipped}
+    return " ".join(f"-c {name}={setting}" for name, setting in settings.items())
 
 
 def direct(service: Service, connections: int, seconds: int, folder: Path) -> Run:
