@@ -685,7 +685,7 @@ async def test_what_replicas_tell_each_other_holds_up_no_call_for_long(api, data
         await blocked(database)
         began = time.monotonic()
         assert (await set_of(api, {"project_id": project, "count": 2})).status_code == 201
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 6
     finally:
         await other.close()
 
