@@ -121,6 +121,7 @@ class Locks:
         self.keyed = self._coalesced(settings, partial(find_keyed, hot), "get_keyed_locks")
         self.refusal = self._coalesced(settings, self._refusals, "count_matching")
         self.unanswered = Unanswered()
+        # Whether few users have the labels of a wish: counted anew after a while, as imports may bring many.
         self.rare: TTLCache[Wish, bool] = TTLCache(KEPT, 600)
         self.desk = Desk(hot, events, self.unanswered, self.rare, self.refusal)
         # What was refused last: who asks for it again is refused by a count alone (refusals to cycles: 0.18 -> 1.2).

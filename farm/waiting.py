@@ -241,7 +241,7 @@ class Desk:
         self.hot = hot
         self.events = events
         self.unanswered = unanswered
-        self.rare = rare  # whether few users have the labels of a wish: then a look begins with these
+        self.rare = rare  # where few users have the labels of a wish, a look begins with these
         self.count = count  # those who match a wish: what it finds it writes into `rare`
         self.replica = uuid.uuid4()
         self.queue: dict[Ask, None] = {}  # those who came first stand first

@@ -146,12 +146,11 @@ def test_workers_that_have_no_turn_for_seconds_as_they_start_go_on(empty_databas
     with process(env={"DATABASE_URL": empty_database, "BOTFARM_PORT": str(port), "BOTFARM_WORKERS": "2"}) as running:
         until(lambda: len(workers_of(running)) == 2, 20)
         first = workers_of(running)
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for pid in first:
-                os.kill(pid, number)
-            time.sleep(
-                7 if number == signal.SIGSTOP else 0
-            )  # uvicorn waits 5 s for a sign of life, if not told otherwise
+        for pid in first:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(7)  # uvicorn waits 5 s for a sign of life, if it is not told otherwise
+        for pid in first:
+            os.kill(pid, signal.SIGCONT)
         wait_ready(f"http://127.0.0.1:{port}")
         assert workers_of(running) == first
 
