@@ -55,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:  # behind `nohup` or `&`, and then by all that tests start, too
             signal.signal(number, lambda *_: None)  # by this process alone
+    config.addinivalue_line("markers", "long: has a long form, for --long")
     for name, count in (("short", 25), ("long", 100)):
         hypothesis.settings.register_profile(name, max_examples=count)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
@@ -71,7 +72,19 @@ def long_chapter(reason: str) -> None:
         pytest.skip(f"{reason}: with --long", allow_module_level=True)
 
 
-@pytest.fixture
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is longer with --long: it asks for that, has random input, or stands in a chapter left out without."""
+    for test in items:
+        if isinstance(test, pytest.Function) and (
+            "long" in test.fixturenames
+            or getattr(test.obj, "is_hypothesis_test", False)
+            or hasattr(test.module, long_chapter.__name__)
+        ):
+            test.add_marker("long")
+
+
+@pytest.fixture(scope="session")
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether tests that provoke races and faults take their time."""
     return request.config.getoption("--long")

@@ -61,8 +61,10 @@ def test_importing_it_loads_nothing_of_http():
     assert not {"http.client", "ssl", "urllib.request", "json", "asyncio", "socket", "botfarm_client.run"} & {*loaded}
 
 
-def test_its_wheel_installs_offline_brings_nothing_and_is_found(tmp_path, service, project):
+def test_its_wheel_installs_offline_brings_nothing_and_is_found(tmp_path, service, project, long):
     """By pytest, of its own accord; and its command runs."""
+    if not long:
+        pytest.skip("builds and installs a wheel: with --long")
     create(service.url, project)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     build = ["wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(PACKAGE)]

@@ -64,9 +64,9 @@ def test_what_is_tested_is_within_the_bounds_of_what_a_wheel_asks_for(part, boun
 
 
 @pytest.fixture(scope="module", params=["embedded", "without-database"])
-def pyz(request):
+def pyz(request, long):
     """botfarm.pyz alone in a folder that nobody can write to."""
-    if not request.config.getoption("--long"):
+    if not long:
         pytest.skip("installs all that BotFarm needs, into one file: with --long")
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
         os.chmod(folder, 0o755)
