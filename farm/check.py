@@ -59,5 +59,10 @@ def _get(url: str) -> tuple[int, str]:
         return answer.status, answer.read().decode()
 
 
+def here() -> str:
+    """The URL of the service that these settings start."""
+    return address(os.environ.get("BOTFARM_HOST") or "127.0.0.1", os.environ.get("BOTFARM_PORT") or "8000")
+
+
 if __name__ == "__main__":
-    sys.exit(check(address(os.environ.get("BOTFARM_HOST") or "127.0.0.1", os.environ.get("BOTFARM_PORT") or "8000")))
+    sys.exit(check(here()))

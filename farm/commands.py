@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO, TypeVar, get_a
 import click
 import msgspec
 
-from farm.check import address, check, service, shown
+from farm.check import address, check, here, service, shown
 from farm.settings import SECRET_SETTINGS, SETTING_TYPES, BadSettings, Settings
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def _service(context: click.Context, option: click.Parameter, text: str) -> str:
 
 
 of_service = click.option(
-    "--url", default="http://127.0.0.1:8000", show_default=True, help="the service", callback=_service
+    "--url", default=here, show_default="BOTFARM_HOST and BOTFARM_PORT", help="the service", callback=_service
 )
 
 

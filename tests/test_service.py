@@ -212,13 +212,13 @@ def test_commands_import_export_and_check_a_service(empty_database, project, tmp
         assert command("check", "--port", port).returncode == 0
         file = tmp_path / "users.csv"
         file.write_text(f"login,password,project_id,env\na,p,{project},prod\nb,p,{project},prod\n")
-        done = command("import", str(file), "--url", url)
+        done = command("import", str(file), env={"BOTFARM_PORT": port})
         assert (done.returncode, json.loads(done.stdout)["created"]) == (0, 2)
         line = json.dumps({"login": "c", "project_id": project, "env": "moon", "password": "p"})
         refused = command("import", "-", "--url", url, text=line)
         assert refused.returncode == 1
         assert "line 1: env" in refused.stderr
-        exported = command("export", "--url", url)
+        exported = command("export", env={"BOTFARM_PORT": port})
         assert [json.loads(text)["login"] for text in exported.stdout.splitlines()] == ["a", "b"]
     assert command("import", str(tmp_path / "none"), "--url", url).returncode == 1
     assert command("export", "--url", url).returncode == 1
