@@ -12,7 +12,7 @@ from email.message import Message
 from functools import lru_cache
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -29,16 +29,9 @@ UTF8 = ("utf-8", "utf8", "us-ascii")  # as Content-Type names it
 LONGEST_TYPE = 1000  # characters of a Content-Type: of 60,000 semicolons, Python's own reading takes two seconds
 
 
-def choices_of(kind: Any) -> Iterator[str]:
-    """The values of a Literal, wherever in a type it stands."""
-    for part in get_args(kind):
-        yield from [part] if get_origin(kind) is Literal else choices_of(part)
-
-
 def told(text: str, place: str, value: Any, kind: Any) -> str:
     """What msgspec says of a value, in words, and with the value where that is no secret."""
-    is_choice = text.startswith("Invalid enum value")
-    text = f"choose one of {', '.join(choices_of(kind))}" if is_choice else in_words(text, RULES)
+    text = in_words(text, kind, RULES)
     return text if not place or place.endswith(SECRETS) else f"{shown(value)} is not allowed: {text}"
 
 
@@ -57,19 +50,23 @@ UNKNOWN, MISSING = "unknown field", "required, but missing"
 
 def _fault(error: msgspec.ValidationError, name: str, value: Any, kind: Any) -> FieldError:
     """What is wrong with a field, or with a body, whose name is empty."""
-    text, _, where = str(error).partition(" - at ")
+    text = str(error).partition(" - at ")[0]
     if name == "labels" and isinstance(value, dict):
         return _label_error(name, value, text)
-    if found := re.search(r"\$\[(\d+)\]", where):
-        name, value = f"{name}[{found[1]}]", value[int(found[1])]
     return FieldError(name or None, told(text, name, value, kind))
 
 
 fields_of = lru_cache(msgspec.structs.fields)  # a look takes fifty times as long as all else that is done for a part
 
 
-def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[FieldError]:
+def _faults(raw: Any, kind: type, settings: Settings, place: str = "") -> Iterator[FieldError]:
     """Every unknown field, and of each other field the first fault, be it by its type or by the settings."""
+    if not isinstance(raw, dict):
+        try:
+            msgspec.convert(raw, kind)
+        except msgspec.ValidationError as error:
+            yield _fault(error, place, raw, kind)
+        return
     fields = {field.name: field for field in fields_of(kind)}
     yield from (FieldError(name, UNKNOWN) for name in raw if name not in fields)
     good = SimpleNamespace()
@@ -88,18 +85,14 @@ def _faults(raw: dict[str, Any], kind: type, settings: Settings) -> Iterator[Fie
 def _faults_in_set(parts: Any, settings: Settings) -> Iterator[FieldError]:
     """Of as many parts as a set may have: a body may hold 300,000, which would take minutes."""
     for number, part in enumerate(parts[:100] if isinstance(parts, list) else ()):
-        for fault in _faults(part, SetPart, settings) if isinstance(part, dict) else ():
-            yield FieldError(f"users[{number}].{fault.field}", fault.message)
-        if not isinstance(part, dict):
-            try:
-                msgspec.convert(part, SetPart)
-            except msgspec.ValidationError as error:
-                yield _fault(error, f"users[{number}]", part, SetPart)
+        place = f"users[{number}]"
+        for fault in _faults(part, SetPart, settings, place):
+            yield FieldError(f"{place}.{fault.field}" if isinstance(part, dict) else place, fault.message)
 
 
-def field_errors(error: msgspec.ValidationError, raw: Any, kind: type, settings: Settings) -> list[FieldError]:
+def field_errors(raw: Any, kind: type, settings: Settings) -> list[FieldError]:
     """What is wrong with a body, with the values that were sent (but for secrets)."""
-    return list(islice(_faults(raw, kind, settings), 100)) if isinstance(raw, dict) else [_fault(error, "", raw, kind)]
+    return list(islice(_faults(raw, kind, settings), 100))
 
 
 def _number(text: str) -> float:
@@ -114,8 +107,8 @@ UNTYPED = msgspec.json.Decoder(float_hook=_number)
 def _convert(raw: Any, kind: type[T], settings: Settings) -> T:
     try:
         return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        raise Invalid(field_errors(error, raw, kind, settings)) from None
+    except msgspec.ValidationError:
+        raise Invalid(field_errors(raw, kind, settings)) from None
 
 
 def _no_json(name: str) -> NoReturn:

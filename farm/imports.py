@@ -92,8 +92,8 @@ class ImportFile:
             values = {name: value for name, value in values.items() if not only_tells(name)}
         try:
             user = msgspec.convert(values, ImportedUser)
-        except msgspec.ValidationError as error:
-            faults = field_errors(error, values, ImportedUser, self.settings)
+        except msgspec.ValidationError:
+            faults = field_errors(values, ImportedUser, self.settings)
             for fault in [fault for fault in faults if fault.message == UNKNOWN] or faults[:1]:
                 self.fail(number, fault.field, fault.message)
             return None

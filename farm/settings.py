@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -48,9 +48,17 @@ RULES = {
 }
 
 
-def in_words(message: Any, rules: Mapping[str, str]) -> str:
-    """What msgspec says, without patterns."""
-    return next((rule for pattern, rule in rules.items() if repr(pattern) in str(message)), str(message))
+def choices_of(kind: Any) -> Iterator[str]:
+    """The values of a Literal, wherever in a type it stands."""
+    for part in get_args(kind):
+        yield from [part] if get_origin(kind) is Literal else choices_of(part)
+
+
+def in_words(message: str, kind: Any, rules: Mapping[str, str]) -> str:
+    """What msgspec says of a value that is not of this kind: with the choices, and without patterns."""
+    if message.startswith("Invalid enum value"):
+        return f"choose one of {', '.join(choices_of(kind))}"
+    return next((rule for pattern, rule in rules.items() if repr(pattern) in message), message)
 
 
 def read_text(path: Path) -> str:
@@ -133,12 +141,11 @@ class Settings(Struct, frozen=True, kw_only=True):
         values: dict[str, Any] = {}
         faults: dict[str, object] = {}
         for field, variable in cls.variables().items():
+            path = environ.get(f"{variable}_FILE") if field in SECRET_SETTINGS else None
             try:
-                text = _text_of(environ, variable, field in SECRET_SETTINGS)
-                if text is not None:
+                if text := _text_of(environ, variable, path):
                     values[field] = _typed(field, text)
             except ValueError as fault:
-                path = environ.get(f"{variable}_FILE") if field in SECRET_SETTINGS else None
                 faults[f"{variable}_FILE" if path else variable] = f"{path}: {fault}" if path else fault
         needed = "BOTFARM_SIGNING_KEYS"
         if values.get("auth") == "on" and not {"signing_keys", needed, f"{needed}_FILE"} & (
@@ -155,13 +162,11 @@ SECRET_SETTINGS = frozenset({"database_url", "keys", "listen_url", "signing_keys
 SETTING_TYPES = get_type_hints(Settings, include_extras=True)
 
 
-def _text_of(environ: Mapping[str, str], variable: str, is_secret: bool) -> str | None:
+def _text_of(environ: Mapping[str, str], variable: str, path: str | None) -> str | None:
     """The value of a variable, for a secret also from the file that VARIABLE_FILE names. Empty means unset."""
-    if is_secret and (path := environ.get(f"{variable}_FILE")):
-        if environ.get(variable):
-            raise ValueError(f"set either {variable} or {variable}_FILE, not both")
-        return read_text(Path(path))
-    return environ.get(variable) or None
+    if path and environ.get(variable):
+        raise ValueError(f"set either {variable} or {variable}_FILE, not both")
+    return read_text(Path(path)) if path else environ.get(variable)
 
 
 def _typed(field: str, text: str) -> Any:
@@ -180,6 +185,4 @@ def _typed(field: str, text: str) -> Any:
     try:
         return msgspec.convert(value, kind, strict=False, dec_hook=lambda kind, text: kind(text))
     except msgspec.ValidationError as error:
-        choices = get_args(get_args(kind)[0]) if get_origin(get_args(kind)[0]) is Literal else ()
-        rule = f"choose one of {', '.join(choices)}" if choices else in_words(error, RULES)
-        raise ValueError(f"{text!r} is not allowed: {rule}") from None
+        raise ValueError(f"{text!r} is not allowed: {in_words(str(error), kind, RULES)}") from None
