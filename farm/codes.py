@@ -13,14 +13,14 @@ import math
 import re
 import time
 import uuid
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import parse_qsl
 
 import asyncpg
 import msgspec
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.twofactor.totp import TOTP
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
 from farm.database import SQL, Connections
 from farm.passwords import Passwords
@@ -34,29 +34,26 @@ LONGEST = 2000  # characters of what it is written in
 
 
 class Generator(Struct, frozen=True):
-    """What makes codes: all of it but the period is sealed."""
+    """What makes codes. It is sealed; its period stands beside that, too, for the statements, and counts as it does."""
 
     secret: bytes
     algorithm: str = "SHA1"
-    digits: Annotated[int, Meta(ge=6, le=8)] = 6
+    digits: int = 6
+    period: int = 30
 
-    def code(self, began: int, period: int) -> str:
+    def code(self, began: int) -> str:
         """The code of the step that began then."""
         algorithm = ALGORITHMS[self.algorithm]()
-        return TOTP(self.secret, self.digits, algorithm, period, enforce_key_length=False).generate(began).decode()
+        totp = TOTP(self.secret, self.digits, algorithm, self.period, enforce_key_length=False)
+        return totp.generate(began).decode()
 
 
-class Timed(Struct, frozen=True):
-    generator: Generator
-    period: Annotated[int, Meta(ge=15, le=120)] = 30
-
-
-def read_totp(text: str) -> Timed:
+def read_totp(text: str) -> Generator:
     """An otpauth URI, or a bare secret in base32. ValueError says what is wrong with it, and shows nothing of it."""
     if len(text) > LONGEST:
         raise ValueError(f"it has over {LONGEST} characters")
     if not text[:8].lower().startswith("otpauth:"):
-        return Timed(Generator(_secret(text)))
+        return Generator(_secret(text))
     beginning, _, query = text.partition("#")[0].partition("?")
     if not re.match("otpauth://totp(/|$)", beginning, re.IGNORECASE):
         raise ValueError("the URI must begin with otpauth://totp/")
@@ -67,8 +64,8 @@ def read_totp(text: str) -> Timed:
     algorithm = given.get("algorithm", "SHA1").upper()
     if algorithm not in ALGORITHMS:
         raise ValueError(f"the algorithm must be one of {', '.join(ALGORITHMS)}")
-    generator = Generator(_secret(given.get("secret", "")), algorithm, _whole(given, "digits", 6, 6, 8))
-    return Timed(generator, _whole(given, "period", 30, 15, 120))
+    digits, period = _whole(given, "digits", 6, 6, 8), _whole(given, "period", 30, 15, 120)
+    return Generator(_secret(given.get("secret", "")), algorithm, digits, period)
 
 
 def _secret(text: str) -> bytes:
@@ -94,17 +91,16 @@ Columns = tuple[str | None, bytes | None, int | None]  # key id, sealed, period:
 NO_CODES: Columns = (None, None, None)
 
 
-def sealed(passwords: Passwords, owner: uuid.UUID, timed: Timed) -> Columns:
+def sealed(passwords: Passwords, owner: uuid.UUID, generator: Generator) -> Columns:
     """NotSealed where there are no keys."""
     keyring = passwords.sealing()
-    text = msgspec.json.encode(timed.generator)
-    return keyring.first, keyring.seal_as("totp", owner, text), timed.period
+    return keyring.first, keyring.seal_as("totp", owner, msgspec.json.encode(generator)), generator.period
 
 
-def opened(passwords: Passwords, row: asyncpg.Record) -> Timed:
-    """What a row of user_codes makes codes of."""
+def opened(passwords: Passwords, row: asyncpg.Record) -> Generator:
+    """Of a row of user_codes."""
     text = passwords.sealing().open_as("totp", row["user_id"], row["key_id"], row["sealed"])
-    return Timed(msgspec.json.decode(text, type=Generator), row["period"])
+    return msgspec.structs.replace(msgspec.json.decode(text, type=Generator), period=row["period"])
 
 
 def sealed_codes(passwords: Passwords, owner: uuid.UUID, totp: str | UnsetType | None) -> Columns:
@@ -137,7 +133,7 @@ async def spend_code(
         if row["period"] is None:
             raise NoTotp
         if row["given"]:
-            return row, opened(passwords, row).generator.code(row["began"], row["period"])
+            return row, opened(passwords, row).code(row["began"])
         if row["wait_seconds"] > began + row["period"] + SPARE - time.monotonic():
             raise CodeSpent(headers={"Retry-After": str(math.ceil(row["wait_seconds"]))})
         await _pause(row["wait_seconds"], stopping)

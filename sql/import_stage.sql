@@ -9,7 +9,7 @@ create temporary table import_rows (
     login text not null,
     labels jsonb not null,
     secret text,
-    has_codes boolean not null default false,
+    has_codes boolean not null,
     code_key text,
     code_sealed bytea,
     code_period integer
