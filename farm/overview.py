@@ -57,11 +57,11 @@ class Look:
 
     LOCKS, ENDS = 200, 50
 
-    def __init__(self, pools: dict[int, GlancedPool], row: asyncpg.Record, is_split: bool, seconds: float) -> None:
+    def __init__(self, pools: list[GlancedPool], row: asyncpg.Record, is_split: bool, seconds: float) -> None:
         self.is_split = is_split
         self.seconds = seconds  # that it took
-        self._pools = [pool for pool in pools.values() if pool.total]
-        self._locks = [(pools[pool_id], lock) for pool_id, *lock in row["locks"]]
+        self._pools = [pool for pool in pools if pool.total]
+        self._locks = [GlancedLock(*lock) for lock in row["locks"]]
         self._ended = [(project_id, GlancedEnd(*end)) for project_id, *end in row["ended"]]
         self._views: dict[uuid.UUID | None, View] = {}
 
@@ -69,10 +69,9 @@ class Look:
         """Of everything, or of one project."""
         if project_id not in self._views:
             pools = [pool for pool in self._pools if project_id in (None, pool.project_id)]
-            held = [(pool, lock) for pool, lock in self._locks if project_id in (None, pool.project_id)]
-            items = [GlancedLock.of(pool, *lock) for pool, lock in held[: self.LOCKS]]
+            held = [lock for lock in self._locks if project_id in (None, lock.project_id)]
             ended = [end for project, end in self._ended if project_id in (None, project)]
-            locks = GlancedLocks(sum(pool.locked for pool in pools), items)
+            locks = GlancedLocks(sum(pool.locked for pool in pools), held[: self.LOCKS])
             self._views[project_id] = View.of(Overview(pools, locks, ended[: self.ENDS]))
         return self._views[project_id]
 
@@ -131,15 +130,11 @@ class Glances:
         is_split = self._locked <= self.MANY or projects in self._split
         row = await self._pool.fetchrow(SQL["get_overview"], projects, still_known(totals), is_split)
         assert row
-        for pool in row["pools"]:
-            pool_id, _, _, _, total, *_ = pool
-            if total is not None:
-                totals.pop(pool_id, None)
-                totals[pool_id] = total
-        self._totals[projects] = totals
+        counted = {pool_id: total for pool_id, _, _, _, total, *_ in row["pools"] if total is not None}
+        self._totals[projects] = totals = {id: totals[id] for id in totals if id not in counted} | counted
         waits = self._desk.longest_waits()
-        pools = {pool[0]: self._glanced(pool, totals, waits) for pool in row["pools"]}
-        self._locked = sum(pool.locked for pool in pools.values())
+        pools = [self._glanced(pool, totals, waits) for pool in row["pools"]]
+        self._locked = sum(pool.locked for pool in pools)
         look = self._looks[projects] = Look(pools, row, is_split, time.monotonic() - now)
         return look
 
@@ -151,8 +146,7 @@ class Glances:
         wish = Wish(None, project_id, env, domain)
         arrived = [since for pools, since in waits.items() if any(wish.meets(other) for other in pools)]
         return GlancedPool(
-            project_id, env, domain, total, free, locked, resting, quarantined, failing,
-            self._desk.waiting(wish),
+            project_id, env, domain, total, free, locked, resting, quarantined, failing, self._desk.waiting(wish),
             longest_wait_since=self._since + timedelta(seconds=min(arrived)) if arrived else None,
             next_free_at=None if free else next_free_at,
         )  # fmt: skip

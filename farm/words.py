@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import asyncpg
@@ -223,6 +224,20 @@ class UserFilter:
 # ---- What callers get --------------------------------------------------------------------------------------
 
 
+def as_json(text: str) -> Any:
+    """A jsonb column, for a reply: as it is."""
+    return msgspec.Raw(text.encode())
+
+
+# These tell which columns of a row are the first fields of a struct, in their order.
+USER_LOCK = itemgetter("holder", "note", "fence", "acquired_at", "expires_at")
+USER = itemgetter(
+    "id", "created_at", "login", "project_id", "env", "domain", "labels", "has_session", "has_totp", "state"
+)
+LOCKED_USER = itemgetter("user_id", "login", "project_id", "env", "domain")
+LOCK = itemgetter("lock_id", "fence", "holder", "note", "ttl", "acquired_at", "expires_at")
+
+
 class UserLock(Struct):
     """The current lock of a user as everybody may see it: never its id."""
 
@@ -252,24 +267,13 @@ class User(Struct):
     @classmethod
     def of(cls, row: asyncpg.Record) -> User:
         """A row of get_user.sql or list_users.sql."""
-        locked = row["state"] == "locked"
-        held = [row[name] for name in UserLock.__struct_fields__]
-        return cls(
-            id=row["id"],
-            created_at=row["created_at"],
-            login=row["login"],
-            project_id=row["project_id"],
-            env=row["env"],
-            domain=row["domain"],
-            labels=cast("Any", msgspec.Raw(row["labels"].encode())),
-            has_session=row["has_session"],
-            has_totp=row["has_totp"],
-            state=row["state"],
-            locktime=row["acquired_at"] if locked else None,
-            lock=UserLock(*held) if locked else None,
-            quarantine=row["quarantine"],
-            available_at=row["ready_at"] if row["state"] == "resting" else UNSET,
-        )
+        user = cls(*USER(row), locktime=None, lock=None, quarantine=row["quarantine"])
+        user.labels = as_json(row["labels"])
+        if user.state == "locked":
+            user.locktime, user.lock = row["acquired_at"], UserLock(*USER_LOCK(row))
+        elif user.state == "resting":
+            user.available_at = row["ready_at"]
+        return user
 
 
 class UserPage(Struct):
@@ -327,10 +331,6 @@ class GlancedLock(Struct):
     acquired_at: Moment
     expires_at: Moment
 
-    @classmethod
-    def of(cls, pool: Pool, user_id: uuid.UUID, login: str, *rest: Any) -> GlancedLock:
-        return cls(user_id, login, pool.project_id, pool.env, pool.domain, *rest)
-
 
 class GlancedLocks(Struct):
     """How many there are, and those of them that end first."""
@@ -382,25 +382,7 @@ class Lock(Struct):
     @classmethod
     def of(cls, row: asyncpg.Record, password: str | UnsetType | None = UNSET) -> Lock:
         """A row of a statement of locks; the password as only the reply that grants it has it."""
-        user = LockedUser(
-            id=row["user_id"],
-            login=row["login"],
-            project_id=row["project_id"],
-            env=row["env"],
-            domain=row["domain"],
-            labels=cast("Any", msgspec.Raw(row["labels"].encode())),
-            password=password,
-        )
-        return cls(
-            id=row["lock_id"],
-            fence=row["fence"],
-            holder=row["holder"],
-            note=row["note"],
-            ttl=row["ttl"],
-            acquired_at=row["acquired_at"],
-            expires_at=row["expires_at"],
-            user=user,
-        )
+        return cls(*LOCK(row), user=LockedUser(*LOCKED_USER(row), labels=as_json(row["labels"]), password=password))
 
 
 class LockSet(Struct):

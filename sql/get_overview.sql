@@ -69,7 +69,7 @@ counted as (
     ) as resting
 ),
 ranked as (
-    select held.user_id, held.pool_id, held.holder, held.note, held.acquired_at, held.expires_at,
+    select held.user_id, held.holder, held.note, held.acquired_at, held.expires_at,
         row_number() over (
             partition by case when $3::boolean then shown.project_id end
             order by held.expires_at, held.user_id
@@ -79,8 +79,8 @@ ranked as (
     where held.state = 'locked'
 ),
 ending as (
-    select ranked.pool_id, ranked.user_id, users.login, ranked.holder, ranked.note, ranked.acquired_at,
-        ranked.expires_at
+    select ranked.user_id, users.login, users.project_id, users.env, users.domain, ranked.holder, ranked.note,
+        ranked.acquired_at, ranked.expires_at
     from ranked
     join users on users.id = ranked.user_id
     where ranked.place <= 200
