@@ -39,7 +39,7 @@ from farm.passwords import KeyFault, Passwords
 from farm.problems import Problem
 from farm.settings import Settings, log
 from farm.telemetry import Cause, Events, Exporter, Snapshot
-from farm.words import JSON, Body, check_words
+from farm.words import JSON, Body, forbidden
 
 # ---- What the handlers share -------------------------------------------------------------------------------
 
@@ -205,7 +205,8 @@ class Call(Request[Any, Any, State]):
 
     def check(self, value: Any) -> None:
         """What settings and the caller's projects forbid in a body or a filter."""
-        check_words(self.farm.settings, value)
+        if faults := list(forbidden(self.farm.settings, value)):
+            raise problems.Invalid(faults)
         for part in getattr(value, "users", (value,)):
             self.caller.check_project(getattr(part, "project_id", None))
 

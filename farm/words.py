@@ -1,6 +1,6 @@
 """The words of the API: what callers send and get, with the limits of each.
 
-A limit that holds everywhere stands in a type; one that settings decide is checked by `check_words` and told to the
+A limit that holds everywhere stands in a type; one that settings decide is checked by `forbidden` and told to the
 OpenAPI document by `limits`. (The patterns end in (?!\\n)$ because a bare $ would let a final newline through in
 Python.)
 """
@@ -464,6 +464,7 @@ def limits(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def forbidden(settings: Settings, body: Any) -> Iterator[FieldError]:
+    """What they forbid in a body, or in a filter, that is otherwise well formed."""
     for field, allowed in (("env", settings.envs), ("domain", settings.domains)):
         value = getattr(body, field, None)
         if isinstance(value, str) and value not in allowed:
@@ -472,19 +473,9 @@ def forbidden(settings: Settings, body: Any) -> Iterator[FieldError]:
         seconds = getattr(body, field, None)
         if isinstance(seconds, int) and seconds > longest:
             yield FieldError(field, f"{seconds} is over the longest {field} of {longest} seconds")
-    if users := getattr(body, "users", None):
-        yield from _forbidden_in_set(settings, users)
-
-
-def _forbidden_in_set(settings: Settings, parts: list[SetPart]) -> Iterator[FieldError]:
+    parts: Sequence[SetPart] = getattr(body, "users", ())
     for number, part in enumerate(parts):
         for fault in forbidden(settings, part):
             yield FieldError(f"users[{number}].{fault.field}", fault.message)
     if (total := sum(part.count for part in parts)) > 100:
         yield FieldError("users", f"{total} users are asked for, but a set has 100 at the most")
-
-
-def check_words(settings: Settings, body: Any) -> None:
-    """Invalid where settings forbid something in a body, or a filter, that is otherwise well formed."""
-    if faults := list(forbidden(settings, body)):
-        raise Invalid(faults)
