@@ -90,7 +90,7 @@ from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
 from farm.embedded import EmbeddedError
 from farm.imports import PAGE, CsvFile, NdjsonFile, exported, labels_of, wants_csv
 from farm.locks import Release, Renewal
-from farm.migrations import MIGRATIONS, prepared
+from farm.migrations import MIGRATIONS, applied_migrations, prepared
 from farm.openapi import openapi_document
 from farm.overview import takes_gzip
 from farm.passwords import KeyFault, Passwords, keyring_of, proven_keys
@@ -625,13 +625,9 @@ async def readyz(request: Call) -> words.Health:
     if not can_write:
         await pool.look_anew()
         raise problems.DatabaseUnavailable("The database takes no writes: it is a standby, or set to read only.")
-    try:
-        applied = {row["migration_id"] for row in await pool.fetch(SQL["list_migrations"], timeout=3)}
-    except asyncpg.UndefinedTableError:
-        applied = set()
-    missing = [name for name in MIGRATIONS if name not in applied]
-    if missing:
-        raise problems.DatabaseUnavailable(f"The migration {missing[0]!r} is missing: run `python botfarm.py migrate`.")
+    if missing := set(MIGRATIONS).difference(await applied_migrations(pool)):
+        text = f"The migration {min(missing)!r} is missing: run `python botfarm.py migrate`."
+        raise problems.DatabaseUnavailable(text)
     if lacks := await pool.fetch(SQL["list_lacks"], timeout=3):
         raise problems.DatabaseUnavailable(f"The database lacks {lacks[0]['lack']}. {RIGHTS}")
     return words.Health("ok")

@@ -30,7 +30,7 @@ from farm.addresses import (
     run_apart,
     warn_once,
 )
-from farm.database import SQL, sql_folder
+from farm.database import SQL, Connections, sql_folder
 from farm.settings import Settings, log
 
 FOLDER = sql_folder("migrations")
@@ -55,16 +55,19 @@ def _for_libpq(address: Address, connection: Any) -> dict[str, Any]:
     return kept | login | {"host": host, "port": port, "options": " ".join(options)}
 
 
+async def applied_migrations(database: asyncpg.Connection | Connections) -> list[str]:
+    try:
+        return sorted(row["migration_id"] for row in await database.fetch(SQL["list_migrations"], timeout=3))
+    except asyncpg.UndefinedTableError:
+        return []
+
+
 async def _look(url: str, serves: bool) -> tuple[list[str], dict[str, Any]]:
     """By the service's own driver, because most starts find nothing to do."""
     connection = await connect(url, statement_cache_size=0)
     try:
         _check_server(cast("asyncpg.Record", await connection.fetchrow(SQL["get_server"])), serves)
-        try:
-            rows = await connection.fetch(SQL["list_migrations"])
-        except asyncpg.UndefinedTableError:
-            rows = []
-        applied = sorted(row["migration_id"] for row in rows)
+        applied = await applied_migrations(connection)
         _check_known(applied)
         if applied == MIGRATIONS and (lacks := await connection.fetch(SQL["list_lacks"])):
             raise SchemaError(f"The database lacks {lacks[0]['lack']}. {RIGHTS}")
