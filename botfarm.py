@@ -86,7 +86,7 @@ from farm.bodies import media_of
 from farm.calls import Call, Farm, echo, enter, fail, idempotency_key, refusal, refuse, reply
 from farm.clients import LONGEST_FORM, Gate, grant_token, read_form
 from farm.codes import sealed_codes, spend_code
-from farm.database import DATABASE_FAULTS, SQL, Connections, new_id, open_pool
+from farm.database import DATABASE_FAULTS, SQL, new_id, open_pool
 from farm.embedded import EmbeddedError
 from farm.imports import PAGE, CsvFile, NdjsonFile, exported, labels_of, wants_csv
 from farm.locks import Release, Renewal
@@ -768,11 +768,9 @@ async def running(app: Litestar) -> AsyncIterator[None]:
                 read_address(settings.listen_url.reveal(), "BOTFARM_LISTEN_URL")
             database = stack.enter_context(prepared(settings))
             keyring = keyring_of(run_apart(proven_keys(settings, database)))
-        seconds, pooler = Connections.STATEMENT, settings.pooler
-        hot = await stack.enter_async_context(open_pool(database, 4, "force_generic_plan", seconds, pooler))
-        pool = await stack.enter_async_context(
-            open_pool(database, settings.pool_size, "force_custom_plan", seconds, pooler)
-        )
+        opened = partial(open_pool, database, pooler=settings.pooler)
+        hot = await stack.enter_async_context(opened(4, "force_generic_plan"))
+        pool = await stack.enter_async_context(opened(settings.pool_size, "force_custom_plan"))
         hot.kin = pool.kin = [hot, pool]
         passwords = Passwords(keyring)
         stack.callback(passwords.close)

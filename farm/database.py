@@ -170,7 +170,9 @@ class Connections:
 
 
 @asynccontextmanager
-async def open_pool(url: str, size: int, plans: str, seconds: float, pooler: str = "off") -> AsyncIterator[Connections]:
+async def open_pool(
+    url: str, size: int, plans: str, seconds: float = Connections.STATEMENT, pooler: str = "off"
+) -> AsyncIterator[Connections]:
     """Connections whose statements are planned in the given way: force_generic_plan once, force_custom_plan each time.
 
     The statements of the hot path take arrays, which PostgreSQL would plan anew each time (database CPU
