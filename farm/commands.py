@@ -63,15 +63,14 @@ def commands() -> None:
 
 @commands.command("serve")
 @setting_flags(*FLAGS)
-@click.pass_obj
-def serve_command(app: str) -> int:
+def serve_command() -> int:
     """Serve (the default)."""
     settings = Settings.load()
     from farm.server import serve
     from farm.telemetry import log_as_lines
 
     log_as_lines(settings.log == "events")
-    return serve(settings, app)
+    return serve(settings)
 
 
 # -- What the database is needed for ---------------------------------------------------------------------
@@ -385,21 +384,20 @@ def keygen_command() -> None:
 
 
 @commands.command("openapi")
-@click.pass_obj
-def openapi_command(app: str) -> None:
+def openapi_command() -> None:
     """Print the OpenAPI document."""
     Settings.load()  # what is wrong with them ends a command with status 2
-    print(json.dumps(pkgutil.resolve_name(app).state.openapi(), indent=2))
+    print(json.dumps(pkgutil.resolve_name("botfarm:app").state.openapi(), indent=2))
 
 
-def main(argv: Sequence[str] | None = None, app: str = "botfarm:app") -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0: done; 1: refused; 2: bad flags or settings; 3: the service could not start."""
     hold_standard_files()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or (words[0].startswith("-") and words[0] not in HELP):
         words.insert(0, "serve")
     try:
-        status = commands.main(words, obj=app, standalone_mode=False) or 0
+        status = commands.main(words, standalone_mode=False) or 0
         if words[0] != "serve" and sys.stdout:
             with contextlib.suppress(BrokenPipeError):
                 sys.stdout.flush()  # a full disk has not got what may be told this once

@@ -412,9 +412,9 @@ def _is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(place[0]).is_loopback for *_, place in found)
 
 
-def _config(settings: Settings, app: str) -> uvicorn.Config:
+def _config(settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        "botfarm:app",
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
@@ -445,7 +445,7 @@ def _run(config: uvicorn.Config) -> int:
     return STARTUP_FAILURE if workers.failed else 0
 
 
-def serve(settings: Settings, app: str) -> int:
+def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT. The database and the keys are checked first, for a clear message."""
     _open_many_files()
     if not _is_loopback(settings.host) and settings.auth == "off":
@@ -458,4 +458,4 @@ def serve(settings: Settings, app: str) -> int:
         for variable in found:  # the application reads the environment
             os.environ.pop(f"{variable}_FILE", None)
         os.environ.update(found)
-        return _run(_config(settings, app))
+        return _run(_config(settings))
