@@ -123,6 +123,7 @@ ANYBODY: dict[str, Any] = {"tags": ["service"]}
 KEYED: dict[str, Any] = LOCKING | {
     "opt": {"scope": "locks", "keyed": "A repeat with the same key answers with the same lock."}
 }
+NO_USER = [problems.NoMatchingUser, problems.PoolExhausted, problems.LockEnded, problems.ShuttingDown]
 
 
 # ---- Users -------------------------------------------------------------------------------------------------
@@ -348,19 +349,15 @@ def ask_of(request: Call, wishes: words.Wishes, data: words.AcquireLock | words.
     )  # fmt: skip
 
 
-def grant(
-    request: Call, granted: list[Lock] | problems.Problem, kind: Callable[[list[Lock]], Any] = itemgetter(0)
-) -> Any:
+async def acquired(request: Call, ask: Ask, kind: Callable[[list[Lock]], Any] = itemgetter(0)) -> Response[Any]:
     """The reply to an acquire. Refusals are returned, because many share one."""
+    granted = await request.farm.locks.acquire(request, ask)
     if isinstance(granted, problems.Problem):
         return refusal(request, granted)
     return reply(kind(granted), 201, NO_STORE)
 
 
-@post(
-    "/locks", **KEYED,
-    raises=[problems.NoMatchingUser, problems.PoolExhausted, problems.LockEnded, problems.ShuttingDown],
-)  # fmt: skip
+@post("/locks", **KEYED, raises=NO_USER)
 async def acquire_lock(request: Call, data: JSONBody[words.AcquireLock]) -> Response[Lock]:
     """Acquire a lock on any free user that matches.
 
@@ -370,8 +367,7 @@ async def acquire_lock(request: Call, data: JSONBody[words.AcquireLock]) -> Resp
     """
     ask = ask_of(request, (data.wish(),), data)
     ask.prefers_session = data.prefer == "session"
-    granted = await request.farm.locks.acquire(request, ask)
-    return grant(request, granted)
+    return await acquired(request, ask)
 
 
 @put(
@@ -388,22 +384,17 @@ async def acquire_user(request: Call, id: Id, data: JSONBody[words.AcquireUser] 
         row = await request.farm.pool.fetchrow(SQL["get_user"], id)
         ask.home = words.Wish.of_pool(row) if row else None
         ask.wait = ask.wait if row else 0  # for nobody; but a key may have been bound to one who was deleted since
-    granted = await request.farm.locks.acquire(request, ask)
-    return grant(request, granted)
+    return await acquired(request, ask)
 
 
-@post(
-    "/locks/sets", **KEYED,
-    raises=[problems.NoMatchingUser, problems.PoolExhausted, problems.LockEnded, problems.ShuttingDown],
-)  # fmt: skip
+@post("/locks/sets", **KEYED, raises=NO_USER)
 async def acquire_set(request: Call, data: JSONBody[words.AcquireSet]) -> Response[words.LockSet]:
     """Acquire several users together, all or none.
 
     Filters may overlap: whoever fits only one of them is kept for that one. The locks come in the order asked.
     """
     wishes = tuple(wish for part in data.users for wish in [part.wish()] * part.count)
-    granted = await request.farm.locks.acquire(request, ask_of(request, wishes, data))
-    return grant(request, granted, words.LockSet)
+    return await acquired(request, ask_of(request, wishes, data), words.LockSet)
 
 
 @get("/locks/{id:uuid}", **LOCKING, raises=[problems.LockNotHeld])
