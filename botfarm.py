@@ -288,10 +288,10 @@ async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = 
     headers = {"ETag": view.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
     if view.is_known(request.header(b"if-none-match")):
         return Response(cast("Any", None), status_code=304, headers=headers)
-    if not takes_gzip(request.header(b"accept-encoding")):
-        return Response(cast("Any", view.body), media_type=words.JSON, headers=headers)
-    headers["Content-Encoding"] = "gzip"
-    return Response(cast("Any", view.packed), media_type=words.JSON, headers=headers)
+    body: Any = view.body
+    if takes_gzip(request.header(b"accept-encoding")):
+        body, headers["Content-Encoding"] = view.packed, "gzip"
+    return Response(body, media_type=words.JSON, headers=headers)
 
 
 @post(
@@ -541,15 +541,15 @@ async def force_release(request: Call, id: Id) -> None:
     `user-locked` says that others take or change it in this very moment, again and again: try once more.
     """
     farm = request.farm
-    for pause in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, None):
+    for pause in (0, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4):
+        await asyncio.sleep(pause)
         row = await farm.hot.fetchrow(SQL["force_release"], id)
         if row is None:
             raise problems.UserNotFound.of(id)
         if row["is_reached"]:
             break
-        if pause is None:
-            raise problems.UserLocked.contended(id)
-        await asyncio.sleep(pause)
+    else:
+        raise problems.UserLocked.contended(id)
     if row["lock_id"]:
         farm.events.ended("forced", row, request.cause)
     farm.desk.freed()
@@ -634,12 +634,11 @@ async def metrics(request: Call) -> bytes:
 
 
 async def prune(farm: Farm) -> None:
-    """Forget what is older than BOTFARM_HISTORY_DAYS, 1,000 rows at a time with pauses."""
-    for statement in ("prune_history", "prune_keys"):
-        while await farm.pool.execute(SQL[statement], farm.settings.history_days, 1000) == "DELETE 1000":
+    """Forget what is older than BOTFARM_HISTORY_DAYS, and what has ended, some rows at a time with pauses."""
+    days = farm.settings.history_days
+    for statement, *values in (("prune_history", days, 1000), ("prune_keys", days, 1000), ("prune_sessions", 100)):
+        while await farm.pool.execute(SQL[statement], *values) == f"DELETE {values[-1]}":
             await asyncio.sleep(0.05)
-    while await farm.pool.execute(SQL["prune_sessions"], 100) == "DELETE 100":
-        await asyncio.sleep(0.05)
     if farm.gate:
         await farm.pool.execute(SQL["prune_token_requests"])
 
@@ -669,6 +668,7 @@ START = 'SwaggerUIBundle({url: "/docs/openapi.json", dom_id: "#ui", validatorUrl
 DASHBOARD = [importlib.resources.files("farm") / f"dashboard.{kind}" for kind in ("html", "css", "js")]
 HTML, CSS, JS = (file.read_text(encoding="utf-8") for file in DASHBOARD)
 PAGES = {
+    "/": ("text/html", HTML),
     "/dashboard.css": ("text/css", CSS),
     "/dashboard.js": ("text/javascript", JS),
     "/docs": ("text/html", DOCS),
@@ -688,12 +688,7 @@ DOCS_HEADERS = PAGE_HEADERS | {
 }
 
 
-@get("/", media_type="text/html", response_headers=PAGE_HEADERS, include_in_schema=False, opt={"page": True})
-async def index() -> str:
-    return HTML
-
-
-@get([*PAGES], include_in_schema=False)
+@get([*PAGES], include_in_schema=False, opt={"page": True})
 async def page(request: Call) -> Response[str]:
     path = request.scope["path_template"]
     media, text = PAGES[path]
@@ -828,9 +823,8 @@ def cors_of(settings: Settings) -> CORSConfig | None:
 
 def create_app(settings: Settings) -> Litestar:
     """The service as an ASGI application."""
-    pages = [index, page, docs_asset, docs_openapi]
     return Litestar(
-        route_handlers=[*calls_of(settings), *pages],
+        route_handlers=[*calls_of(settings), page, docs_asset, docs_openapi],
         lifespan=[running],
         state=State({"settings": settings, "openapi": partial(openapi_document, settings, tuple(calls_of(settings)))}),
         request_class=Call,
