@@ -29,7 +29,7 @@ from farm.database import DATABASE_FAULTS, SQL, Coalescer, Connections, column, 
 from farm.passwords import KeyFault, Passwords
 from farm.settings import Settings
 from farm.telemetry import NOWHERE, Cause, Events
-from farm.waiting import Ask, Desk, Unanswered, find_keyed, match
+from farm.waiting import Ask, Desk, Unanswered, find_keyed, fitting_of, match
 from farm.words import Lock, Wish, Wishes
 
 # In the state of a request. By farm/server.py: its caller has closed the connection; or, where it sends nothing any
@@ -114,12 +114,16 @@ class Locks:
         self.events = events
         self.gate = gate
         self.bad_logins = settings.bad_logins
-        self.claim = self._coalesced(settings, self._claim_or_wait, "acquire_locks")
+
+        def shared(run: Any, statement: str) -> Coalescer[Any, Any]:
+            return Coalescer(run, settings.batch, partial(events.batched, statement))
+
+        self.claim = shared(self._claim_or_wait, "acquire_locks")
         self.claim_with_session = Coalescer(self._claim_with_sessions, settings.batch)
-        self.release = self._coalesced(settings, self._release, "release_locks")
-        self.extend = self._coalesced(settings, self._extend, "extend_locks")
-        self.keyed = self._coalesced(settings, partial(find_keyed, hot), "get_keyed_locks")
-        self.refusal = self._coalesced(settings, self._refusals, "count_matching")
+        self.release = shared(self._release, "release_locks")
+        self.extend = shared(self._extend, "extend_locks")
+        self.keyed = shared(partial(find_keyed, hot), "get_keyed_locks")
+        self.refusal = shared(self._refusals, "count_matching")
         self.unanswered = Unanswered()
         # Whether few users have the labels of a wish: counted anew after a while, as imports may bring many.
         self.rare: TTLCache[Wish, bool] = TTLCache(KEPT, 600)
@@ -134,9 +138,6 @@ class Locks:
         # Where the last search ended, by pool: while an old snapshot keeps dead versions alive, a search that began at
         # the same end each time would walk over all of them (3,135 -> 402 cycles/s in 24 s).
         self._cursors: LRUCache[Wish, dict[int, datetime]] = LRUCache(KEPT)
-
-    def _coalesced(self, settings: Settings, run: Any, statement: str) -> Coalescer[Any, Any]:
-        return Coalescer(run, settings.batch, partial(self.events.batched, statement))
 
     # ---- Acquire -------------------------------------------------------------------------------------------
 
@@ -325,10 +326,7 @@ class Locks:
 
     async def _find_with_sessions(self, asks: list[Ask]) -> dict[Wish, list[uuid.UUID]]:
         wishes = list(dict.fromkeys(ask.wishes[0] for ask in asks))
-        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in wishes}
-        for row in await self.hot.fetch(SQL["find_with_sessions"], *columns(wishes, Wish), len(asks)):
-            fitting[wishes[row["filter"] - 1]].append(row["id"])
-        return fitting
+        return fitting_of(wishes, await self.hot.fetch(SQL["find_with_sessions"], *columns(wishes, Wish), len(asks)))
 
     async def _acquire_locks(self, asks: list[Ask]) -> list[asyncpg.Record]:
         wanted = Counter(ask.wishes[0] for ask in asks)
@@ -444,12 +442,10 @@ class Locks:
     async def _set_refusal(self, wishes: Wishes) -> Refusal:
         began = time.monotonic()
         distinct = list(dict.fromkeys(wishes))
-        fitting: dict[Wish, list[uuid.UUID]] = {wish: [] for wish in distinct}
         rare = [self.rare.get(wish, False) for wish in distinct]
-        for row in await self.pool.fetch(SQL["find_matching"], *columns(distinct, Wish), rare, len(wishes)):
-            fitting[distinct[row["filter"] - 1]].append(row["id"])
+        rows = await self.pool.fetch(SQL["find_matching"], *columns(distinct, Wish), rare, len(wishes))
         counts = cast("asyncpg.Record", await self.pool.fetchrow(SQL["count_set"], *columns(distinct, Wish)))
-        enough = bool(match([Ask(wishes=wishes)], fitting, 0))
+        enough = bool(match([Ask(wishes=wishes)], fitting_of(distinct, rows), 0))
         refusal = Refusal(counts["matching"], 0, self._why_no_set(wishes, counts, enough))
         self._remember(wishes, refusal, time.monotonic() - began)
         return refusal

@@ -81,6 +81,14 @@ async def find_keyed(hot: Connections, keys: list[uuid.UUID]) -> list[list[async
     return [bound[key] for key in keys]
 
 
+def fitting_of(wishes: list[Wish], rows: Iterable[asyncpg.Record]) -> dict[Wish, list[uuid.UUID]]:
+    """The users that a statement has found for wishes; nothing for a wish that nobody fits."""
+    fitting: defaultdict[Wish, list[uuid.UUID]] = defaultdict(list)
+    for row in rows:
+        fitting[wishes[row["filter"] - 1]].append(row["id"])
+    return fitting
+
+
 # ---- Who gets whom -----------------------------------------------------------------------------------------
 # A bipartite matching of wishes and free users, in the order of arrival. To give each the first user that is left
 # would not do: a set that asks for anybody and for an admin needs the only admin for its second wish.
@@ -434,16 +442,15 @@ class Desk:
         return bool(groups)
 
     async def _find_free(self, wishes: list[Wish], most: int) -> Fitting:
-        """Users that are free, so many at the most for each wish; nothing for a wish that nobody fits."""
-        fitting: defaultdict[Wish, list[uuid.UUID]] = defaultdict(list)
+        """Users that are free, so many at the most for each wish."""
+        fitting: dict[Wish, list[uuid.UUID]] = {}
         for first in range(0, len(wishes), LOOK):
             page = wishes[first : first + LOOK]
             began, rare = time.monotonic(), [self.rare.get(wish, False) for wish in page]
             rows = await self.hot.fetch(SQL["find_free"], *columns(page, Wish), rare, most)
             if time.monotonic() - began > SLOW:
                 self._mark(wish for wish in page if wish.labels and wish not in self.rare)
-            for row in rows:
-                fitting[page[row["filter"] - 1]].append(row["id"])
+            fitting |= fitting_of(page, rows)
         return fitting
 
     def _mark(self, wishes: Iterable[Wish]) -> None:
