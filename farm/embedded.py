@@ -464,11 +464,8 @@ class Embedded:
 
     def _ready(self, child: subprocess.Popen[Any], data: Path) -> bool:
         """Whether connections are accepted; False when it ended instead, or was ended for taking too long."""
-
-        def decided() -> bool:
-            return child.poll() is not None or _status(data)[::2] == (child.pid, "ready")
-
-        if not _until(decided, PATIENCE):
+        ready = child.pid, "ready"
+        if not _until(lambda: child.poll() is not None or _status(data)[::2] == ready, PATIENCE):
             child.send_signal(signal.SIGQUIT)
             child.wait(30)
         return child.poll() is None
