@@ -807,18 +807,9 @@ def cors_of(settings: Settings) -> CORSConfig | None:
     """Which pages of other origins may call: none, unless set."""
     if not settings.cors_origins:
         return None
-    return CORSConfig(
-        allow_origins=list(settings.cors_origins),
-        allow_headers=[
-            "Authorization",
-            "Content-Type",
-            "Idempotency-Key",
-            "If-None-Match",
-            "X-Request-Id",
-            "traceparent",
-        ],
-        expose_headers=["ETag", "Location", "Retry-After", "WWW-Authenticate", "X-Request-Id", "traceparent"],
-    )
+    sent = ["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "X-Request-Id", "traceparent"]
+    read = ["ETag", "Location", "Retry-After", "WWW-Authenticate", "X-Request-Id", "traceparent"]
+    return CORSConfig(allow_origins=list(settings.cors_origins), allow_headers=sent, expose_headers=read)
 
 
 def create_app(settings: Settings) -> Litestar:

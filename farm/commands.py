@@ -96,7 +96,7 @@ async def _rows(settings: Settings, url: str, statement: str, *values: Any) -> S
 @commands.command("migrate")
 @click.option("--rollback", is_flag=True, help="take the last migration back instead")
 @click.option(
-    "--after-restore", "rest", metavar="[SECONDS]", type=int, is_flag=False, flag_value=-1,
+    "--after-restore", "rest", metavar="[SECONDS]", type=click.IntRange(-1, 86400 * 365), is_flag=False, flag_value=-1,
     help="a backup was restored: let every user rest, because locks taken since are unknown (default: the longest "
     "ttl), and move the fences ahead",
 )  # fmt: skip
@@ -106,8 +106,6 @@ def migrate_command(rollback: bool, rest: int | None) -> None:
     settings = Settings.load()
     if rollback and rest is not None:
         raise click.UsageError("--rollback and --after-restore do not go together: a restore needs the whole schema.")
-    if rest is not None and not -1 <= rest <= 86400 * 365:
-        raise BadSettings(f"--after-restore: {rest} is not 0 to {86400 * 365} seconds")
     from farm.migrations import migrate
     from farm.telemetry import tell
 

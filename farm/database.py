@@ -189,13 +189,7 @@ async def open_pool(
     if pooler == "on":  # PgBouncer knows no prepared statements (before 1.21) and refuses unknown start-up parameters
         options = {"statement_cache_size": 0}
     pool = await asyncpg.create_pool(
-        address.url,
-        min_size=1,
-        max_size=size,
-        command_timeout=seconds,
-        timeout=address.seconds,
-        reset=_keep,
-        **options,
+        address.url, min_size=1, max_size=size, command_timeout=seconds, timeout=address.seconds, reset=_keep, **options
     )
     try:
         yield Connections(pool)
