@@ -369,20 +369,17 @@ def _sockets(home: Path, user: pwd.struct_passwd, owned: ExitStack) -> Path:
 class Embedded:
     """A running PostgreSQL. When it dies it is started again, under the same dsn."""
 
+    stop: Callable[[], None]  # it, cutting its connections, and let go of the home; a second call does nothing
+
     def __init__(self, home: Path, user: pwd.struct_passwd, programs: Path, sockets: Path) -> None:
         self.home = home
         self.dsn = _dsn(str(sockets))
         self._user = user
         self._programs = programs
         self._sockets = sockets
-        self._owned = ExitStack()
         self._child: subprocess.Popen[Any] | None = None
         self._guard = threading.Lock()
         self._stopping = threading.Event()
-
-    def stop(self) -> None:
-        """Stop PostgreSQL, cutting its connections, and let go of the home. A second call does nothing."""
-        self._owned.close()
 
     def _begin(self, owned: ExitStack) -> None:
         """Start, and return when connections are accepted.
@@ -496,10 +493,9 @@ def start(home: Path) -> Embedded:
         owned.callback(os.close, _lock(home, user))
         programs = _programs(data, user)
         _create(data, programs, user)
-        sockets = _sockets(home, user, owned)
-        server = Embedded(home, user, programs, sockets)
+        server = Embedded(home, user, programs, _sockets(home, user, owned))
         server._begin(owned)
-        server._owned = owned.pop_all()
+        server.stop = owned.pop_all().close
         return server
 
 
