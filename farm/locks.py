@@ -32,9 +32,9 @@ from farm.telemetry import NOWHERE, Cause, Events
 from farm.waiting import Ask, Desk, Unanswered, find_keyed, fitting_of, match
 from farm.words import Lock, Wish, Wishes
 
-# In the state of a request. By farm/server.py: its caller has closed the connection; or, where it sends nothing any
-# more, who can tell whether it is there. And for farm/server.py: the call waits.
-GONE, ANSWERS, WAITS = "botfarm-gone", "botfarm-answers", "botfarm-waits"
+# In the state of a request, by farm/server.py: its caller has closed the connection; or, where it sends nothing any
+# more, who can tell whether it is there.
+GONE, ANSWERS = "botfarm-gone", "botfarm-answers"
 STRAGGLERS = timedelta(milliseconds=20)  # a release may commit that much later than a claim has passed its place
 COSTLY = 10_000  # users from which counts are worth keeping for a moment
 FEW = 1000  # users up to which a look for labels begins with those who have them
@@ -192,8 +192,6 @@ class Locks:
         uvicorn tells of a closed connection only when asked:
         https://asgi.readthedocs.io/en/latest/specs/www.html#disconnect
         """
-        if ask.wait:
-            request.scope["state"][WAITS] = True
         gone = asyncio.ensure_future(request.receive())
         hopeless = asyncio.ensure_future(self._end_if_hopeless(ask))
         left = max(ask.wait - ask.seconds(), 0) if ask.wait else None

@@ -33,7 +33,7 @@ from uvicorn.supervisors.multiprocess import Process
 
 from farm.addresses import run_apart
 from farm.check import address
-from farm.locks import ANSWERS, GONE, WAITS
+from farm.locks import ANSWERS, GONE
 from farm.migrations import prepared
 from farm.passwords import proven_keys
 from farm.problems import HeadTooLarge, MalformedBody, Problem
@@ -219,13 +219,13 @@ class Protocol(HttpToolsProtocol):
         self._asking = self.loop.create_task(self._ask(cycle))
 
     async def _ask(self, cycle: RequestResponseCycle) -> None:
-        """At once where the call waits; most others are answered before a look would help."""
-        pause = 0 if WAITS in cycle.scope["state"] else self.PROBE  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        """Most calls are answered before a look would help."""
+        pause = self.PROBE
         while not cycle.response_started and self._way.begun < len(self.BEGINNING) - 1:
             await asyncio.sleep(pause)
             if cycle.response_started or not await self.answers():
                 break
-            pause = max(4 * pause, self.PROBE)
+            pause *= 4
 
     def _begin(self) -> None:
         begun = self._way.begun
