@@ -426,7 +426,7 @@ def hold_standard_files() -> None:
 
 def say(tell: Callable[..., object], *words: object, status: int) -> int:
     """Tell it on standard error, in one piece: the log writes there, too. The status counts, whoever reads that."""
-    with contextlib.suppress(OSError), contextlib.redirect_stdout(sys.stderr):
+    with contextlib.suppress(OSError):
         tell(*words)
     return status
 
