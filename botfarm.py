@@ -688,7 +688,7 @@ DOCS_HEADERS = PAGE_HEADERS | {
 }
 
 
-@get([*PAGES], include_in_schema=False, opt={"page": True})
+@get([*PAGES], include_in_schema=False)
 async def page(request: Call) -> Response[str]:
     path = request.scope["path_template"]
     media, text = PAGES[path]

@@ -233,6 +233,12 @@ async def test_every_missing_or_extra_thing_is_refused(api, project):
     assert slug(await api.delete("/locks?holder=ci&project_id=null")) == "invalid"
 
 
+async def test_all_faults_of_a_query_are_told(api):
+    answer = await api.get("/users?limit=0&shoe=1&env=stage&env=prod&label=a:b&label=a&state=null&login=x")
+    assert slug(answer) == "invalid"
+    assert {error["field"] for error in answer.json()["errors"]} == {"limit", "shoe", "env", "label", "state"}
+
+
 async def test_unknown_users_are_not_found(api):
     missing = f"/users/{uuid.uuid4()}"
     calls = [
