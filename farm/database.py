@@ -91,6 +91,12 @@ async def _keep(connection: asyncpg.Connection) -> None:
     """No reset on the return of a connection: we keep no session state (87 -> 59 us a query)."""
 
 
+async def _learn_types(connection: asyncpg.Connection) -> None:
+    """Of a connection to a PgBouncer."""
+    async with connection.transaction():
+        await connection.fetch(SQL["get_types"])
+
+
 NO_CONNECTION = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
@@ -187,7 +193,7 @@ async def open_pool(
         tuning |= {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
     options: dict[str, Any] = {"server_settings": tuning, "target_session_attrs": "read-write"}
     if pooler == "on":  # PgBouncer knows no prepared statements (before 1.21) and refuses unknown start-up parameters
-        options = {"statement_cache_size": 0}
+        options = {"statement_cache_size": 0, "init": _learn_types}
     pool = await asyncpg.create_pool(
         address.url, min_size=1, max_size=size, command_timeout=seconds, timeout=address.seconds, reset=_keep, **options
     )

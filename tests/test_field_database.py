@@ -57,6 +57,7 @@ import farm.database
 import farm.migrations
 import farm.settings
 from farm.addresses import EMPTY, SchemaError, read_address, run_apart
+from farm.database import SQL
 
 
 @pytest.fixture(autouse=True)
@@ -360,6 +361,17 @@ async def test_behind_a_pooler_a_database_that_is_read_only_is_told_by_readyz(em
     run = command("migrate", env={"DATABASE_URL": empty_database})
     assert run.returncode == 1
     assert "takes no writes. Name the primary." in run.stderr
+
+
+async def test_behind_a_pooler_no_statement_of_a_call_asks_for_types(empty_database):
+    """asyncpg puts jit off for that, and behind a pooler at another connection of the server: it took seconds."""
+    asked: list[str] = []
+    async with farm.database.open_pool(empty_database, 1, "force_generic_plan", 6, "on") as pool, pool.acquire() as one:
+        one.add_query_logger(lambda record: asked.append(record.query))
+        for name, sql in SQL.items():
+            if not name.startswith("import_"):  # these read tables of their own transaction
+                await one.prepare(sql)
+    assert not [sql for sql in asked if "jit" in sql or "typeinfo" in sql]
 
 
 CUT = (
