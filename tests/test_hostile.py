@@ -55,7 +55,7 @@ def schemathesis(folder: Path, url: str, examples: int, *options: str) -> int:
     config = ["--no-color", "--config-file", str(ROOT / "tests" / "schemathesis.toml")]
     run = ["run", f"{url}/docs/openapi.json", "--generation-database", "none", "--max-examples", str(examples)]
     done = subprocess.run(
-        [str(SCHEMATHESIS), *config, *run, *options], capture_output=True, text=True, timeout=300, cwd=folder
+        [str(SCHEMATHESIS), *config, *run, *options], capture_output=True, text=True, timeout=600, cwd=folder
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     found = re.search(r"(\d+) generated, \1 passed", done.stdout)
@@ -81,7 +81,7 @@ async def test_every_reply_is_as_the_openapi_document_says(empty_database, long,
     with serving(settings(empty_database, max_wait=1)) as alone:
         async with client(alone.url) as api:
             await make_users(api, EXAMPLE, 50)
-        assert schemathesis(tmp_path, alone.url, 250, "--seed", "2") > 4000
+        assert schemathesis(tmp_path, alone.url, 160, "--seed", "2") > 2500
         assert httpx.get(f"{alone.url}/livez").status_code == 200
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
@@ -101,7 +101,7 @@ async def test_so_it_is_with_authentication(empty_database, long, tmp_path, capl
             token = f"Authorization: Bearer {answer.json()['access_token']}"
             api.headers["Authorization"] = token.partition(": ")[2]
             await make_users(api, EXAMPLE, 50)
-        assert schemathesis(tmp_path, alone.url, 100, "--seed", "3", "-H", token) > 800
+        assert schemathesis(tmp_path, alone.url, 60, "--seed", "3", "-H", token) > 800
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
