@@ -92,7 +92,7 @@ async def _keep(connection: asyncpg.Connection) -> None:
 
 
 async def _learn_types(connection: asyncpg.Connection) -> None:
-    """Of a connection to a PgBouncer."""
+    """Behind a PgBouncer, in one transaction: get_types.sql says why."""
     async with connection.transaction():
         await connection.fetch(SQL["get_types"])
 
