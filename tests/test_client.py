@@ -505,8 +505,8 @@ def test_a_client_is_known_by_its_secret(guarded, project):
 
 
 def test_a_lock_is_renewed_for_longer_than_a_token_is_valid(guarded, project, monkeypatch):
-    """Whether the client knows its token's end, or is told of it."""
-    monkeypatch.setattr(farm.clients.Gate, "LIFE", 1)
+    """Whether the client knows its token's end, or is told of it. The end is a whole second: 2 are one at least."""
+    monkeypatch.setattr(farm.clients.Gate, "LIFE", 2)
     monkeypatch.setattr(farm.clients.Gate, "LEEWAY", 0)
     monkeypatch.setattr(farm.clients.Gate, "CHECKED", 0)
     url, who = guarded
@@ -514,11 +514,11 @@ def test_a_lock_is_renewed_for_longer_than_a_token_is_valid(guarded, project, mo
     with gate(url) as way:
         farm_there = Farm(way.url, **known)
         farm_there.wire.call("POST", "/users", {"login": "b", "password": "p", "project_id": project, "env": "stage"})
-        with farm_there.user(project, ttl=1) as bot:
+        with farm_there.user(project, ttl=3) as bot:
             tokens = len([request for request in way.sent if request.startswith(b"POST /token")])
-            time.sleep(1.5)
+            time.sleep(3.5)
             farm_there.wire._token = (farm_there.wire._token[0], time.monotonic() + 60)
-            time.sleep(1.5)
+            time.sleep(3.5)
             bot.check()
     assert len([request for request in way.sent if request.startswith(b"POST /token")]) >= tokens + 2
 
