@@ -278,7 +278,7 @@ async def ask(port: int, method: str, path: str, body: Any = None, key: str | No
         return await opened.ask(write_request(method, path, body, key))
 
 
-async def recovered(ports: list[int], project: str, seconds: float = 3.0) -> None:
+async def recovered(ports: list[int], project: str, seconds: float = 6.0) -> None:
     """Each replica locks a user and gives it back again, this soon."""
 
     async def works(port: int) -> bool:
