@@ -340,10 +340,6 @@ function makeEnd(end) {
   return {element: h("li", {class: how}, timer("at", to), h("div", {}, who, " ", endOf(end)))};
 }
 
-function showLately(ended) {
-  list($("lately"), ended.filter(ofHolder), (end) => end.user_id + end.ended_at, makeEnd);
-}
-
 // ---- The drawer of a user ----------------------------------------------------------------------------------------
 let opened = null;  // {id, update, from}
 
@@ -624,12 +620,11 @@ function face(name) {
   if (name === "entry") $("sums").textContent = $("pulse").textContent = "";
 }
 
-function draw({pools, ended}, users) {
+function draw({pools, ended}) {
   face(pools.length || filter.project_id ? "farm" : "empty");
   for (const name of ["project_id", "env", "domain"]) choose(fields[name], pools.map((pool) => pool[name]).sort());
   showPools(pools);
-  showUsers(users);
-  showLately(ended);
+  list($("lately"), ended.filter(ofHolder), (end) => end.user_id + end.ended_at, makeEnd);
 }
 
 function lose(error) {
@@ -650,11 +645,13 @@ async function update(turn) {
   const headers = etag ? {"If-None-Match": etag} : {};
   const answer = await call("GET", "/overview", {query: {project_id: filter.project_id}, headers});
   const isNew = answer.status !== 304, overview = isNew ? await answer.json() : found;
-  const users = isNew ? await usersOf(overview) : null;
+  const users = await usersOf(overview);  // a list may change where no count does
   if (turn !== turns) return;
   [found, etag, quiet] = [overview, answer.headers.get("ETag"), isNew ? 0 : quiet + 1];
   write($("filter-fault"), "");
-  if (isNew) draw(overview, users), opened?.update().catch(() => {});
+  if (isNew) draw(overview);
+  showUsers(users);
+  opened?.update();
   live();
   if (given.get("user")) open(given.get("user")), given.delete("user");  // once: maybe not before a sign-in
 }

@@ -413,6 +413,17 @@ async def test_ten_tabs_of_one_browser_all_follow(browser, own, http, project):
     await context.close()
 
 
+async def test_a_list_follows_what_changes_no_count(browser, own, http, project):
+    (user,) = await make_users(http, project)
+    await http.post(f"/users/{user['id']}/quarantine", json={"reason": "first"})
+    async with looking(browser, own.url, f"/?state=quarantined&user={user['id']}") as page:
+        for place in (page.locator("#users tr"), page.locator("#drawer .why")):
+            await expect(place).to_contain_text("first")
+        await http.post(f"/users/{user['id']}/quarantine", json={"reason": "second"})
+        for place in (page.locator("#users tr"), page.locator("#drawer .why")):
+            await expect(place).to_contain_text("second")
+
+
 # ---- Actions -----------------------------------------------------------------------------------------------
 
 
