@@ -357,7 +357,7 @@ function open(id) {
     ["Release by force", "admin", () => user.lock !== null, () => force(id)],
   ].map(([name, scope, fits, click]) =>
     ({button: h("button", {click, hidden: ""}, name), fits: () => may(scope) && fits()}));
-  const update = async () => {
+  const showUser = async () => {
     const [fresh, locks] = await Promise.all([read(`/users/${id}`), read(`/users/${id}/history`, {limit: 500})]);
     const after = JSON.stringify([fresh, locks]);
     if (after === before || opened?.id !== id) return;
@@ -380,8 +380,9 @@ function open(id) {
   $("drawer").replaceChildren(h("div", {class: "top"}, title, close), place, fault, state, why, more,
     h("div", {class: "buttons"}, actions.map(({button}) => button)), labels,
     h("h3", {}, "Use in the last 24 hours"), chart, h("h3", {}, "The last 20 locks"), past);
+  const update = () => showUser().then(() => write(fault, ""), (error) => write(fault, error.message));
   opened = {id, update, from: opened?.from ?? document.activeElement};
-  update().catch((error) => write(fault, error.message));
+  update();
   writeAddress();
   if (!$("drawer").open) $("drawer").show();
 }

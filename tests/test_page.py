@@ -424,6 +424,18 @@ async def test_a_list_follows_what_changes_no_count(browser, own, http, project)
             await expect(place).to_contain_text("second")
 
 
+async def test_a_drawer_that_was_opened_without_an_answer_gets_it_later_and_tells_of_a_deleted_user(page, http):
+    (held,) = (await http.get("/users", params={"state": "locked"})).json()["items"]
+    await page.context.set_offline(True)
+    await button(page.locator("#users"), held["login"]).click()
+    await expect(page.locator("#drawer .fault")).not_to_be_empty()
+    await page.context.set_offline(False)
+    await expect(page.locator("#drawer .state")).to_have_text("locked")
+    await expect(page.locator("#drawer .fault")).to_be_empty()
+    await http.delete(f"/users/{held['id']}", params={"force": "true"})
+    await expect(page.locator("#drawer .fault")).to_contain_text(held["id"])
+
+
 # ---- Actions -----------------------------------------------------------------------------------------------
 
 
