@@ -309,7 +309,7 @@ function makeUser({id, env, domain, project_id: project}) {
 const HEADS = {locked: ["Holder", "Since", "Ends in"], quarantined: ["Reason"], resting: ["", "", "Free again in"]};
 function showUsers({items, cut}) {
   const {state, holder} = filter;
-  list($("users"), items, (user) => user.id + user.state, makeUser);
+  list($("users"), items, (user) => user.id + user.state + user.domain, makeUser);
   write($("users-count"), cut || number(items.length));
   ["who", "since", "left"].forEach((name, place) => write($(name), HEADS[state]?.[place] ?? ""));
   show($("none"), !items.length);

@@ -436,6 +436,13 @@ async def test_a_drawer_that_was_opened_without_an_answer_gets_it_later_and_tell
     await expect(page.locator("#drawer .fault")).to_contain_text(held["id"])
 
 
+async def test_a_row_follows_its_user_to_another_domain(page, http):
+    (held,) = (await http.get("/users", params={"state": "locked"})).json()["items"]
+    await expect(page.locator("#users tr")).to_contain_text(["stage · regular"])
+    await http.patch(f"/users/{held['id']}", json={"domain": "canary"})
+    await expect(page.locator("#users tr")).to_contain_text(["stage · canary"])
+
+
 # ---- Actions -----------------------------------------------------------------------------------------------
 
 
