@@ -437,9 +437,10 @@ function makeForm({head = [], fault, inputs = [], action, danger = false, cancel
       const values = made.map(({name, input}) => [name, input.files?.[0] ?? input.value]);
       const told = await run(Object.fromEntries(values), event.target);
       event.target.reset();  // no password stays
-      then(told);
+      then(told, event.target);
     } catch (error) {
-      refuse(error, made, fault);
+      if (event.target.checkVisibility()) refuse(error, made, fault);
+      else say(error.message);  // its dialog was closed meanwhile
     }
     main.disabled = false;
   };
@@ -450,7 +451,7 @@ function makeForm({head = [], fault, inputs = [], action, danger = false, cancel
 function ask({title, text = [], done, ...form}) {
   const head = [h("h2", {id: "ask-title"}, title), h("p", {}, text)], fault = h("div", {class: "fault", role: "alert"});
   const cancel = h("button", {type: "button", click: () => $("ask").close()}, "Cancel");
-  const then = (told) => { $("ask").close(); say(done ?? told); refresh(true); };
+  const then = (told, own) => { if (own.checkVisibility()) $("ask").close(); say(done ?? told); refresh(true); };
   $("ask").replaceChildren(makeForm({...form, head, fault, cancel, then}));
   $("ask").showModal();
 }

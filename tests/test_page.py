@@ -633,6 +633,30 @@ async def test_of_two_operators_the_later_ends_no_lock_that_it_did_not_mean(page
     assert dict(await state_of(http))[held["login"]] == "locked"
 
 
+async def test_what_goes_on_behind_a_closed_dialog_is_told_and_closes_no_other(page, http, project):
+    go, fulfil = asyncio.Event(), {"status": 409, "json": {"detail": "no such luck"}}
+
+    async def late(route):
+        await go.wait()
+        await (route.fulfill(**fulfil) if fulfil else route.continue_())
+
+    await page.route("**/users", late)
+    for said in ("no such luck", "new was added."):
+        go.clear()
+        await button(page, "Add a user").click()
+        await dialog(page).get_by_label("Login").fill("new")
+        await dialog(page).get_by_label("Password").fill("correct horse")
+        await button(dialog(page), "Add").click()
+        await button(dialog(page), "Cancel").click()
+        await button(page, "Add a user").click()
+        await dialog(page).get_by_label("Login").fill("typed meanwhile")
+        go.set()
+        await expect(page.locator("#said")).to_have_text(said)
+        await expect(dialog(page).get_by_label("Login")).to_have_value("typed meanwhile")
+        await button(dialog(page), "Cancel").click()
+        fulfil.clear()
+
+
 # ---- Who looks ---------------------------------------------------------------------------------------------
 
 
