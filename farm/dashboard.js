@@ -568,6 +568,8 @@ async function upload(file, bar) {
     for (const [name, value] of headers) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => { bar.value = event.loaded / event.total; };
     request.upload.onload = () => bar.removeAttribute("value");  // all is sent, and the service is at it
+    $("ask").addEventListener("close", () => bar.hasAttribute("value") && request.abort(), {once: true});
+    request.onabort = () => reject(new Error("Cancelled before the whole file was sent."));
     request.onerror = () => reject(new Error("No answer: whether the file was imported is not known."));
     request.onload = () => {
       if (request.status === 200) resolve(request.response);
@@ -616,8 +618,7 @@ let found = null, etag = null;  // the overview that is shown
 let turns = 0, next, quiet = 0, failures = 0, answered = null;
 function face(name) {
   for (const each of ["entry", "empty", "farm"]) show($(each), each === name);
-  const buttons = document.querySelectorAll("[data-needs]");
-  for (const button of buttons) show(button, name !== "entry" && may(button.dataset.needs));
+  for (const each of document.querySelectorAll("[data-needs]")) show(each, name !== "entry" && may(each.dataset.needs));
   show($("leave"), session !== null);
   if (name === "entry") $("sums").textContent = $("pulse").textContent = "";
 }

@@ -503,6 +503,25 @@ async def test_an_import_that_a_proxy_refuses_is_told_and_can_be_tried_again(pag
     await expect(button(dialog(page), "Import")).to_be_enabled()
 
 
+async def test_cancel_stops_the_import_of_a_file_that_is_not_sent_yet(page, http, tmp_path):
+    (file := tmp_path / "users.csv").write_text("login,password,project_id,env\n")
+    sent = asyncio.Event()
+
+    async def never(route):
+        sent.set()
+        await asyncio.sleep(1)
+        await route.continue_()
+
+    await page.route("**/users/import", never)
+    await button(page, "Import").click()
+    await dialog(page).get_by_label("File").set_input_files(file)
+    await button(dialog(page), "Import").click()
+    await sent.wait()
+    async with page.expect_event("requestfailed"):
+        await button(dialog(page), "Cancel").click()
+    await expect(page.locator("#said")).to_have_text("Cancelled before the whole file was sent.")
+
+
 async def test_users_are_exported(page, project):
     await page.get_by_label("Login begins with").fill("bot-1")
     await button(page, "Export").click()
