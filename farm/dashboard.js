@@ -359,7 +359,7 @@ function open(id) {
     ({button: h("button", {click, hidden: ""}, name), fits: () => may(scope) && fits()}));
   const showUser = async () => {
     const [fresh, locks] = await Promise.all([read(`/users/${id}`), read(`/users/${id}/history`, {limit: 500})]);
-    const after = JSON.stringify([fresh, locks]);
+    const after = JSON.stringify([fresh, locks]), focus = document.activeElement;
     if (after === before || opened?.id !== id) return;
     [before, user] = [after, fresh];
     write(title, user.login);
@@ -369,7 +369,7 @@ function open(id) {
     const session = user.has_session ? "a live session" : "no session";
     write(more, `It has ${session} and ${user.has_totp ? "gives" : "no"} one-time codes.`);
     for (const {button, fits} of actions) show(button, fits());
-    if (document.activeElement?.hidden) close.focus();
+    if (focus?.hidden) close.focus();
     labels.replaceChildren(...Object.entries(user.labels).map(([name, value]) => h("li", {}, `${name}: ${value}`)));
     chart.replaceChildren(...chartOf(locks));
     list(past, locks.items.slice(0, 20), JSON.stringify, (lock) =>

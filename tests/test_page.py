@@ -825,6 +825,14 @@ async def test_it_is_used_by_keyboard_alone(page):
     await expect(login).to_be_focused()
 
 
+async def test_the_focus_stays_in_the_drawer_when_the_action_that_had_it_goes(page, http):
+    await page.locator("#users button.link").first.click()
+    await button(page, "Release by force").press("Enter")
+    await button(dialog(page), "Release by force").press("Enter")
+    await expect(page.locator("#drawer .state")).to_have_text("free")
+    await expect(button(page, "Close")).to_be_focused()
+
+
 async def test_nothing_moves_for_who_wants_no_motion(browser, own, http, project):
     await make_users(http, project, 1)
     moves = "getComputedStyle(document.querySelector('.bar rect')).transitionDuration"
