@@ -78,11 +78,12 @@ function address(path, query) {
   return given.length ? `${path}?${new URLSearchParams(given)}` : path;
 }
 
+const lost = () => { throw new Error("No answer: whether this was done is not known."); };
 async function call(method, path, {json, headers = {}, query = {}, patience = 20e3} = {}) {
   await renew();
   const sent = {...headers, ...authorization(), ...(json ? {"Content-Type": "application/json"} : {})};
   const options = {method, headers: sent, cache: "no-store", signal: AbortSignal.timeout(patience)};
-  const answer = await fetch(address(path, query), {...options, body: json && JSON.stringify(json)});
+  const answer = await fetch(address(path, query), {...options, body: json && JSON.stringify(json)}).catch(lost);
   if (answer.status === 401) leave(session && "The token does not count any more: sign in again.");
   if (!answer.ok && answer.status !== 304) throw await problemOf(answer);
   setClock(answer);
@@ -97,7 +98,7 @@ function begin(token, scope, seconds, id, secret) {
 async function grant(id, secret) {
   const body = new URLSearchParams({grant_type: "client_credentials", client_id: id, client_secret: secret});
   // Without credentials: a browser would ask for a password itself when the secret is wrong.
-  const answer = await fetch("/token", {method: "POST", body, credentials: "omit"});
+  const answer = await fetch("/token", {method: "POST", body, credentials: "omit"}).catch(lost);
   if (!answer.ok) throw await problemOf(answer);
   const {access_token: token, scope, expires_in: seconds} = await answer.json();
   begin(token, scope, seconds, id, secret);

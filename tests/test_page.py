@@ -676,6 +676,17 @@ async def test_what_goes_on_behind_a_closed_dialog_is_told_and_closes_no_other(p
         fulfil.clear()
 
 
+async def test_an_action_without_an_answer_says_that_what_became_of_it_is_not_known(page):
+    await page.locator("#users button.link").first.click()
+    await button(page, "Release by force").click()
+    await page.context.set_offline(True)
+    await button(dialog(page), "Release by force").click()
+    await expect(dialog(page).locator(".fault")).to_have_text("No answer: whether this was done is not known.")
+    await page.context.set_offline(False)
+    await button(dialog(page), "Release by force").click()
+    await expect(page.locator("#drawer .state")).to_have_text("free")
+
+
 # ---- Who looks ---------------------------------------------------------------------------------------------
 
 
