@@ -332,7 +332,7 @@ function endOf({holder, acquired_at: from, ended_at: to, ended_by: how, outcome,
   const went = outcome ? [": ", h("b", {class: outcome}, WENT[outcome])] : [];
   const length = h("span", {class: "soft"}, to ? ` after ${between(from, to)}` : " now");
   const why = note ? h("div", {class: "soft"}, noted(note)) : "";
-  return [h("b", {}, what), ` ${by} ${holder || nobody}`, ...went, length, why];
+  return [h("b", {}, what), ` ${by} `, h("bdi", {}, holder || nobody), ...went, length, why];
 }
 
 function makeEnd(end) {
@@ -393,8 +393,8 @@ function reasonOf({state, lock, quarantine: reason, available_at: rested}) {
   const again = (moment) => ["free again at ", timer("at", moment), ", in ", timer("left", moment), "."];
   if (state === "locked") {
     const then = reason === null ? again(lock.expires_at) : [`then quarantined: ${reason}`];
-    const note = lock.note ? h("div", {}, "Note: ", noted(lock.note)) : "";
-    return [`Held by ${lock.holder || nobody} since `, timer("at", lock.acquired_at), "; ", ...then, note];
+    const who = h("bdi", {}, lock.holder || nobody), note = lock.note ? h("div", {}, "Note: ", noted(lock.note)) : "";
+    return ["Held by ", who, " since ", timer("at", lock.acquired_at), "; ", ...then, note];
   }
   if (state === "resting") return ["It was given back with a rest; ", ...again(rested)];
   return [state === "free" ? "The next test that fits may get it." : `${reason}. Nobody gets it until it is put back.`];

@@ -284,6 +284,30 @@ async def test_it_fits_narrow_and_wide_screens(browser, own, http, project, widt
         assert await page.evaluate(widest) <= width
 
 
+SITS = """([element, word]) => {
+    const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT)
+    while (walker.nextNode() && !walker.currentNode.data.includes(word)) ;
+    const place = walker.currentNode.data.indexOf(word)
+    const [one, other] = [0, 1].map((step) => {
+        const range = document.createRange()
+        range.setStart(walker.currentNode, place + step)
+        range.setEnd(walker.currentNode, place + step + 1)
+        return range.getBoundingClientRect().left
+    })
+    return one < other
+}"""
+
+
+async def test_a_name_that_turns_the_direction_of_writing_turns_no_sentence(browser, own, http, project):
+    (user,) = await make_users(http, project, 1, login="\u202eada")
+    await http.put(f"/users/{user['id']}/lock", json={"holder": "\u202ebob"})
+    async with looking(browser, own.url, f"/?user={user['id']}") as page:
+        await button(page, "Quarantine").click()
+        for place, word in (("#drawer .why", "since"), ("#drawer .past li", "now"), ("#ask p", "stage")):
+            element = await page.query_selector(place)
+            assert await page.evaluate(SITS, [element, word]), place
+
+
 # ---- The filter --------------------------------------------------------------------------------------------
 
 
