@@ -621,6 +621,7 @@ function face(name) {
   for (const each of ["entry", "empty", "farm"]) show($(each), each === name);
   for (const each of document.querySelectorAll("[data-needs]")) show(each, name !== "entry" && may(each.dataset.needs));
   show($("leave"), session !== null);
+  write($("first"), first.map((line) => line + (session ? ' -H "Authorization: Bearer $TOKEN"' : "")).join("\n"));
   if (name === "entry") $("sums").textContent = $("pulse").textContent = "";
 }
 
@@ -682,7 +683,7 @@ addEventListener("online", () => refresh());
 const pool = {project_id: "22222222-2222-4222-8222-222222222222", env: "stage"};
 const [ada, lock] = [{login: "ada", password: "correct horse", ...pool}, {...pool, holder: "me"}].map(JSON.stringify);
 const line = (path, body) => `curl ${location.origin}${path} -H 'Content-Type: application/json' -d '${body}'`;
-write($("first"), `${line("/users", ada)}\n${line("/locks", lock)}`);
+const first = [line("/users", ada), line("/locks", lock)];
 
 const given = new URLSearchParams(location.search);
 setFields(Object.fromEntries(FILTERS.filter((name) => given.get(name)).map((name) => [name, given.get(name)])));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -745,6 +746,19 @@ async def test_a_client_signs_in_and_its_token_is_renewed_and_kept_in_memory_alo
         assert await page.evaluate(kept) == json.dumps([{}, {}, "", guarded.url + "/"], separators=(",", ":"))
         await execute(guarded.database, f"delete from clients where id = '{boss.id}'")
         await expect(page.locator("#entry-fault")).to_have_text("Unknown client or wrong secret.")
+
+
+async def test_the_lines_of_a_new_farm_send_a_token_where_one_is_needed(browser, guarded):
+    boss = await add_client(guarded.database, "admin")
+    async with client(guarded.url) as http, looking(browser, guarded.url) as page:
+        form = {"grant_type": "client_credentials", "client_id": boss.id, "client_secret": boss.secret}
+        env = os.environ | {"TOKEN": (await http.post("/token", data=form)).json()["access_token"]}
+        await sign_in(page, boss)
+        await expect(page.locator("#empty")).to_be_visible()
+        for line in (await page.locator("#first").inner_text()).splitlines():
+            shell = {"shell": True, "env": env, "capture_output": True, "check": True}
+            done = await asyncio.to_thread(subprocess.run, line + " -sf", **shell)
+            assert json.loads(done.stdout)["id"]
 
 
 async def test_a_reload_forgets_who_signed_in(browser, guarded):
