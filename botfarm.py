@@ -297,7 +297,7 @@ async def get_overview(request: Call, project_id: FromQuery[uuid.UUID | None] = 
 @post(
     "/users/import", status_code=200, **UPLOADING, request_max_body_size=None,
     raises=[problems.UnsupportedMediaType, problems.BodyTooLarge, problems.MalformedBody, problems.LoginTaken,
-        problems.NotSealed],
+        problems.NotSealed, problems.ShuttingDown],
 )  # fmt: skip
 async def import_users(request: Call) -> words.Imported:
     """Create or replace many users by project, env and login.
@@ -312,7 +312,10 @@ async def import_users(request: Call) -> words.Imported:
     request.check_encoding()
     request.check_length(settings.max_import, "BOTFARM_MAX_IMPORT")
     file = (NdjsonFile if media == NDJSON else CsvFile)(settings, farm.passwords, request.caller.projects)
-    imported = await farm.imports.run(file, request.parts())
+    try:
+        imported = await farm.imports.run(file, request.parts())
+    except asyncio.CancelledError:  # the server stops, and has waited for it as long as it may
+        raise problems.ShuttingDown(headers={"Connection": "close"}) from None
     farm.desk.freed()
     farm.events.log("users-imported", request.cause, **msgspec.structs.asdict(imported))
     return imported

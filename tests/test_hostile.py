@@ -16,14 +16,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import asyncpg
 import httpx
 import pytest
 from conftest import (
     KEY,
     ROOT,
+    blocked,
     client,
     command,
     connect,
+    execute,
     free_port,
     make_users,
     process,
@@ -220,6 +223,25 @@ def test_a_body_that_does_not_end_before_the_service_is_told_so(empty_database):
                 assert answer.result().startswith(b"HTTP/1.1 503")
                 assert b"urn:botfarm:shutting-down" in answer.result()
         assert running.wait(10) == 0
+
+
+async def test_an_import_that_does_not_end_before_the_service_is_told_so(empty_database, project):
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    env = {"DATABASE_URL": empty_database, "BOTFARM_KEYS": KEY}
+    with process("--port", str(port), env=env, changes={"farm.server.GRACE": 1}) as running:
+        wait_ready(url)
+        connection = await asyncpg.connect(empty_database)
+        async with client(url) as http, connection.transaction():
+            await connection.execute("lock table users in exclusive mode")
+            user = {"login": "ada", "password": "p", "project_id": project, "env": "stage"}
+            headers = {"Content-Type": "application/x-ndjson"}
+            answer = asyncio.create_task(http.post("/users/import", content=json.dumps(user), headers=headers))
+            await blocked(empty_database)
+            running.terminate()
+            assert slug(await answer) == "shutting-down"
+        await connection.close()
+        assert await asyncio.to_thread(running.wait, 10) == 0
+    assert await execute(empty_database, "select from users") == []
 
 
 def test_a_body_that_takes_long_is_given_up(service, monkeypatch):
