@@ -377,6 +377,13 @@ def test_is_cut_short_in_a_call_too(bot):
     a, b = socket.socketpair()
     a.recv(1)
 
+def test_catches_all_there_is(bot):
+    force(bot.user_id)
+    try:
+        time.sleep(30)
+    except:
+        pass
+
 def test_goes_on_unhurt(bot):
     time.sleep(1)
 
@@ -411,13 +418,13 @@ def test_a_lost_lock_fails_the_test_at_once(service, project, run, tmp_path, way
     words = [*way, "--dist", "loadfile"] if way else []
     status, told = run(LOST, *words, ttl=1)
     assert status == 1
-    assert "5 failed, 2 passed, 1 error in" in told, told  # the error: a worker_bot that is lost is of no use any more
-    assert told.count("botfarm: the lock on bot-") >= 5
+    assert "6 failed, 2 passed, 1 error in" in told, told  # the error: a worker_bot that is lost is of no use any more
+    assert told.count("botfarm: the lock on bot-") >= 6
     assert "_fail_for" not in told
     assert "forced at" in told
     assert float((tmp_path / "seconds").read_text()) < 5
     assert not (tmp_path / "not reached").exists()
-    assert sorted(lock["ended_by"] for lock in locks(service.url, project)) == ["forced"] * 5 + ["released"]
+    assert sorted(lock["ended_by"] for lock in locks(service.url, project)) == ["forced"] * 6 + ["released"]
 
 
 @each_way

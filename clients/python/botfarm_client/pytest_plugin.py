@@ -210,6 +210,7 @@ class Borrowed:
             raise
         finally:
             self._watched = None
+        self._failed = False  # else what failed it was caught on its way here, by the test or by an event loop
         self._fail_for(self._used_by(item))
 
     @pytest.hookimpl(wrapper=True, trylast=True)
