@@ -34,7 +34,8 @@ class BotFarm:
         self._filter: dict[str, Any] = {"project_id": project or None, "env": env, "domain": domain}
         self._times = {"ttl": ttl, "wait": wait}
         self._held: dict[str, list[Lock]] = defaultdict(list)  # by the name of the test, or of the suite
-        self._told: list[Lock] = []  # lost, and the test has failed of it
+        self._told: list[Lock] = []  # lost, and a keyword has failed of it
+        self._why = ""  # a keyword of the test has failed
         self._farm: Farm | None = None
 
     @keyword
@@ -85,15 +86,17 @@ class BotFarm:
     def end_keyword(self, data: Any, result: Any) -> None:
         """Fail what runs when a user is lost: Robot lets nothing end a keyword before it has ended."""
         if lost := self._lost():
-            result.status, result.message = "FAIL", lost
+            result.status, result.message, self._why = "FAIL", lost, lost
 
     def end_test(self, data: Any, result: Any) -> None:
-        if lost := self._lost():
+        lost, self._why = self._lost() or self._why, ""
+        if lost not in result.message:  # also where a keyword around the one that failed has caught it
             result.status, result.message = "FAIL", lost
         # Of a skipped test nothing is told, nor of what a suite has: it is there for several tests.
         self._release(data.full_name, {"PASS": "passed", "FAIL": "failed"}.get(result.status))
 
     def end_suite(self, data: Any, result: Any) -> None:
+        self._why = ""
         self._release(data.full_name)
 
     def close(self) -> None:
@@ -101,7 +104,7 @@ class BotFarm:
             self._release(name)
 
     def _lost(self) -> str:
-        """Why users are lost of which no test has failed yet."""
+        """Why users are lost of which nothing has failed yet."""
         lost = [lock for locks in self._held.values() for lock in locks if lock.lost and lock not in self._told]
         self._told += lost
         return "\n".join(str(lock.lost) for lock in lost)

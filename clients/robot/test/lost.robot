@@ -10,6 +10,11 @@ Loses Its User
         Sleep    0.3 s
     END
 
+Fails Of That Even Where It Is Caught
+    ${bot}=    Acquire Bot
+    Run Process    curl    -X    DELETE    %{BOTFARM_URL}/users/${bot.user_id}/lock
+    Run Keyword And Ignore Error    Sleep    3 s
+
 Has Another
     ${bot}=    Acquire Bot
     Log To Console    then ${bot.login}
