@@ -164,6 +164,7 @@ def test_a_command_that_is_run_has_its_own_group_and_our_session_and_files(servi
         (["--project", "{project}", "--", "sh", "-c", "exit 7"], 7, ""),
         (["--project", "{project}", "--", "sh", "-c", "kill -9 $$"], 137, ""),
         (["--project", "{project}", "--", "no-such-command"], 127, "no-such-command: No such file"),
+        (["--project", "{project}", "--", "no-such-\udcff"], 127, r"no-such-\udcff: No such file"),
         (["--project", "{project}", "--", "/"], 126, "/: Permission denied"),
         (["--project", "{project}"], 64, "write it behind --"),
         (["--project", "{project}", "--", ""], 64, "write it behind --"),
@@ -178,6 +179,7 @@ def test_a_command_that_is_run_has_its_own_group_and_our_session_and_files(servi
         (["--set", '[{{"project_id":', "--", "true"], 64, "it is no JSON"),
         (["--set", '[{{"project_id": "{project}", "colour": "red"}}]', "--", "true"], 64, "users[0].colour"),
         (["--user", "ü b", "--", "true"], 64, "There is nothing at"),
+        (["--user", "\udcff", "--", "true"], 64, "There is nothing at"),
         (["--project", "{project}", "--label", "role=nobody", "--", "true"], 65, "No user at all matches"),
         (["--user", "{project}", "--", "true"], 65, "user"),
         (["--project", "{project}", "--url", "botfarm", "--", "true"], 78, "is no URL of BotFarm"),
@@ -539,6 +541,7 @@ def test_a_lock_is_acquired_renewed_looked_at_and_given_back_by_hand(service, pr
         assert (done.returncode, done.stdout) == (124, "")
         assert "has ended" in done.stderr
     assert botfarm(service.url, "status").returncode == 64
+    assert botfarm(service.url, "release", "--holder", "\udcff").returncode == 64
 
 
 @pytest.mark.parametrize("words", [["--quarantine", "is broken"], ["--cooldown", "0"], ["--outcome", "failed"]])

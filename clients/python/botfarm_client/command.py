@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads it; users are given back all the same
-        os.write(2, f"botfarm: {text}\n".encode())
+        os.write(2, f"botfarm: {text}\n".encode(errors="backslashreplace"))
 
 
 def seconds(text: str) -> int:

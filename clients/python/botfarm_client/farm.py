@@ -166,7 +166,7 @@ class Farm:
         """Give everything back that the holder has; how many users that were."""
         from urllib.parse import urlencode
 
-        query = urlencode(_given({"holder": holder, "project_id": project_id}))
+        query = urlencode(_given({"holder": holder, "project_id": project_id}), errors="surrogateescape")
         return persist(lambda: self.wire.call("DELETE", f"/locks?{query}"), CALL)["released"]
 
     def _grant(self, asked: Asked, heartbeat: bool) -> list[Lock]:

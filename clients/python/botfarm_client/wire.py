@@ -126,7 +126,7 @@ class Wire:
         if self._token:
             headers["Authorization"] = _Unseen(f"Bearer {self._token[0]}")
         data = None if body is None else json.dumps(body).encode()
-        url = self._url + urllib.parse.quote(path, safe="/?&=%+")  # an id may be any text that somebody has typed
+        url = self._url + urllib.parse.quote(path, "/?&=%+", errors="surrogateescape")  # an id may be any text
         status, told, text = self._open(urllib.request.Request(url, data, headers, method=method), timeout)
         if status in (201, 200, 204):
             return self._json(text) if text else None
