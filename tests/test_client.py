@@ -113,6 +113,15 @@ def test_a_block_that_fails_gives_its_user_back_too(service, project, borrow):
     assert held(service.url, project) == []
 
 
+def test_a_release_that_is_refused_can_be_said_again(service, project, borrow):
+    create(service.url, project)
+    lock = borrow.acquire(project)
+    with pytest.raises(Refused, match="bad_login"):
+        lock.release(outcome="bad_login")
+    assert lock.release(outcome="bad-login")
+    assert held(service.url, project) == []
+
+
 def test_one_user_and_a_set_are_asked_for_by_name_and_number(service, project, borrow):
     (user, *_) = create(service.url, project, count=3)
     with borrow.user(user_id=user["id"]) as bot:

@@ -180,6 +180,7 @@ function tellUnsealed({ problem }) {
 class Bot {
   #farm;
   #deadline; // the service may hand the user on from here, as far as we can know
+  #givenBack = false;
   #released = new AbortController();
   #lost = new AbortController();
 
@@ -221,13 +222,16 @@ class Bot {
 
   /** Give the user back. `outcome`, `cooldown` and `quarantine` are those of `DELETE /locks/{id}`. */
   async release(told = {}) {
-    if (this.#released.signal.aborted) return;
+    if (this.#givenBack) return;
+    this.#givenBack = true;
     this.#released.abort();
     const query = new URLSearchParams(Object.entries(told).filter(([, value]) => value !== undefined));
     try {
       await this.#farm.call('DELETE', `/locks/${this.lock.id}?${query}`);
     } catch (refused) {
-      if (refused.slug !== 'lock-not-held') throw refused; // it has ended, or a lost reply had ended it
+      if (refused.slug === 'lock-not-held') return; // it has ended, or a lost reply had ended it
+      this.#givenBack = false;
+      throw refused;
     }
   }
 

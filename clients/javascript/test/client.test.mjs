@@ -60,6 +60,14 @@ test('a bot is renewed beyond its ttl, and given back', async () => {
   await bot.release();
 });
 
+test('a release that is refused can be said again', async () => {
+  const bot = await direct.acquire({ project_id });
+  await assert.rejects(bot.release({ outcome: 'bad_login' }), { slug: 'invalid' });
+  assert.equal(await held(), 1);
+  await bot.release({ outcome: 'bad-login' });
+  assert.equal(await held(), 0);
+});
+
 test('this very user is had by its id', async () => {
   const { items } = await (await fetch(`${URL}/users?project_id=${project_id}`)).json();
   const bot = await direct.acquire({ user: items[1].id });

@@ -259,7 +259,8 @@ class Lock:
         self.session = Session(self)
         self._farm, self._pid = farm, os.getpid()
         self._deadline = sent + self.ttl
-        self._over = threading.Event()
+        self._over = threading.Event()  # nothing is renewed any more
+        self._given_back = False
         self._on_lost: Callable[[Lock], Any] | None = None
 
     def __repr__(self) -> str:
@@ -322,12 +323,13 @@ class Lock:
 
     def release(self, *, cooldown: int = 0, quarantine: str | None = None, outcome: str | None = None) -> bool:
         """Give the user back, as `Farm.release` does; False where the lock had been lost before."""
-        if os.getpid() != self._pid or (self._over.is_set() and not self.lost):
+        if os.getpid() != self._pid or self._given_back:
             return True
         if not self.lost:
             self._over.set()
             try:
                 self._farm.release(self.id, cooldown=cooldown, quarantine=quarantine, outcome=outcome)
+                self._given_back = True
             except LockLost as lost:
                 self._lose(lost)
         return not self.lost

@@ -1,8 +1,10 @@
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertNotEquals;
+import static org.junit.jupiter.api.Assertions.assertThrows;
 
 import botfarm.junit5.Account;
 import botfarm.junit5.Bot;
+import botfarm.junit5.Refused;
 import java.util.Map;
 import org.junit.jupiter.api.Assumptions;
 import org.junit.jupiter.api.BeforeAll;
@@ -30,6 +32,7 @@ class ScopesTest {
 
     @Test
     void anAccountThatDoesNotWorkIsGivenBackAsSuch(@Bot Account bot) {
+        assertThrows(Refused.class, () -> bot.release("bad login"));
         bot.release("bad-login");
     }
 

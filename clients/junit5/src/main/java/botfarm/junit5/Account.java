@@ -86,10 +86,13 @@ public final class Account implements AutoCloseable {
         farm.held.remove(this);
         boolean interrupted = Thread.interrupted(); // a test that was stopped gives its user back all the same
         try {
-            String query = outcome == null ? "" : "?outcome=" + outcome;
+            String query = outcome == null ? "" : "?outcome=" + Farm.encode(outcome);
             farm.call("DELETE", "/locks/" + lockId() + query, null, () -> "", () -> Farm.REPLY, 0);
         } catch (Refused refused) {
             if (!"lock-not-held".equals(refused.slug())) { // else it has ended, or a lost reply had ended it
+                synchronized (this) {
+                    closed = false; // it can be said again
+                }
                 throw refused;
             }
         } catch (InterruptedException again) {
