@@ -229,9 +229,10 @@ class Bot {
     try {
       await this.#farm.call('DELETE', `/locks/${this.lock.id}?${query}`);
     } catch (refused) {
-      if (refused.slug === 'lock-not-held') return; // it has ended, or a lost reply had ended it
-      this.#givenBack = false;
-      throw refused;
+      this.#givenBack = refused.slug === 'lock-not-held';
+      if (!this.#givenBack) throw refused;
+      // What has released it is this call, where the reply to it was lost.
+      if (refused.problem.ended_by !== 'released') this.#lost.abort(this.#lossBy(refused));
     }
   }
 
@@ -267,13 +268,15 @@ class Bot {
       if (uptime() >= deadline) throw new Error('the process stood still');
       const { sent } = await this.#farm.call('PATCH', path, { body: () => ({}), deadline });
       this.#deadline = sent + this.lock.ttl;
-    } catch ({ slug, problem, message }) {
-      if (slug === 'lock-not-held') {
-        throw new LockLost(this.user, problem.ended_by ? `${problem.ended_by} at ${problem.ended_at}` : message);
-      }
+    } catch (refused) {
+      if (refused.slug === 'lock-not-held') throw this.#lossBy(refused);
       await sleep((deadline - uptime()) * 1000, undefined, { ref: false, signal: this.#released.signal });
-      throw new LockLost(this.user, `it could not be renewed in time: ${message}`);
+      throw new LockLost(this.user, `it could not be renewed in time: ${refused.message}`);
     }
+  }
+
+  #lossBy({ problem, message }) {
+    return new LockLost(this.user, problem.ended_by ? `${problem.ended_by} at ${problem.ended_at}` : message);
   }
 }
 

@@ -5,19 +5,30 @@ const { Farm } = require('@botfarm/client');
 const ACQUIRING = 330_000; // ms: a bot may be waited for longer than a test may take
 const LOGGING_IN = 60_000; // ms: it takes no time of the first test
 
+/** What nobody catches fails the test that runs, at once, and the tests behind it get a new worker and a new bot. */
+function watch(bot) {
+  bot.signal.addEventListener('abort', () => setImmediate(() => { throw bot.signal.reason; }));
+  return bot;
+}
+
+class Watched extends Farm {
+  acquire = async (...asked) => watch(await super.acquire(...asked));
+  acquireSet = async (...asked) => (await super.acquireSet(...asked)).map(watch);
+}
+
 exports.expect = expect;
 exports.test = base.extend({
   botFilter: [{}, { scope: 'worker', option: true }],
 
-  farm: [async ({}, use) => use(new Farm()), { scope: 'worker' }],
+  farm: [async ({}, use) => use(new Watched()), { scope: 'worker' }],
 
   bot: [
     async ({ farm, botFilter }, use) => {
       const bot = await farm.acquire({ prefer: 'session', ...botFilter });
-      // What nobody catches fails the test that runs, at once, and the tests behind it get a new worker and a new bot.
-      bot.signal.addEventListener('abort', () => setImmediate(() => { throw bot.signal.reason; }));
       await use(bot);
+      if (bot.signal.aborted) return; // a test has failed of it
       await bot.release();
+      bot.signal.throwIfAborted(); // it may have turned out only now
     },
     { scope: 'worker', timeout: ACQUIRING },
   ],
