@@ -58,11 +58,11 @@ def test_processes_of_pabot_do_not_touch_the_users_of_each_other(robot: Path, po
 def test_a_lost_lock_fails_the_test_of_robot_when_its_keyword_ends(robot: Path, pool: Pool):
     pool.add(1)
     begun = time.monotonic()
-    told = run(robot, *ROBOT, "lost.robot", status=2, env=pool.env())
-    assert told.count("the lock on bot-0 was lost: ") == 2
+    told = run(robot, *ROBOT, "lost.robot", status=3, env=pool.env())
+    assert told.count("the lock on bot-0 was lost: ") == 3
     assert "then bot-0" in told
-    assert "3 tests, 1 passed, 2 failed" in told
-    assert pool.ends() == ["forced", "forced", "released"]
+    assert "4 tests, 1 passed, 3 failed" in told
+    assert pool.ends() == ["forced", "forced", "forced", "released"]
     assert time.monotonic() - begun < 30  # its keywords would last as long
 
 

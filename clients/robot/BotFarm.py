@@ -89,15 +89,20 @@ class BotFarm:
             result.status, result.message, self._why = "FAIL", lost, lost
 
     def end_test(self, data: Any, result: Any) -> None:
-        lost, self._why = self._lost() or self._why, ""
-        if lost not in result.message:  # also where a keyword around the one that failed has caught it
-            result.status, result.message = "FAIL", lost
+        self._judge(result)
         # Of a skipped test nothing is told, nor of what a suite has: it is there for several tests.
         self._release(data.full_name, {"PASS": "passed", "FAIL": "failed"}.get(result.status))
+        self._judge(result)  # of what turned out only now
+        self._why = ""
 
     def end_suite(self, data: Any, result: Any) -> None:
-        self._why = ""
         self._release(data.full_name)
+        self._why = ""
+
+    def _judge(self, result: Any) -> None:
+        self._why = self._lost() or self._why
+        if self._why not in result.message:  # also where a keyword around the one that failed has caught it
+            result.status, result.message = "FAIL", self._why
 
     def close(self) -> None:
         for name in list(self._held):
@@ -110,8 +115,10 @@ class BotFarm:
         return "\n".join(str(lock.lost) for lock in lost)
 
     def _release(self, name: str, outcome: str | None = None) -> None:
-        for lock in self._held.pop(name, []):
+        for lock in self._held.get(name, []):
             try:
                 lock.release(outcome=outcome)
             except BotfarmError as fault:
                 logger.warn(f"BotFarm: {lock.name} is not given back, its ttl frees it: {fault}")
+        self._why = self._lost() or self._why
+        self._held.pop(name, None)

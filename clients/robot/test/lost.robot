@@ -15,6 +15,10 @@ Fails Of That Even Where It Is Caught
     Run Process    curl    -X    DELETE    %{BOTFARM_URL}/users/${bot.user_id}/lock
     Run Keyword And Ignore Error    Sleep    3 s
 
+Fails Of That Even Where It Ends Before That Is Known
+    ${bot}=    Acquire Bot
+    Run Process    curl    -X    DELETE    %{BOTFARM_URL}/users/${bot.user_id}/lock
+
 Has Another
     ${bot}=    Acquire Bot
     Log To Console    then ${bot.login}
