@@ -66,14 +66,14 @@ def test_a_reply_whose_json_is_none_ends_no_heartbeat_of_junit(junit5: Path, poo
 
 
 def test_a_lost_lock_fails_the_test_of_junit_at_once(junit5: Path, pool: Pool):
-    pool.add(1)
+    pool.add(2)
     begun = time.monotonic()
     told = run(junit5, *of_junit(pool, "LostTest"), status=1, env=pool.env())
-    assert 'botfarm.junit5.LockLost: the lock on the user "bot-0" was lost: forced at 20' in told
-    assert "then bot-0" in told
-    assert "Tests run: 2, Failures: 1, Errors: 0" in told
-    assert time.monotonic() - begun < 60  # the test would sleep for as long
-    assert pool.ends() == ["forced", "released"]
+    assert told.count('botfarm.junit5.LockLost: the lock on the user "bot-') >= 2
+    assert "then bot-" in told
+    assert "Tests run: 3, Failures: 2, Errors: 0" in told
+    assert time.monotonic() - begun < 60  # the first test would sleep for as long
+    assert pool.ends() == ["forced", "released", "forced", "released"]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import org.junit.jupiter.api.TestMethodOrder;
 class LostTest {
     @Test
     void a_losesItsUser(@Bot Account bot) throws Exception {
-        URI user = URI.create(System.getenv("BOTFARM_URL") + "/users/" + bot.id() + "/lock");
-        HttpClient.newHttpClient().send(HttpRequest.newBuilder(user).DELETE().build(), BodyHandlers.discarding());
+        force(bot);
         Thread.sleep(60_000);
     }
 
@@ -21,5 +20,15 @@ class LostTest {
     void b_hasAnother(@Bot Account bot) throws Exception {
         Thread.sleep(10); // an interruption that is left would end it
         System.out.println("then " + bot.login());
+    }
+
+    @Test
+    void c_endsBeforeThatIsKnown(@Bot Account bot, @Bot Account other) throws Exception {
+        force(bot);
+    }
+
+    private static void force(Account bot) throws Exception {
+        URI user = URI.create(System.getenv("BOTFARM_URL") + "/users/" + bot.id() + "/lock");
+        HttpClient.newHttpClient().send(HttpRequest.newBuilder(user).DELETE().build(), BodyHandlers.discarding());
     }
 }

@@ -31,8 +31,7 @@ public final class BotExtension implements ParameterResolver, InvocationIntercep
 
         @Override
         public void close() {
-            String outcome = outcome();
-            forEach(account -> account.release(outcome));
+            Account.release(iterator(), outcome());
         }
 
         /** How the test went. Nothing is told of one that was aborted, nor of a class, which has several. */

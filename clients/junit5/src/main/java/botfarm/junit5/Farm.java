@@ -45,7 +45,7 @@ final class Farm {
             throw new IllegalStateException("BOTFARM_URL is not set to the address of BotFarm, as http://botfarm:8000");
         }
         this.holder = this.settings.getOrDefault("BOTFARM_HOLDER", "junit5/" + UUID.randomUUID());
-        Runtime.getRuntime().addShutdownHook(new Thread(() -> held.forEach(Account::close)));
+        Runtime.getRuntime().addShutdownHook(new Thread(() -> Account.release(held.iterator(), null)));
     }
 
     /** Seconds: of two clocks that on which more have passed, as one of them stops while the machine is suspended. */
