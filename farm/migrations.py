@@ -121,7 +121,8 @@ def look(url: str, serves: bool = False) -> tuple[list[str], dict[str, Any]]:
 
 
 # By UTF-8, as asyncpg talks: from a database without an encoding psycopg would else read bytes, and yoyo fail.
-PSYCOPG = {"prepare_threshold": None, "connect_timeout": 10, "client_encoding": "utf8"}
+# Without PGHOSTADDR, which asyncpg does not read.
+PSYCOPG = {"prepare_threshold": None, "connect_timeout": 10, "client_encoding": "utf8", "hostaddr": ""}
 
 
 def open_backend(address: dict[str, Any]) -> Any:

@@ -314,6 +314,7 @@ async def test_a_migration_goes_where_the_service_goes(bare_database, spelling, 
     for variable, name in (("HOST", "host"), ("PORT", "port"), ("USER", "user"), ("DATABASE", "dbname")):
         monkeypatch.setenv(f"PG{variable}", str(real[name]) if spelling == "postgresql://" else "7")
     monkeypatch.setenv("PGPASSWORD", real["password"] or "")
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.9")
     url = spelling.format_map({name: quote(str(value or ""), safe="") for name, value in real.items()})
     _, address = await asyncio.to_thread(farm.migrations.look, url)
     backend = await asyncio.to_thread(farm.migrations.open_backend, address)
