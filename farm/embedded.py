@@ -473,6 +473,8 @@ class Embedded:
 
 def settle_home(home: Path) -> Path:
     """Make the home (0700, owned by PostgreSQL's user) and return where it really is. Keys may live there."""
+    for variable in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[variable]  # they speak of another server: PGSSLMODE, PGSERVICE
     with _explained(home):
         wanted = Path(os.path.realpath(home))
         wanted.parent.mkdir(parents=True, exist_ok=True)

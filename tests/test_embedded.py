@@ -185,6 +185,7 @@ def test_rows_survive_a_stop_and_no_process_does(home: Path) -> None:
 def test_the_environment_does_not_change_the_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PGPORT": "1", "PGDATA": "/nowhere", "PGOPTIONS": "-c jit=on", "TZ": "Asia/Tokyo"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PGSSLMODE", "verify-full")
     names = ["listen_addresses", "server_encoding", "fsync", "synchronous_commit", "jit", "log_timezone"]
     with started(home) as server:
         shown = [sql(server.dsn, f"show {name}")[0][0] for name in names]
