@@ -438,7 +438,11 @@ def _run(config: uvicorn.Config) -> int:
     if config.workers == 1:
         _Server(config).run()
         return 0
-    workers = _Workers(config, [config.bind_socket()])
+    try:
+        workers = _Workers(config, [config.bind_socket()])
+    except SystemExit:  # uvicorn has told why, but not where
+        log.error("BOTFARM_HOST and BOTFARM_PORT: can't listen on %s, port %d", config.host, config.port)
+        raise
     with tempfile.TemporaryDirectory(prefix="botfarm-") as folder:
         os.environ[SHARED] = folder
         workers.run()

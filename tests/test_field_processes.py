@@ -217,6 +217,7 @@ def test_an_address_that_is_taken_ends_the_start_with_status_3(workers, empty_da
         refused = command("--port", port, "--workers", workers, env={"DATABASE_URL": empty_database})
     assert refused.returncode == 3
     assert "ddress already in use" in refused.stderr
+    assert port in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
