@@ -50,8 +50,8 @@ def check(url: str) -> int:
 
 def _get(url: str) -> tuple[int, str]:
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("it is no http:// or https:// address")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("it is no address as http://127.0.0.1:8000")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     with contextlib.closing(kind(unquote(parts.hostname), parts.port, timeout=5)) as connection:
         connection.request("GET", parts.path)

@@ -236,6 +236,13 @@ def test_the_check_of_containers_imports_nothing_and_asks_no_proxy(service):
     assert not {name.partition(".")[0] for name in loaded} & (LIBRARIES | {"asyncio", "click", "msgspec"})
 
 
+@pytest.mark.parametrize("end", ["?project_id=", "/#", "?", "/x?y"])
+def test_the_address_of_a_page_is_none_of_a_service(service, end, capfd):
+    """Else the page would be there for the check, be the service ready or not."""
+    assert farm.check.check(service.url + end) == 1
+    assert f"{service.url}{end} does not answer: it is no address as http://127.0.0.1:8000" in capfd.readouterr().err
+
+
 def test_what_checks_a_container_listens_where_the_service_does_if_nothing_is_set(capfd):
     defaults = farm.settings.Settings()
     assert f'"BOTFARM_HOST") or "{defaults.host}"' in (ROOT / "farm/check.py").read_text()
