@@ -341,7 +341,7 @@ def _token_headers(url: str) -> dict[str, str]:
 
 def _refused(answer: httpx.Response) -> int:
     """Tell why, an error a line."""
-    if answer.headers.get("Content-Type") != "application/problem+json":  # a proxy's, or another service's
+    if '"urn:botfarm:' not in answer.text:  # a proxy's, or another service's
         print(f"{answer.status_code}: {answer.text[:200]}", file=sys.stderr)
         return 1
     problem = answer.json()

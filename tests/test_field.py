@@ -331,12 +331,12 @@ def test_a_service_that_gives_no_token_is_named_and_no_password(monkeypatch, cap
     assert capsys.readouterr().err.startswith(f"BOTFARM_CLIENT_ID: no token of {service.url}: 404 ")
 
 
-@pytest.mark.parametrize("body", ['{"message": "no route"}', "[]", "null", "<html>"])
+@pytest.mark.parametrize("body", ['{"title": "no route"}', "[]", "null", "<html>"])
 def test_what_a_proxy_answers_is_shown_as_it_is(body, capsys):
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(502)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "application/problem+json")
             self.end_headers()
             self.wfile.write(body.encode())
 
