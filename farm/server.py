@@ -353,6 +353,11 @@ def _greet() -> None:
 class _Server(uvicorn.Server):
     """One serving process."""
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """A second ctrl-C hurries nobody: uvicorn would break off the stop, which ends by itself, with a traceback."""
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         _greet()

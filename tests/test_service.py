@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from urllib.parse import urlsplit
 
@@ -286,6 +287,18 @@ def test_an_interrupted_command_ends_without_a_traceback():
             exporting.send_signal(signal.SIGINT)
             output, _ = exporting.communicate(timeout=20)
     assert exporting.returncode == 130
+    assert "Traceback" not in output
+
+
+def test_a_second_ctrl_c_breaks_off_no_stop(empty_database):
+    port = str(free_port())
+    with process("--port", port, env={"DATABASE_URL": empty_database}) as stopping:
+        wait_ready(f"http://127.0.0.1:{port}")
+        for _ in range(2):
+            stopping.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        output, _ = stopping.communicate(timeout=20)
+    assert stopping.returncode == 0
     assert "Traceback" not in output
 
 
