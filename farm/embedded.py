@@ -472,9 +472,12 @@ class Embedded:
 
 
 def settle_home(home: Path) -> Path:
-    """Make the home (0700, owned by PostgreSQL's user) and return where it really is. Keys may live there."""
+    """Make the home (0700, owned by PostgreSQL's user) and return where it really is. Keys may live there.
+
+    This process forgets the PG* variables: they speak of another server (PGSSLMODE, PGSERVICE), and drivers read them.
+    """
     for variable in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[variable]  # they speak of another server: PGSSLMODE, PGSERVICE
+        del os.environ[variable]
     with _explained(home):
         wanted = Path(os.path.realpath(home))
         wanted.parent.mkdir(parents=True, exist_ok=True)
