@@ -117,7 +117,7 @@ def migrate_command(rollback: bool, rest: int | None) -> None:
             seconds = settings.max_ttl if rest == -1 else rest
             ((users,),) = asyncio.run(_rows(settings, url, "rest_after_restore", seconds))
             tell("users-rested", users)
-            print(f"{users} users rest for {seconds} seconds, and their fences have moved ahead")
+            print(f"{users} users rest for at least {seconds} seconds, and their fences have moved ahead")
 
 
 @commands.command("reseal")

@@ -29,7 +29,7 @@ def of_maven(*arguments: str) -> list[str]:
     return ["mvn", "-B", "-ntp", "-f", "reactor.xml", "-Dsurefire.failIfNoSpecifiedTests=false", *arguments]
 
 
-def of_junit(pool: Pool, tests: str, ttl: int = 3, wait: int = 9) -> list[str]:
+def of_junit(pool: Pool, tests: str, ttl: int = 3, wait: int | str = 9) -> list[str]:
     terms = [f"-Dbotfarm.project={pool.project}", f"-Dbotfarm.ttl={ttl}", f"-Dbotfarm.wait={wait}"]
     return of_maven("test", f"-Dtest={tests}", *terms)
 
@@ -52,6 +52,12 @@ def test_an_account_of_a_constructor_is_its_tests_and_what_ci_sets_to_nothing_is
     locks = pool.history()
     assert [(lock["ended_by"], lock["outcome"]) for lock in locks] == [("released", "passed")] * 2
     assert all(lock["holder"].startswith("junit5/") for lock in locks)
+
+
+def test_what_junit_is_told_wrongly_is_named(junit5: Path, pool: Pool):
+    told = run(junit5, *of_junit(pool, "WrongTest", wait="soon"), status=1, env=pool.env())
+    assert 'the label "role" of @Bot has to be name=value' in told
+    assert 'botfarm.wait is "soon": it has to be a number of seconds' in told
 
 
 def test_a_reply_whose_json_is_none_ends_no_heartbeat_of_junit(junit5: Path, pool: Pool, tmp_path: Path):

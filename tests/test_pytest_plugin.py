@@ -115,6 +115,17 @@ def test_unknown(bot):
 @pytest.mark.bot({"role": "admin"})
 def test_nameless(bot):
     pass
+
+@pytest.mark.bot(labels="role=admin")
+def test_labels(bot):
+    pass
+
+@pytest.mark.bot(wait="5")
+def test_wait(bot):
+    pass
+
+def test_of_a_set_each_part_has_names(bots):
+    bots.set("admin")
 """
 
 
@@ -126,12 +137,15 @@ def test_the_fixtures_give_users_and_the_reports_name_them(service, project, run
     create(service.url, project, login="other", labels={"shop": "2", "role": "buyer"})
     status, told = run(SHOP, "--junitxml=report.xml", *way, *(["--dist", "loadfile"] if way else []))
     assert status == 1, told
-    assert "2 failed, 3 passed, 3 errors" in told
+    assert "3 failed, 3 passed, 5 errors" in told
     assert re.search(r"^_+ test_fails as (admin|b\d) _+$", told, re.M)
     assert "botfarm: No user at all matches" in told
     assert "botfarm: a bot has no colour: it can be asked for by project_id, env," in told
     assert "botfarm: a bot has no {'role': 'admin'}: it can be asked for by project_id, env," in told
     assert "botfarm: a bot has no user_id: it can be asked for by project_id, env, domain, labels, count" in told
+    assert """botfarm: labels of a bot are 'role=admin': they have to be a dict as {"role": "admin"}""" in told
+    assert "botfarm: wait of a bot is '5': it has to be a number of seconds" in told
+    assert """botfarm: a bot is asked for by 'admin': it has to be a dict as {"env": "stage"}""" in told
     assert "botfarm_client/" not in told  # no traceback shows our own lines
     report = ElementTree.parse(tmp_path / "report.xml").getroot()
     logins = {case.get("name"): [tag.get("value") for tag in case.iter("property")] for case in report.iter("testcase")}

@@ -284,10 +284,16 @@ class Borrowed:
 
 
 def _check(wish: dict[str, Any], known: Sequence[str]) -> None:
-    """One that is misspelt must not widen what is asked for."""
+    """One that is misspelt must not widen what is asked for. What is not looked at here the service checks."""
+    if not isinstance(wish, dict):
+        raise Misconfigured(f'a bot is asked for by {wish!r}: it has to be a dict as {{"env": "stage"}}')
     unknown = sorted(set(wish) - set(known))
     if unknown:
         raise Misconfigured(f"a bot has no {', '.join(unknown)}: it can be asked for by {', '.join(known)}")
+    if not isinstance(wish.get("labels") or {}, dict):
+        raise Misconfigured(f'labels of a bot are {wish["labels"]!r}: they have to be a dict as {{"role": "admin"}}')
+    if not isinstance(wish.get("wait", 0), int):
+        raise Misconfigured(f"wait of a bot is {wish['wait']!r}: it has to be a number of seconds")
 
 
 def _name_run(config: pytest.Config) -> str:
@@ -334,13 +340,12 @@ def bots(request: pytest.FixtureRequest, bot_filter: dict[str, Any]) -> Iterator
 
 
 @pytest.fixture
-def bot(request: pytest.FixtureRequest, bots: Bots) -> Lock:
-    """A user for this test alone, as the marker `bot` wants it: its login, password, labels."""
-    wish: dict[str, Any] = {"prefer": "session"} if "bot_session" in request.fixturenames else {}
+def bot(request: pytest.FixtureRequest, bots: Bots, bot_filter: dict[str, Any]) -> Lock:
+    """A user for this test alone, as the marker `bot` wants it: its login, password, labels. `bots` gives it back."""
+    wishes: list[dict[str, Any]] = [{"prefer": "session"}] if "bot_session" in request.fixturenames else []
     for mark in reversed(list(request.node.iter_markers("bot"))):
-        wish.update(dict.fromkeys(map(str, mark.args)))  # which has no names, and is refused
-        wish.update(mark.kwargs, labels={**wish.get("labels", {}), **mark.kwargs.get("labels", {})})
-    return bots(**wish)
+        wishes += [dict.fromkeys(map(str, mark.args)), mark.kwargs]  # what has no name is refused
+    return _borrowed(request).take(request.node, bot_filter, *wishes)
 
 
 @pytest.fixture

@@ -84,7 +84,10 @@ public final class BotExtension implements ParameterResolver, InvocationIntercep
         Map<String, String> labels = new HashMap<>();
         for (String label : bot.labels()) {
             String[] parts = label.split("=", 2);
-            labels.put(parts[0], parts.length > 1 ? parts[1] : "");
+            if (parts.length < 2) {
+                throw new IllegalArgumentException("the label \"" + label + "\" of @Bot has to be name=value");
+            }
+            labels.put(parts[0], parts[1]);
         }
         filter.put("labels", labels);
         return filter;
@@ -95,7 +98,11 @@ public final class BotExtension implements ParameterResolver, InvocationIntercep
     }
 
     private static int number(ExtensionContext context, String name, int otherwise) {
-        return setting(context, name).map(Integer::parseInt).orElse(otherwise);
+        String given = setting(context, name).orElse(String.valueOf(otherwise));
+        if (!given.matches("\\d{1,9}")) {
+            throw new IllegalArgumentException("botfarm." + name + " is \"" + given + "\": it has to be a number of seconds");
+        }
+        return Integer.parseInt(given);
     }
 
     private static Farm farm(ExtensionContext context) {
