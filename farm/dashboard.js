@@ -453,6 +453,7 @@ function ask({title, text = [], done, ...form}) {
   const head = [h("h2", {id: "ask-title"}, title), h("p", {}, text)], fault = h("div", {class: "fault", role: "alert"});
   const cancel = h("button", {type: "button", click: () => $("ask").close()}, "Cancel");
   const then = (told, own) => { if (own.checkVisibility()) $("ask").close(); say(done ?? told); refresh(true); };
+  if ($("ask").open) return;  // a look came late: nobody is interrupted who was asked something else meanwhile
   $("ask").replaceChildren(makeForm({...form, head, fault, cancel, then}));
   $("ask").showModal();
 }
@@ -638,7 +639,6 @@ function lose(error) {
   $("pulse").classList.add("gone");
   if ((failures += 1) === 1) say(`The service gives ${text}.`);
 }
-
 function live() {
   if (failures) say("The service answers again.");
   [failures, answered] = [0, now()];

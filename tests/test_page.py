@@ -701,6 +701,24 @@ async def test_what_goes_on_behind_a_closed_dialog_is_told_and_closes_no_other(p
         fulfil.clear()
 
 
+async def test_a_question_whose_look_came_late_takes_the_place_of_no_other(page, http):
+    (held,) = (await http.get("/users", params={"state": "locked"})).json()["items"]
+    go = asyncio.Event()
+
+    async def late(route):
+        await go.wait()
+        await route.continue_()
+
+    await page.route(f"**/users/{held['id']}", late)
+    await page.locator("#users").get_by_role("button", name="Release").click()
+    await button(page, "Add a user").click()
+    await dialog(page).get_by_label("Login").fill("typed meanwhile")
+    async with page.expect_response(f"**/users/{held['id']}"):
+        go.set()
+    await page.wait_for_timeout(200)
+    await expect(dialog(page).get_by_label("Login")).to_have_value("typed meanwhile", timeout=1000)
+
+
 async def test_an_action_without_an_answer_says_that_what_became_of_it_is_not_known(page):
     await page.locator("#users button.link").first.click()
     await button(page, "Release by force").click()
