@@ -566,8 +566,7 @@ async function upload(file, bar) {
     request.open("POST", "/users/import");
     request.responseType = "json";  // null where it is none: a proxy may answer, too
     const type = /\.csv$/i.test(file.name) ? "text/csv" : "application/x-ndjson";
-    const headers = Object.entries({"Content-Type": type, ...authorization()});
-    for (const [name, value] of headers) request.setRequestHeader(name, value);
+    for (const pair of Object.entries({"Content-Type": type, ...authorization()})) request.setRequestHeader(...pair);
     request.upload.onprogress = (event) => { bar.value = event.loaded / event.total; };
     request.upload.onload = () => bar.removeAttribute("value");  // all is sent, and the service is at it
     $("ask").addEventListener("close", () => bar.hasAttribute("value") && request.abort(), {once: true});
@@ -586,6 +585,7 @@ $("import").addEventListener("click", () => {
   const inputs = [{name: "file", label: "File", type: "file", accept: ".ndjson,.jsonl,.json,.csv"}];
   ask({title: "Import users", action: "Import", text: [text], inputs, async run({file}, form) {
     if (!file) throw new Error("Choose a file.");
+    await file.slice(0, 1).arrayBuffer().catch(() => { throw new Error("The file has changed: choose it again."); });
     const bar = h("progress", {max: 1, value: 0, "aria-label": "Sent"});
     form.querySelector(".buttons").before(bar);
     const {created, updated, unchanged} = await upload(file, bar).finally(() => bar.remove());

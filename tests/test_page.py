@@ -547,6 +547,21 @@ async def test_cancel_stops_the_import_of_a_file_that_is_not_sent_yet(page, http
     await expect(page.locator("#said")).to_have_text("Cancelled before the whole file was sent.")
 
 
+async def test_a_file_that_was_changed_since_it_was_chosen_is_to_be_chosen_again(page, project, tmp_path):
+    (file := tmp_path / "users.csv").write_text("login\n")
+    await button(page, "Import").click()
+    await dialog(page).get_by_label("File").set_input_files(file)
+    await button(dialog(page), "Import").click()
+    await expect(dialog(page).locator("li")).to_contain_text(["line 1, "])
+    file.write_text(f"login,password,project_id,env\nnew,pw,{project},stage\n")
+    os.utime(file, (10**9, 10**9))
+    await button(dialog(page), "Import").click()
+    await expect(dialog(page).locator(".fault")).to_have_text("The file has changed: choose it again.", timeout=5000)
+    await dialog(page).get_by_label("File").set_input_files(file)
+    await button(dialog(page), "Import").click()
+    await expect(page.locator("#said")).to_have_text("1 user added, 0 changed, 0 as they were.")
+
+
 async def test_users_are_exported(page, project):
     await page.get_by_label("Login begins with").fill("bot-1")
     await button(page, "Export").click()
