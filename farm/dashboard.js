@@ -77,13 +77,14 @@ function address(path, query) {
   const given = Object.entries(query).filter(([, value]) => value);
   return given.length ? `${path}?${new URLSearchParams(given)}` : path;
 }
-
+const unread = () => { throw new Error("No answer, or not all of it: try again."); };
 const lost = () => { throw new Error("No answer: whether this was done is not known."); };
 async function call(method, path, {json, headers = {}, query = {}, patience = 20e3} = {}) {
   await renew();
   const sent = {...headers, ...authorization(), ...(json ? {"Content-Type": "application/json"} : {})};
-  const options = {method, headers: sent, cache: "no-store", signal: AbortSignal.timeout(patience)};
-  const answer = await fetch(address(path, query), {...options, body: json && JSON.stringify(json)}).catch(lost);
+  const body = JSON.stringify(json), signal = AbortSignal.timeout(patience);
+  const options = {method, headers: sent, body, cache: "no-store", signal};
+  const answer = await fetch(address(path, query), options).catch(method === "GET" ? unread : lost);
   if (answer.status === 401) leave(session && "The token does not count any more: sign in again.");
   if (!answer.ok && answer.status !== 304) throw await problemOf(answer);
   setClock(answer);
@@ -94,11 +95,10 @@ function begin(token, scope, seconds, id, secret) {
   const scopes = new Set(scope.split(" ").flatMap((each) => [each, ...(IMPLIED[each] ?? [])]));
   session = {token, scopes, id, secret, until: Date.now() + seconds * 1000};
 }
-
 async function grant(id, secret) {
   const body = new URLSearchParams({grant_type: "client_credentials", client_id: id, client_secret: secret});
   // Without credentials: a browser would ask for a password itself when the secret is wrong.
-  const answer = await fetch("/token", {method: "POST", body, credentials: "omit"}).catch(lost);
+  const answer = await fetch("/token", {method: "POST", body, credentials: "omit"}).catch(unread);
   if (!answer.ok) throw await problemOf(answer);
   const {access_token: token, scope, expires_in: seconds} = await answer.json();
   begin(token, scope, seconds, id, secret);
@@ -599,7 +599,7 @@ $("export").addEventListener("click", () => {
   ask({title: "Export users", action: "Export", text, async run() {
     const {state, login, ...query} = filter;
     const answer = await call("GET", "/users/export", {query: {...query, login_prefix: login}, patience: 3600e3});
-    const file = h("a", {href: URL.createObjectURL(await answer.blob()), download: "users.ndjson"});
+    const file = h("a", {href: URL.createObjectURL(await answer.blob().catch(unread)), download: "users.ndjson"});
     file.click();
     setTimeout(() => URL.revokeObjectURL(file.href), 60e3);
     return "users.ndjson is saved.";

@@ -453,7 +453,7 @@ async def test_a_drawer_that_was_opened_without_an_answer_gets_it_later_and_tell
     (held,) = (await http.get("/users", params={"state": "locked"})).json()["items"]
     await page.context.set_offline(True)
     await button(page.locator("#users"), held["login"]).click()
-    await expect(page.locator("#drawer .fault")).not_to_be_empty()
+    await expect(page.locator("#drawer .fault")).to_have_text("No answer, or not all of it: try again.")
     await page.context.set_offline(False)
     await expect(page.locator("#drawer .state")).to_have_text("locked")
     await expect(page.locator("#drawer .fault")).to_be_empty()
@@ -570,6 +570,19 @@ async def test_users_are_exported(page, project):
     saved = await coming.value
     (user,) = map(json.loads, Path(await saved.path()).read_text().splitlines())
     assert (saved.suggested_filename, user["login"], "password" in user) == ("users.ndjson", "bot-1", False)
+
+
+async def test_an_export_that_breaks_off_saves_nothing_and_says_so(page):
+    await page.evaluate("""() => {
+        const whole = Response.prototype.blob
+        Response.prototype.blob = async function () {
+            await whole.call(this)
+            throw new TypeError("Failed to fetch")
+        }
+    }""")
+    await button(page, "Export").click()
+    await button(dialog(page), "Export").click()
+    await expect(dialog(page).locator(".fault")).to_have_text("No answer, or not all of it: try again.", timeout=5000)
 
 
 async def test_a_user_is_quarantined_with_a_reason_and_put_back(page, http):
@@ -736,13 +749,14 @@ async def test_a_question_whose_look_came_late_takes_the_place_of_no_other(page,
 
 async def test_an_action_without_an_answer_says_that_what_became_of_it_is_not_known(page):
     await page.locator("#users button.link").first.click()
-    await button(page, "Release by force").click()
+    await button(page, "Quarantine").click()
+    await dialog(page).get_by_label("Reason").fill("broken")
     await page.context.set_offline(True)
-    await button(dialog(page), "Release by force").click()
+    await button(dialog(page), "Quarantine").click()
     await expect(dialog(page).locator(".fault")).to_have_text("No answer: whether this was done is not known.")
     await page.context.set_offline(False)
-    await button(dialog(page), "Release by force").click()
-    await expect(page.locator("#drawer .state")).to_have_text("free")
+    await button(dialog(page), "Quarantine").click()
+    await expect(page.locator("#drawer .why")).to_contain_text("then quarantined: broken")
 
 
 # ---- Who looks ---------------------------------------------------------------------------------------------
