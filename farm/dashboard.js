@@ -98,12 +98,12 @@ function begin(token, scope, seconds, id, secret) {
 async function grant(id, secret) {
   const body = new URLSearchParams({grant_type: "client_credentials", client_id: id, client_secret: secret});
   // Without credentials: a browser would ask for a password itself when the secret is wrong.
-  const answer = await fetch("/token", {method: "POST", body, credentials: "omit"}).catch(unread);
+  const options = {method: "POST", body, credentials: "omit", signal: AbortSignal.timeout(20e3)};
+  const answer = await fetch("/token", options).catch(unread);
   if (!answer.ok) throw await problemOf(answer);
   const {access_token: token, scope, expires_in: seconds} = await answer.json();
   begin(token, scope, seconds, id, secret);
 }
-
 // Who came with a token has no secret to renew it by, and signs in again.
 async function renew() {
   if (!session?.secret || session.until - Date.now() > 60e3) return;

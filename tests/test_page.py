@@ -795,6 +795,18 @@ async def test_a_client_signs_in_and_its_token_is_renewed_and_kept_in_memory_alo
         await expect(page.locator("#entry-fault")).to_have_text("Unknown client or wrong secret.")
 
 
+async def test_a_token_that_does_not_come_is_told_as_any_other_answer(browser, guarded):
+    boss = await add_client(guarded.database, "admin")
+    async with looking(browser, guarded.url) as page:
+        await sign_in(page, boss)
+        await expect(page.locator("#empty")).to_be_visible()
+        await page.evaluate("AbortSignal.timeout = AbortSignal.timeout.bind(AbortSignal, 500)")  # and not 20 s
+        await page.route("**/token", lambda route: asyncio.sleep(30))
+        await expect(page.locator("#pulse")).to_have_text(re.compile("no answer since"), timeout=15_000)
+        await page.unroute_all(behavior="ignoreErrors")
+        await expect(page.locator("#pulse")).to_have_text(re.compile("^as of"))
+
+
 async def test_the_lines_of_a_new_farm_send_a_token_where_one_is_needed(browser, guarded):
     boss = await add_client(guarded.database, "admin")
     async with client(guarded.url) as http, looking(browser, guarded.url) as page:
