@@ -121,11 +121,11 @@ function enterToken(token) {
     throw new Error("This is not a token of BotFarm: that has three parts with dots between them.");
   }
 }
-
 function leave(why) {
   session = found = etag = null;
+  turns += 1;  // what is on its way is not shown any more
   for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
-  for (const each of ["pools", "users", "lately"]) list($(each), [], String);
+  for (const each of ["pools", "users", "lately"]) rows.delete($(each)), $(each).replaceChildren();
   if (why) write($("entry-fault"), why);
   face("entry");
 }
@@ -623,7 +623,7 @@ function face(name) {
   for (const each of document.querySelectorAll("[data-needs]")) show(each, name !== "entry" && may(each.dataset.needs));
   show($("leave"), session !== null);
   write($("first"), first.map((line) => line + (session ? ' -H "Authorization: Bearer $TOKEN"' : "")).join("\n"));
-  if (name === "entry") $("sums").textContent = $("pulse").textContent = "";
+  if (name === "entry") [document.title, $("sums").textContent, $("pulse").textContent] = ["BotFarm", "", ""];
 }
 
 function draw({pools, ended}) {

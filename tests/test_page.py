@@ -854,6 +854,44 @@ async def test_who_is_signed_out_in_the_midst_of_an_action_still_reads_why_after
         await expect(page.locator("#entry-fault")).to_have_text("The token does not count any more: sign in again.")
 
 
+async def test_nothing_that_was_shown_stays_when_a_sign_in_ends(browser, guarded, project):
+    boss, reader = await add_client(guarded.database, "admin"), await add_client(guarded.database, "users:read")
+    go, status = asyncio.Event(), {"status": 401, "json": {}}
+
+    async def late(route):
+        answer = await route.fetch()
+        await go.wait()
+        await route.fulfill(response=answer)
+
+    async with client(guarded.url) as http, looking(browser, guarded.url) as page:
+        form = {"grant_type": "client_credentials", "client_id": boss.id, "client_secret": boss.secret}
+        token = (await http.post("/token", data=form)).json()["access_token"]
+        http.headers["Authorization"] = f"Bearer {token}"
+        await make_users(http, project)
+        await acquire(http, project, holder="ada")
+        waits = asyncio.create_task(acquire(http, project, wait=300))
+        await sign_in(page, boss)
+        await expect(page).to_have_title("1 waiting · BotFarm")
+        await page.locator("#users button.link").first.focus()
+        async with page.expect_request("**/overview"):
+            await page.route("**/overview", late)
+        await page.route("**/users/*/lock", lambda route: route.fulfill(**status))
+        await page.locator("#users").get_by_role("button", name="Release").click()
+        await button(dialog(page), "Release by force").click()
+        await expect(page.locator("#entry")).to_be_visible()
+        async with page.expect_response("**/overview"):
+            go.set()
+        await page.wait_for_timeout(200)
+        assert await page.locator("#entry").is_visible()
+        assert await page.locator("#pulse").inner_text() == ""
+        assert await page.locator("#users tr").count() == 0
+        assert await page.title() == "BotFarm"
+        await sign_in(page, reader)
+        await expect(page.locator("#users tr")).to_have_count(1)
+        assert await page.locator("#users").get_by_role("button", name="Release").count() == 0
+        waits.cancel()
+
+
 async def test_a_page_offers_what_its_client_may_do_alone(browser, guarded, project):
     boss = await add_client(guarded.database, "admin")
     reader, locker = await add_client(guarded.database, "users:read"), await add_client(guarded.database, "locks")
