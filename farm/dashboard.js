@@ -149,7 +149,6 @@ function setFields(values) {
   }
   filter = Object.fromEntries(FILTERS.map((name) => [name, fields[name].value]));
 }
-
 function writeAddress() {
   const kept = {...filter, state: filter.state === "locked" ? "" : filter.state, user: opened?.id};
   history.replaceState(null, "", address("/", kept));
@@ -349,7 +348,7 @@ function open(id) {
     ["title", "place", "state", "why", "more soft"].map((name) => h("p", {class: name}));
   const [labels, chart, past] = [h("ul", {class: "labels"}), h("div"), h("ol", {class: "past", "data-none": "Never."})];
   const fault = h("p", {class: "fault", role: "alert"});
-  let user = null, before = "";
+  let user = null, before = "", asked = 0;
   const actions = [
     ["Quarantine", "users:write", () => user.quarantine === null, () => quarantine(user)],
     ["Put back", "users:write", () => user.quarantine !== null, () => putBack(user)],
@@ -358,10 +357,10 @@ function open(id) {
     ["Release by force", "admin", () => user.lock !== null, () => force(id)],
   ].map(([name, scope, fits, click]) =>
     ({button: h("button", {click, hidden: ""}, name), fits: () => may(scope) && fits()}));
-  const showUser = async () => {
+  const showUser = async (turn) => {
     const [fresh, locks] = await Promise.all([read(`/users/${id}`), read(`/users/${id}/history`, {limit: 500})]);
     const after = JSON.stringify([fresh, locks]), focus = document.activeElement;
-    if (after === before || opened?.id !== id) return;
+    if (turn !== asked || after === before || opened?.id !== id) return;
     [before, user] = [after, fresh];
     write(title, user.login);
     place.replaceChildren(`${user.env} · ${user.domain} · project `, h("span", {class: "id"}, user.project_id));
@@ -381,7 +380,8 @@ function open(id) {
   $("drawer").replaceChildren(h("div", {class: "top"}, title, close), place, fault, state, why, more,
     h("div", {class: "buttons"}, actions.map(({button}) => button)), labels,
     h("h3", {}, "Use in the last 24 hours"), chart, h("h3", {}, "The last 20 locks"), past);
-  const update = () => showUser().then(() => write(fault, ""), (error) => write(fault, error.message));
+  const update = (turn = (asked += 1)) =>
+    showUser(turn).then(() => write(fault, ""), (error) => turn === asked && write(fault, error.message));
   opened = {id, update, from: opened?.from ?? document.activeElement};
   update();
   writeAddress();

@@ -461,6 +461,29 @@ async def test_a_drawer_that_was_opened_without_an_answer_gets_it_later_and_tell
     await expect(page.locator("#drawer .fault")).to_contain_text(held["id"])
 
 
+async def test_an_older_answer_does_not_take_a_drawer_back(page, http):
+    (held,) = (await http.get("/users", params={"state": "locked"})).json()["items"]
+    go, asked = asyncio.Event(), []
+
+    async def late(route):
+        asked.append(route)
+        answer = await route.fetch()
+        if route is asked[0]:
+            await go.wait()
+        await route.fulfill(response=answer)
+
+    await page.route(f"**/users/{held['id']}", late)
+    async with page.expect_request(f"**/users/{held['id']}"):
+        await button(page.locator("#users"), held["login"]).click()
+    await page.wait_for_timeout(200)
+    await http.delete(f"/users/{held['id']}/lock")
+    await expect(page.locator("#drawer .state")).to_have_text("free")
+    async with page.expect_response(lambda answer: answer.request == asked[0].request):
+        go.set()
+    await page.wait_for_timeout(200)
+    assert await page.locator("#drawer .state").inner_text() == "free"
+
+
 async def test_a_row_follows_its_user_to_another_domain(page, http):
     (held,) = (await http.get("/users", params={"state": "locked"})).json()["items"]
     await expect(page.locator("#users tr")).to_contain_text(["stage · regular"])
