@@ -663,9 +663,9 @@ async function update(turn) {
 
 async function refresh(anew = false) {
   clearTimeout(next);
+  if (anew) etag = null;
   if (document.hidden) return;
   const turn = (turns += 1);
-  if (anew) etag = null;
   try {
     await update(turn);
   } catch (error) {

@@ -484,6 +484,18 @@ async def test_an_older_answer_does_not_take_a_drawer_back(page, http):
     assert await page.locator("#drawer .state").inner_text() == "free"
 
 
+async def test_a_filter_that_was_typed_just_before_the_tab_was_hidden_holds_when_it_is_back(page, http, project):
+    lock = (await acquire(http, project, holder="eve")).json()
+    await http.delete(f"/locks/{lock['id']}")
+    await expect(page.locator("#lately li")).to_have_count(1)
+    hidden = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true})"
+    await page.evaluate(hidden % "true")
+    await page.get_by_label("Holder").fill("bob")
+    await expect(page).to_have_url(re.compile("holder=bob"))
+    await page.evaluate(f"{hidden % 'false'}; document.dispatchEvent(new Event('visibilitychange'))")
+    await expect(page.locator("#lately li")).to_have_count(0, timeout=5000)
+
+
 async def test_a_row_follows_its_user_to_another_domain(page, http):
     (held,) = (await http.get("/users", params={"state": "locked"})).json()["items"]
     await expect(page.locator("#users tr")).to_contain_text(["stage · regular"])
