@@ -630,7 +630,7 @@ function draw({pools, ended}) {
   face(pools.length || filter.project_id ? "farm" : "empty");
   for (const name of ["project_id", "env", "domain"]) choose(fields[name], pools.map((pool) => pool[name]).sort());
   showPools(pools);
-  list($("lately"), ended.filter(ofHolder), (end) => end.user_id + end.ended_at, makeEnd);
+  list($("lately"), ended.filter(ofHolder), JSON.stringify, makeEnd);
 }
 
 function lose(error) {

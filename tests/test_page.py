@@ -503,6 +503,15 @@ async def test_a_row_follows_its_user_to_another_domain(page, http):
     await expect(page.locator("#users tr")).to_contain_text(["stage · canary"])
 
 
+async def test_lately_names_a_user_as_it_is_called_now(page, http, project):
+    lock = (await acquire(http, project, holder="eve")).json()
+    await http.delete(f"/locks/{lock['id']}")
+    await expect(page.locator("#lately li")).to_contain_text([f"{lock['user']['login']} given back by eve"])
+    await http.patch(f"/users/{lock['user']['id']}", json={"login": "renamed"})
+    await acquire(http, project, holder="bob")
+    await expect(page.locator("#lately li")).to_contain_text(["renamed given back by eve"], timeout=5000)
+
+
 # ---- Actions -----------------------------------------------------------------------------------------------
 
 
