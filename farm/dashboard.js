@@ -153,7 +153,6 @@ function writeAddress() {
   const kept = {...filter, state: filter.state === "locked" ? "" : filter.state, user: opened?.id};
   history.replaceState(null, "", address("/", kept));
 }
-
 function narrow(values = {}) {
   clearTimeout(typing);
   setFields(values);
@@ -529,6 +528,7 @@ const force = trying(async (id) => {
 const releaseAll = trying(async (holder) => {
   const isHold = HOLD.test(holder), query = {holder, project_id: isHold ? "" : filter.project_id};
   const {items, next: more} = await read("/users", {...query, state: "locked", limit: 1000});
+  if (!items.length) throw new Error(`${holder} holds no user any more.`);
   const logins = items.slice(0, 5).map(({login}) => login).join(", "), rest = items.length > 5 ? ", …" : "";
   const count = more ? "over 1,000 users" : plural(items.length, "user");
   const others = may("admin") ? "" : " Locks of other clients stay.";

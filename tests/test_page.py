@@ -674,6 +674,19 @@ async def test_everything_of_a_holder_is_released(page, http, project):
     assert [state for _, state in await state_of(http)].count("locked") == 1
 
 
+async def test_of_a_holder_whose_locks_ended_meanwhile_nothing_is_asked(page, http):
+    await page.get_by_label("Holder").fill("ada")
+
+    async def first(route):
+        await http.delete("/locks", params={"holder": "ada"})
+        await route.continue_()
+
+    await page.route("**/users?*limit=1000", first)
+    await button(page, "Release all of ada").click()
+    await expect(page.locator("#said")).to_have_text("ada holds no user any more.", timeout=5000)
+    await expect(dialog(page)).to_be_hidden()
+
+
 async def reachable(page):
     """All that the page has: its document, what it keeps, and the memory of its scripts, as a debugger sees it."""
     kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
