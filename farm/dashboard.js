@@ -396,7 +396,8 @@ function reasonOf({state, lock, quarantine: reason, available_at: rested}) {
     return ["Held by ", who, " since ", timer("at", lock.acquired_at), "; ", ...then, note];
   }
   if (state === "resting") return ["It was given back with a rest; ", ...again(rested)];
-  return [state === "free" ? "The next test that fits may get it." : `${reason}. Nobody gets it until it is put back.`];
+  if (state === "free") return ["The next test that fits may get it."];
+  return [h("bdi", {}, reason), ". Nobody gets it until it is put back."];
 }
 
 // A bar an hour, as high as the share of it in which the user was locked.
@@ -479,7 +480,6 @@ function holding({lock}) {
   if (!lock) return [" Nobody holds it."];
   return [" It is held by ", h("b", {}, lock.holder || nobody), " since ", timer("at", lock.acquired_at), "."];
 }
-
 const trying = (run) => (given) => run(given).catch((error) => say(error.message));  // before there is a dialog
 
 function quarantine(user) {
@@ -491,9 +491,9 @@ function quarantine(user) {
 }
 
 function putBack(user) {
-  const text = [...named(user), ` was taken out: “${user.quarantine}”. It comes back.`, ...holding(user)];
-  ask({title: `Put ${user.login} back`, action: "Put back", text, done: `${user.login} is back.`,
-    run: () => call("DELETE", `/users/${user.id}/quarantine`)});
+  const why = h("bdi", {}, user.quarantine), then = ["”. It comes back.", ...holding(user)];
+  ask({title: `Put ${user.login} back`, action: "Put back", text: [...named(user), " was taken out: “", why, ...then],
+    done: `${user.login} is back.`, run: () => call("DELETE", `/users/${user.id}/quarantine`)});
 }
 
 // The page knows no lock id: so a hold has a holder that no other lock has, and is ended by it.
@@ -531,8 +531,8 @@ const releaseAll = trying(async (holder) => {
   if (!items.length) throw new Error(`${holder} holds no user any more.`);
   const logins = items.slice(0, 5).map(({login}) => login).join(", "), rest = items.length > 5 ? ", …" : "";
   const count = more ? "over 1,000 users" : plural(items.length, "user");
-  const others = may("admin") ? "" : " Locks of other clients stay.";
-  const text = [h("b", {}, holder), ` holds ${count}: ${logins}${rest}. All come free at once.${others}`];
+  const end = `. All come free at once.${may("admin") ? "" : " Locks of other clients stay."}`;
+  const text = [h("b", {}, holder), ` holds ${count}: `, h("bdi", {}, logins, rest), end];
   const [title, action] = isHold ? ["End the hold", "End it"] : [`Release all of ${holder}`, "Release all"];
   ask({title, action, danger: true, text, async run() {
     const {released} = await (await call("DELETE", "/locks", {query})).json();

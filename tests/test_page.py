@@ -307,6 +307,18 @@ async def test_a_name_that_turns_the_direction_of_writing_turns_no_sentence(brow
         for place, word in (("#drawer .why", "since"), ("#drawer .past li", "now"), ("#ask p", "stage")):
             element = await page.query_selector(place)
             assert await page.evaluate(SITS, [element, word]), place
+        await button(dialog(page), "Cancel").click()
+        await button(page.locator("#users"), "\u202ebob").click()
+        await page.locator("#release-all").click()
+        await expect(dialog(page)).to_contain_text("All come free")
+        assert await page.evaluate(SITS, [await page.query_selector("#ask p"), "come free"])
+        await button(dialog(page), "Cancel").click()
+        await http.post(f"/users/{user['id']}/quarantine", json={"reason": "\u202eblocked"})
+        await http.delete(f"/users/{user['id']}/lock")
+        await expect(page.locator("#drawer .state")).to_have_text("quarantined")
+        assert await page.evaluate(SITS, [await page.query_selector("#drawer .why"), "Nobody"])
+        await button(page, "Put back").click()
+        assert await page.evaluate(SITS, [await page.query_selector("#ask p"), "comes"])
 
 
 # ---- The filter --------------------------------------------------------------------------------------------
