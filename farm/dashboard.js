@@ -141,7 +141,6 @@ function choose(field, values) {
   const known = [...field.options].map((option) => option.value);
   for (const value of new Set(values)) if (!known.includes(value)) field.add(new Option(value, value));
 }
-
 function setFields(values) {
   for (const [name, value] of Object.entries(values)) {
     if (fields[name].tagName === "SELECT") choose(fields[name], [value]);
@@ -359,7 +358,9 @@ function open(id) {
   const showUser = async (turn) => {
     const [fresh, locks] = await Promise.all([read(`/users/${id}`), read(`/users/${id}/history`, {limit: 500})]);
     const after = JSON.stringify([fresh, locks]), focus = document.activeElement;
-    if (turn !== asked || after === before || opened?.id !== id) return;
+    if (turn !== asked || opened?.id !== id) return;
+    chart.replaceChildren(...chartOf(locks));  // the time goes on where nothing else does
+    if (after === before) return;
     [before, user] = [after, fresh];
     write(title, user.login);
     place.replaceChildren(`${user.env} · ${user.domain} · project `, h("span", {class: "id"}, user.project_id));
@@ -370,7 +371,6 @@ function open(id) {
     for (const {button, fits} of actions) show(button, fits());
     if (focus?.hidden) close.focus();
     labels.replaceChildren(...Object.entries(user.labels).map(([name, value]) => h("li", {}, `${name}: ${value}`)));
-    chart.replaceChildren(...chartOf(locks));
     list(past, locks.items.slice(0, 20), JSON.stringify, (lock) =>
       ({element: h("li", {}, timer("at", lock.acquired_at), " ", endOf(lock))}));
   };

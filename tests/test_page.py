@@ -11,6 +11,8 @@ import subprocess
 import tarfile
 import uuid
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -506,6 +508,21 @@ async def test_a_filter_that_was_typed_just_before_the_tab_was_hidden_holds_when
     await expect(page).to_have_url(re.compile("holder=bob"))
     await page.evaluate(f"{hidden % 'false'}; document.dispatchEvent(new Event('visibilitychange'))")
     await expect(page.locator("#lately li")).to_have_count(0, timeout=5000)
+
+
+async def test_the_chart_of_a_drawer_follows_the_time_where_nothing_else_changes(page):
+    await page.locator("#users button.link").first.click()
+    await expect(page.locator("#drawer .chart")).to_have_attribute("aria-label", re.compile("In use 0 %"))
+
+    async def later(route):
+        answer = await route.fetch()
+        date = format_datetime(datetime.now(UTC) + timedelta(hours=6), usegmt=True)
+        await route.fulfill(response=answer, headers=answer.headers | {"date": date})
+
+    await page.route(re.compile("/overview|/users"), later)
+    await expect(page.locator("#drawer .chart")).to_have_attribute(
+        "aria-label", re.compile("In use 25 %"), timeout=20_000
+    )
 
 
 async def test_a_row_follows_its_user_to_another_domain(page, http):
