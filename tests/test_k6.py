@@ -6,12 +6,15 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
-from conftest import long_chapter, until
+from conftest import free_port, long_chapter, until
 from gate import gate
 from runners import CLIENTS, Pool, lay, run, running
 
@@ -40,7 +43,8 @@ def k6(folder: Path) -> str:
 def test_k6_lends_each_virtual_user_one(k6: str, folder: Path, pool: Pool):
     pool.add(11)
     env = pool.env(BOTFARM_HOLDER="job 7") | {"SHOP_URL": f"{pool.url}/livez"}
-    told = run(folder, k6, "run", "--quiet", "load.js", env=env)
+    options = ["--quiet", "--throw", "--discard-response-bodies"]  # they are for the requests of the run
+    told = run(folder, k6, "run", *options, "load.js", env=env)
     assert "had been lost" not in told
     locks = pool.history()
     assert [(lock["holder"], lock["ended_by"]) for lock in locks] == [("job 7", "released")] * 10
@@ -52,6 +56,59 @@ def test_a_run_of_k6_without_enough_users_says_so_and_holds_none(k6: str, folder
     told = run(folder, k6, "run", "--quiet", "hold.js", status=107, env=pool.env() | {"TEST_COUNT": "160"})
     assert "BotFarm: POST /locks/sets: " in told
     assert pool.ends() == ["released"] * 100
+
+
+def test_a_service_that_k6_does_not_reach_is_told_of_before_setup_is_out_of_time(k6: str, folder: Path, pool: Pool):
+    env = pool.env(BOTFARM_URL=f"http://127.0.0.1:{free_port()}")
+    told = run(folder, k6, "run", "--quiet", "--throw", "load.js", status=107, env=env)
+    assert "BotFarm: POST /locks/sets: not reached: " in told
+
+
+def test_users_whose_return_k6_learns_of_by_a_second_try_are_not_said_to_be_lost(k6, folder, pool, tmp_path):
+    pool.add(10)
+    with gate(pool.url) as way:
+        env = pool.env(BOTFARM_URL=way.url) | {"SHOP_URL": f"{pool.url}/livez"}
+        with running(folder, tmp_path / "output", k6, "run", "load.js", env=env) as process:
+            until(lambda: len(pool.held()) == 10, 20)
+            way.loses = 1
+            assert process.wait(20) == 0, (tmp_path / "output").read_text()
+    assert [request[:6] for request in way.sent] == [b"POST /", b"DELETE", b"DELETE"]
+    assert "had been lost" not in (tmp_path / "output").read_text()
+
+
+class Guard(BaseHTTPRequestHandler):
+    """A service that is away when it is first asked for a token."""
+
+    tokens: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.path == "/token":
+            self.tokens.append(self.path)
+            return self.answer(200 if len(self.tokens) > 1 else 503, b'{"access_token": "t"}')
+        return self.answer(422 if self.headers["Authorization"] else 401, b'{"detail": "enough"}')
+
+    do_DELETE = do_POST
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_k6_asks_again_for_a_token_that_can_not_be_had_now(k6: str, folder: Path, pool: Pool):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guard) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        secret = {"BOTFARM_URL": url, "BOTFARM_CLIENT_ID": "ci", "BOTFARM_CLIENT_SECRET": "s"}
+        told = run(folder, k6, "run", "--quiet", "load.js", status=107, env=pool.env(**secret))
+        server.shutdown()
+    assert "BotFarm: POST /locks/sets: enough" in told
 
 
 def test_a_service_that_sends_k6_on_is_told_of_and_not_followed(k6: str, folder: Path, pool: Pool):

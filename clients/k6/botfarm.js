@@ -6,7 +6,7 @@ import { sleep } from 'k6';
 const SET = 100; // users that one call of the service lends at most
 const PATIENCE = 40; // seconds for which a service that is away is asked again; k6 gives setup() 60
 const THERE = 20; // seconds after which a wait that is cut off, as by a proxy, had reached the service
-const TIMEOUT = 1050; // k6's own error code: nobody had answered
+const NOBODY = [1050, 1211]; // k6's own error codes: nobody had answered, or was there to be called
 const AWAY = [0, 429, 502, 503, 504];
 const FORM = 'application/x-www-form-urlencoded';
 
@@ -16,15 +16,20 @@ let token = '';
 export function acquire({ count, ttl, wait = 30, ...filter }) {
   const holder = __ENV.BOTFARM_HOLDER || `k6/${crypto.randomUUID()}`;
   const bots = [];
+  const end = Date.now() + wait * 1000;
   try {
     while (bots.length < count) {
       const users = [{ ...filter, count: Math.min(count - bots.length, SET) }];
-      const { locks } = call('POST', '/locks/sets', { users, ttl, holder }, wait);
+      const left = Math.max(Math.ceil((end - Date.now()) / 1000), 0);
+      const { locks } = call('POST', '/locks/sets', { users, ttl, holder }, left);
       bots.push(...locks.map(({ user }) => user));
     }
   } catch (refused) {
-    release({ holder, bots });
-    throw refused;
+    try {
+      giveBack(holder, 0); // that this fails as well is no news, and setup() has no time to try for long
+    } finally {
+      throw refused;
+    }
   }
   return { holder, bots };
 }
@@ -38,21 +43,27 @@ export function bot({ bots }) {
 
 /** For teardown(): gives all of the holder back. */
 export function release({ holder, bots }) {
-  const { released } = call('DELETE', `/locks?holder=${encodeURIComponent(holder)}`);
+  const { released, tries } = giveBack(holder);
+  if (tries > 1) return; // what the first one has given back, none counts again
   if (released < bots.length) console.warn(`BotFarm: ${bots.length - released} users had been lost before the end`);
 }
 
-function call(method, path, body, wait = 0) {
+function giveBack(holder, patience) {
+  return call('DELETE', `/locks?holder=${encodeURIComponent(holder)}`, undefined, 0, patience);
+}
+
+function call(method, path, body, wait = 0, patience = PATIENCE) {
   const key = crypto.randomUUID(); // the same in every try: a lost reply's locks come with the next one
   const begun = Date.now();
-  let end = begun + PATIENCE * 1000;
-  for (;;) {
+  let end = begun + patience * 1000;
+  for (let tries = 1; ; tries++) {
     const sent = Date.now();
     const left = Math.max(Math.ceil(wait - (sent - begun) / 1000), 0);
     let answer = ask(method, path, body, key, left);
-    if (answer.status === 401 && authenticate()) answer = ask(method, path, body, key, left);
-    if (answer.status >= 200 && answer.status < 300) return answer.json();
-    if (answer.error_code !== TIMEOUT && Date.now() - sent > THERE * 1000) end = Date.now() + PATIENCE * 1000;
+    const granted = answer.status === 401 && authenticate();
+    if (granted) answer = granted.status === 200 ? ask(method, path, body, key, left) : granted;
+    if (answer.status >= 200 && answer.status < 300) return { ...answer.json(), tries };
+    if (!NOBODY.includes(answer.error_code) && Date.now() - sent > THERE * 1000) end = Date.now() + PATIENCE * 1000;
     if (!AWAY.includes(answer.status) || Date.now() > end) throw new Error(`BotFarm: ${method} ${path}: ${told(answer)}`);
     sleep(Number(answer.headers['Retry-After']) || 1);
   }
@@ -66,8 +77,8 @@ function ask(method, path, body, key, wait) {
 
 function send(method, path, body, params) {
   if (!__ENV.BOTFARM_URL) throw new Error('BOTFARM_URL is not set: it is the address of the BotFarm, as http://botfarm:8000');
-  // Not among the requests of the run that may fail; and a secret is sent nowhere else.
-  const apart = { responseCallback: null, redirects: 0, tags: { name: 'botfarm' } };
+  // Not among the requests of the run that may fail, whatever its options say; and a secret is sent nowhere else.
+  const apart = { responseCallback: null, responseType: 'text', throw: false, redirects: 0, tags: { name: 'botfarm' } };
   return http.request(method, __ENV.BOTFARM_URL.replace(/\/+$/, '') + path, body, { ...params, ...apart });
 }
 
@@ -82,10 +93,10 @@ function authenticate() {
         subject_token,
         subject_token_type: 'urn:ietf:params:oauth:token-type:jwt',
       };
-  const answer = send('POST', '/token', form, { headers: { 'Content-Type': FORM } });
-  if (answer.status !== 200) throw new Error(`BotFarm: POST /token: ${told(answer)}`);
-  token = answer.json('access_token');
-  return true;
+  const answer = send('POST', '/token', form, { headers: { 'Content-Type': FORM }, timeout: '10s' });
+  if (answer.status === 200) token = answer.json('access_token');
+  else if (!AWAY.includes(answer.status)) throw new Error(`BotFarm: POST /token: ${told(answer)}`);
+  return answer;
 }
 
 function told(answer) {
