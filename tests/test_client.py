@@ -342,6 +342,16 @@ def test_a_service_that_is_away_for_longer_than_a_ttl_costs_the_lock(service, pr
         lock.check()
 
 
+def test_a_lock_that_runs_out_while_the_service_does_not_hear_of_its_release_was_not_lost(service, project, way):
+    (user,) = create(service.url, project)
+    lock = Farm(way.url).acquire(project, ttl=1)
+    way.says = b""
+    threading.Timer(1.5, setattr, (way, "says", None)).start()
+    assert lock.release()
+    assert lock.release(), "as it had been given back"
+    assert ends(service.url, user) == ["expired"]
+
+
 def test_a_renewal_that_is_answered_as_by_another_service_costs_the_lock_and_is_told(service, project, way):
     create(service.url, project)
     lock, told = Farm(way.url).acquire(project, ttl=1, heartbeat=False), []

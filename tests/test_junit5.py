@@ -82,6 +82,32 @@ def test_a_lost_lock_fails_the_test_of_junit_at_once(junit5: Path, pool: Pool):
     assert pool.ends() == ["forced", "released", "forced", "released"]
 
 
+def test_a_lock_that_is_lost_behind_the_test_of_junit_fails_it_too(junit5: Path, pool: Pool, tmp_path: Path):
+    pool.add(1)
+    with running(junit5, tmp_path / "output", *of_junit(pool, "EndTest"), env=pool.env()) as process:
+        until(lambda: "holds bot-0" in (tmp_path / "output").read_text(), 60)
+        force(pool.url, pool.users()[0])
+        assert process.wait(60) == 1
+    assert "Tests run: 1, Failures: 1, Errors: 0" in (tmp_path / "output").read_text()
+    assert (tmp_path / "output").read_text().count('LockLost: the lock on the user "bot-0" was lost: forced') >= 1
+
+
+def test_a_lock_that_runs_out_while_the_service_does_not_hear_of_its_release_was_not_lost_to_junit(
+    junit5: Path, pool: Pool, tmp_path: Path
+):
+    pool.add(1)
+    with gate(pool.url) as way:
+        env = pool.env(BOTFARM_URL=way.url)
+        with running(junit5, tmp_path / "output", *of_junit(pool, "EndTest"), env=env) as process:
+            until(lambda: any(request.startswith(b"PATCH") for request in way.sent), 60)
+            way.says = b""
+            until(lambda: any(request.startswith(b"DELETE") for request in way.sent), 5)
+            time.sleep(3)
+            way.says = None
+            assert process.wait(60) == 0, (tmp_path / "output").read_text()
+    assert pool.ends() == ["expired"]
+
+
 @pytest.mark.parametrize(
     ("number", "whom", "ended", "seconds"),
     [

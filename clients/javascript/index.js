@@ -225,14 +225,16 @@ class Bot {
     if (this.#givenBack) return;
     this.#givenBack = true;
     this.#released.abort();
+    const inTime = uptime() < this.#deadline;
     const query = new URLSearchParams(Object.entries(told).filter(([, value]) => value !== undefined));
     try {
       await this.#farm.call('DELETE', `/locks/${this.lock.id}?${query}`);
     } catch (refused) {
       this.#givenBack = refused.slug === 'lock-not-held';
       if (!this.#givenBack) throw refused;
-      // What has released it is this call, where the reply to it was lost.
-      if (refused.problem.ended_by !== 'released') this.#lost.abort(this.#lossBy(refused));
+      // What has released it is this call, where the reply to it was lost; it ran out while the service did not hear us.
+      const ours = inTime ? ['released', 'expired'] : ['released'];
+      if (!ours.includes(refused.problem.ended_by)) this.#lost.abort(this.#lossBy(refused));
     }
   }
 

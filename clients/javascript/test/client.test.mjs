@@ -60,6 +60,14 @@ test('a bot is renewed beyond its ttl, and given back', async () => {
   await bot.release();
 });
 
+test('a lock that runs out while the service does not hear of its release was not lost', async () => {
+  const farm = await behind([through, away, away, away]);
+  const bot = await farm.acquire({ project_id, ttl: 2 });
+  await bot.release();
+  assert.equal(await held(), 0);
+  assert.equal(bot.signal.aborted, false);
+});
+
 test('a release that is refused can be said again', async () => {
   const bot = await direct.acquire({ project_id });
   await assert.rejects(bot.release({ outcome: 'bad_login' }), { slug: 'invalid' });

@@ -326,12 +326,14 @@ class Lock:
         if os.getpid() != self._pid or self._given_back:
             return True
         if not self.lost:
+            in_time = clock() < self._deadline
             self._over.set()
             try:
                 self._farm.release(self.id, cooldown=cooldown, quarantine=quarantine, outcome=outcome)
-                self._given_back = True
             except LockLost as lost:
-                self._lose(lost)
+                if lost.ended_by != "expired" or not in_time:  # else it ended while a service was away that was told
+                    self._lose(lost)
+            self._given_back = not self.lost
         return not self.lost
 
     def _renew(self, timeout: float = CALL, **terms: Any) -> None:

@@ -11,10 +11,11 @@ public final class Account implements AutoCloseable {
     private final Map<?, ?> user;
     private final long ttl;
     private final Thread heartbeat = new Thread(this::beat, "botfarm heartbeat");
-    private double deadline; // the service may hand the user on from here, as far as we can know
+    private volatile double deadline; // the service may hand the user on from here, as far as we can know
     private boolean renewAtOnce;
     private boolean closed;
     private LockLost lost;
+    private boolean told; // a test has failed of that
     private Thread test; // to be interrupted when the user is lost
 
     Account(Farm farm, Map<?, ?> lock, double asked) {
@@ -83,6 +84,7 @@ public final class Account implements AutoCloseable {
             }
             closed = true;
         }
+        boolean inTime = Farm.clock() < deadline;
         heartbeat.interrupt();
         farm.held.remove(this);
         boolean interrupted = Thread.interrupted(); // a test that was stopped gives its user back all the same
@@ -96,9 +98,10 @@ public final class Account implements AutoCloseable {
                 }
                 throw refused;
             }
-            // What has released it is this call, where the reply to it was lost. Of a known loss the test has failed.
-            if (!isLost() && !refused.getMessage().startsWith("released")) {
-                throw new LockLost(login(), refused.getMessage());
+            // What has released it is this call, where the reply to it was lost; it ran out while the service was away.
+            String why = refused.getMessage();
+            if (!why.startsWith("released") && !(inTime && why.startsWith("expired"))) {
+                loseAtLast(new LockLost(login(), why));
             }
         } catch (InterruptedException again) {
             interrupted = true;
@@ -106,6 +109,7 @@ public final class Account implements AutoCloseable {
         if (interrupted) {
             Thread.currentThread().interrupt();
         }
+        tell();
     }
 
     /** Give all of them back, whatever one of them meets. */
@@ -119,8 +123,16 @@ public final class Account implements AutoCloseable {
         }
     }
 
-    private synchronized boolean isLost() {
-        return lost != null;
+    private synchronized void loseAtLast(LockLost found) {
+        lost = lost == null ? found : lost;
+    }
+
+    /** Fails when the user was lost, and no test has failed of that: it may have been so after the test. */
+    private synchronized void tell() {
+        if (lost != null && !told) {
+            told = true;
+            throw lost;
+        }
     }
 
     /** From now on this thread is interrupted when the user is lost. */
@@ -139,6 +151,7 @@ public final class Account implements AutoCloseable {
 
     /** Why a test failed: because the user was lost, where it was. */
     synchronized Throwable lossOr(Throwable failure) {
+        told = lost != null;
         if (lost != null && failure != null && failure != lost) {
             lost.addSuppressed(failure);
         }
