@@ -91,12 +91,12 @@ class BotFarm:
     def end_test(self, data: Any, result: Any) -> None:
         self._judge(result)
         # Of a skipped test nothing is told, nor of what a suite has: it is there for several tests.
-        self._release(data.full_name, {"PASS": "passed", "FAIL": "failed"}.get(result.status))
+        self._release(result.full_name, {"PASS": "passed", "FAIL": "failed"}.get(result.status))
         self._judge(result)  # of what turned out only now
         self._why = ""
 
     def end_suite(self, data: Any, result: Any) -> None:
-        self._release(data.full_name)
+        self._release(result.full_name)
         self._why = ""
 
     def _judge(self, result: Any) -> None:

@@ -1,10 +1,11 @@
 *** Settings ***
-Library          BotFarm    project=%{BOTFARM_PROJECT}    ttl=${3}
+Library          BotFarm    project=%{BOTFARM_PROJECT}    ttl=${3}    wait=${5}
 Suite Setup      Acquire For The Suite
 Test Teardown    Log    ${MINE.login} is still mine
 
 *** Variables ***
 ${MINE}    ${None}
+${NEXT}    the next
 
 *** Keywords ***
 Acquire For The Suite
@@ -12,7 +13,7 @@ Acquire For The Suite
     VAR    ${OF SUITE}    ${bot}    scope=SUITE
 
 *** Test Cases ***
-A Test That Fails Gives Its User Back
+A Test That Fails Gives Its User Back To ${NEXT}
     ${MINE}=    Acquire Bot    role=buyer
     VAR    ${MINE}    ${MINE}    scope=TEST
     Should Be Equal    ${MINE.login}    nobody
