@@ -41,6 +41,12 @@ def test_where_there_is_no_user_a_test_of_webdriverio_says_so(webdriverio: Path,
     assert "No user at all matches project_id=" in told
 
 
+def test_where_no_service_is_named_webdriverio_says_that_alone(webdriverio: Path, pool: Pool):
+    told = run(webdriverio, *of_wdio("greeting"), status=1, env=pool.env(BOTFARM_URL=""))
+    assert "BOTFARM_URL is not set" in told
+    assert "TypeError" not in told
+
+
 def test_a_lost_lock_fails_the_test_of_webdriverio_at_once(webdriverio: Path, pool: Pool):
     pool.add(1)
     begun = time.monotonic()

@@ -12,7 +12,7 @@ export class launcher {
 
   async onComplete() {
     const tell = ({ message }) => console.error(`BotFarm: not swept, the ttl frees the users of this run: ${message}`);
-    await this.farm.sweep().catch(tell);
+    await this.farm?.sweep().catch(tell); // there is none where its URL was none
   }
 }
 
