@@ -7,7 +7,15 @@ const LOGGING_IN = 60_000; // ms: it takes no time of the first test
 
 /** What nobody catches fails the test that runs, at once, and the tests behind it get a new worker and a new bot. */
 function watch(bot) {
-  bot.signal.addEventListener('abort', () => setImmediate(() => { throw bot.signal.reason; }));
+  const tell = () => setImmediate(() => { throw bot.signal.reason; });
+  bot.signal.addEventListener('abort', tell);
+  const release = bot.release.bind(bot);
+  bot.release = async (told) => {
+    const known = bot.signal.aborted; // and a test has failed of it
+    bot.signal.removeEventListener('abort', tell); // it would come when the next test runs: who gives it back is told
+    await release(told);
+    if (!known) bot.signal.throwIfAborted();
+  };
   return bot;
 }
 
@@ -26,9 +34,7 @@ exports.test = base.extend({
     async ({ farm, botFilter }, use) => {
       const bot = await farm.acquire({ prefer: 'session', ...botFilter });
       await use(bot);
-      if (bot.signal.aborted) return; // a test has failed of it
-      await bot.release();
-      bot.signal.throwIfAborted(); // it may have turned out only now
+      if (!bot.signal.aborted) await bot.release(); // else a test has failed of it
     },
     { scope: 'worker', timeout: ACQUIRING },
   ],

@@ -15,6 +15,12 @@ test('loses one of several', async ({ farm, page }) => {
   await page.getByText('never there').waitFor();
 });
 
+test('loses one as it gives it back', async ({ farm }) => {
+  const other = await farm.acquire({ project_id: process.env.BOTFARM_PROJECT! });
+  await force(other);
+  await other.release();
+});
+
 test('has another', ({ bot }) => console.log(`then ${bot.login}`));
 
 test('ends before that is known', async ({ bot }) => {
