@@ -151,6 +151,7 @@ async def test_it_shows_who_waits_and_puts_the_worst_pool_first(browser, own, ht
 
 async def test_a_new_farm_shows_the_two_lines_that_create_and_acquire_the_first_user(browser, own):
     async with looking(browser, own.url) as page:
+        await expect(page.locator("#empty")).to_be_visible()
         lines = (await page.locator("#first").inner_text()).splitlines()
         assert len(lines) == 2
         for line in lines:
