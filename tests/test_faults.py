@@ -274,7 +274,8 @@ async def test_a_frozen_database_goes_on_where_it_stood(mortal, mortal_database,
             await recovered(ports(running), spare)
         for events in await asyncio.gather(*lists):
             check_burst(events)
-        evidence = await conclude(grid, mortal_database, 12)
+        # What a caller gave up and was refused elsewhere the thaw may grant: to nobody, for its ttl.
+        evidence = await conclude(grid, mortal_database, 22)
     assert evidence.outcomes["acquire 0"] > 10
 
 
